@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a name and options into a bound function, and a config file into a checked tree.
+
+A mechanism's keyword-only signature is its schema: `bind` resolves `name='depth'` by import and
+refuses an option that the function does not take, naming the legal ones. Nothing here wakes jax.
+"""
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+from typing import Any
+
+import ml_collections as mlc
+
+KEYS = ('seed', 'codec', 'vocab', 'columns', 'layout', 'frontend', 'backbone', 'head', 'objective',
+        'stages', 'data', 'mesh', 'evals')
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used, said in one line that names the path and the fix."""
+
+
+def parse_arg(arg: str | None, **defaults) -> mlc.ConfigDict:
+    """Parses the `tiny` or `width=64,demo` after a config file's colon against declared defaults.
+
+    A bare word sets a boolean. Values are cast to the type of their default.
+    """
+    out = mlc.ConfigDict(defaults)
+    for item in filter(None, (arg or '').split(',')):
+        key, _, value = item.partition('=')
+        if key not in defaults:
+            raise ConfigError(f'unknown config argument {key!r}; legal: {", ".join(defaults)}')
+        kind = type(defaults[key])
+        if kind is bool:
+            if value.lower() not in ('', 'true', 'false', '1', '0'):
+                raise ConfigError(f'config argument {key} takes true or false, got {value!r}')
+            out[key] = value.lower() in ('', 'true', '1')
+        else:
+            try:
+                out[key] = kind(value)
+            except ValueError:
+                raise ConfigError(f'config argument {key} takes {kind.__name__}, got {value!r}'
+                                  ) from None
+    return out
+
+
+def unknown(path: str, key: str, legal) -> ConfigError:
+    """The error for a name that is not legal at `path`, with the nearest legal one first."""
+    legal = sorted(legal)
+    near = difflib.get_close_matches(key, legal, 1)
+    hint = f'; did you mean {near[0]!r}?' if near else ''
+    return ConfigError(f'{path} has no option {key!r}{hint} (legal: {", ".join(legal)})')
+
+
+def _import_file(path: str):
+    path = os.path.abspath(path)
+    name = '_config_' + hashlib.sha256(path.encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    folder = os.path.dirname(os.path.dirname(path))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)      # so that a config may import configs._parts
+    spec.loader.exec_module(module)
+    return module
+
+
+def read(spec: str) -> mlc.ConfigDict:
+    """Reads `FILE.py` or `FILE.py:arg` and checks its top-level names. Raises ConfigError."""
+    path, _, arg = spec.partition(':')
+    if not os.path.isfile(path):
+        raise ConfigError(f'--config: no file {path}')
+    try:
+        module = _import_file(path)
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(f'--config: {path} cannot be executed: {type(e).__name__}: {e}') from e
+    if not hasattr(module, 'get_config'):
+        raise ConfigError(f'--config: {path} defines no get_config(arg)')
+    return checked(module.get_config(arg or None), path)
+
+
+def checked(config: mlc.ConfigDict, path: str = 'config') -> mlc.ConfigDict:
+    """`config` if it holds exactly the known top-level names, else ConfigError."""
+    for key in config:
+        if key not in KEYS:
+            raise unknown(path, key, KEYS)
+    missing = [k for k in KEYS if k not in config]
+    if missing:
+        raise ConfigError(f'{path} lacks {", ".join(missing)}')
+    return config
+
+
+def resolve(name: str, home: str):
+    """The function that `name` stands for: `home.name`, or `package.module:function` of anyone's."""
+    if ':' in name:
+        module_name, _, attr = name.partition(':')
+    else:
+        module_name, _, attr = f'{home}.{name}'.rpartition('.')
+    try:
+        found = getattr(importlib.import_module(module_name), attr, None)
+    except ImportError as e:
+        raise ConfigError(f'{home}: cannot import {module_name} for name {name!r}: {e}') from e
+    if found is None or attr.startswith('_'):
+        module = importlib.import_module(module_name)
+        legal = [k for k, v in vars(module).items() if not k.startswith('_') and callable(v)
+                 and getattr(v, '__module__', '') == module_name]
+        raise unknown(module_name, attr, legal)
+    return found
+
+
+def plain(x: Any) -> Any:
+    """A config value as plain dicts, tuples and scalars (ConfigDicts and lists removed)."""
+    if isinstance(x, mlc.ConfigDict | dict):
+        return {k: plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return tuple(plain(v) for v in x)
+    return x
+
+
+def options_of(fn) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of `fn` (of its `__init__` for a class)."""
+    return {k: p for k, p in inspect.signature(fn).parameters.items()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def bind(options, home: str, path: str, *, given=()):
+    """The function named by `options` with the other options bound to it.
+
+    `home` is the package that bare names are looked up in ('jaxsd.head'); `path` names the place in
+    the config for errors; `given` are keyword-only parameters that the caller supplies itself.
+    Raises ConfigError for an option the function does not take or a required one that is missing.
+    """
+    options = plain(options)
+    name = options.pop('name', None)
+    if name is None:
+        raise ConfigError(f'{path} needs a name')
+    fn = resolve(name, home)
+    legal = {k: p for k, p in options_of(fn).items() if k not in given}
+    for key in options:
+        if key not in legal:
+            raise unknown(f'{path} (name={name!r})', key, legal)
+    missing = [k for k, p in legal.items() if p.default is p.empty and k not in options]
+    if missing:
+        raise ConfigError(f'{path} (name={name!r}) needs {", ".join(missing)}')
+    return functools.partial(fn, **options)
+
+
+def to_json(config) -> str:
+    """The resolved tree as canonical JSON: what is stored, compared and hashed."""
+    return json.dumps(plain(config), sort_keys=True, separators=(',', ':'))
+
+
+def fingerprint(config) -> str:
+    """Twelve hex digits that change whenever anything in the resolved tree does."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]

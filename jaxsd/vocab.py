@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One integer line divided into named ranges: text, markers, units, codebooks. The only id arithmetic.
+
+Every token of every grid is an id on this line, so one embedding table serves all streams and no
+other module ever adds an offset. A flat system has one row that may hold any id; a multistream
+system has one row per stream, each owning its range::
+
+    line (flat)   | text 0..V-1 | [Text] [Speech] | units | padding |
+    streams       | text + initial | mine 0 + initial | mine 1 + initial | ... | theirs 0 + initial | ...
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxsd.types import Row, Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocab:
+    """Named ranges on one line, the rows that use them, and the special ids."""
+
+    ranges: dict[str, tuple[int, int]]      # name -> (start, size)
+    rows: tuple[Row, ...]
+    specials: dict[str, int]                # name -> id
+    size: int                               # length of the line, padding included
+    tokenizer: str = ''                     # path of a sentencepiece model; '' when ids come ready
+
+    def encode(self, name: str, ids) -> np.ndarray:
+        """Local ids of range `name` to ids on the line. Raises ValueError when one is out of range."""
+        start, size = self.ranges[name]
+        ids = np.asarray(ids, np.int32)
+        if ids.size and (ids.min() < 0 or ids.max() >= size):
+            raise ValueError(f'{name} ids must lie in 0..{size - 1}, got {ids.min()}..{ids.max()}')
+        return ids + start
+
+    def name(self, token: int) -> tuple[str, int]:
+        """The range that `token` lies in and its local id there; ('nothing', 0) outside all."""
+        for name, (start, size) in self.ranges.items():
+            if start <= token < start + size:
+                return name, int(token - start)
+        return 'nothing', 0
+
+    def special_name(self, token: int) -> str:
+        """The name of a special id, or '' if `token` is none."""
+        return next((name for name, i in self.specials.items() if i == token), '')
+
+    def sizes(self, width: int) -> Sizes:
+        return Sizes(self.rows, self.size, width)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def line(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: int = 2,
+         markers: Sequence[str] = ('[Text]', '[Speech]'), multiple: int = 128) -> Vocab:
+    """One row: text, then markers, then the codec's units, padded to a multiple.
+
+    The id map of released Spirit-LM checkpoints is this with 32,000 text tokens, two markers and
+    501 units (spiritlm model/utils.py).
+    """
+    units = codec['size']
+    ranges = {'text': (0, text_tokens), 'markers': (text_tokens, len(markers)),
+              'units': (text_tokens + len(markers), units)}
+    used = text_tokens + len(markers) + units
+    size = _round_up(used, multiple)
+    specials = {'bos': bos, 'eos': eos} | {m: text_tokens + i for i, m in enumerate(markers)}
+    return Vocab(ranges, (Row('tokens', 0, size, size),), specials, size, tokenizer)
+
+
+def streams(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: int = 2,
+            pad: int = 3, epad: int = 0, speakers: Sequence[str] = ('mine', 'theirs'),
+            predicted: Sequence[str] = ('mine',), multiple: int = 1) -> Vocab:
+    """One text row, then one row per speaker and codebook, each with an initial token after its ids.
+
+    Row names are `text`, `mine 0`, `mine 1`, ..., `theirs 0`, ... Speakers outside `predicted` are
+    heard and never spoken. Ids follow kyutai's LMModel: the initial token is the first id past the
+    predictable ones (arXiv 2410.00037 §3.4; moshi/models/lm.py).
+    """
+    unknown = set(predicted) - set(speakers)
+    if unknown:
+        raise ValueError(f'vocab.predicted names {sorted(unknown)}, not among {tuple(speakers)}')
+    rows = [Row('text', 0, text_tokens + 1, text_tokens)]
+    for speaker in speakers:
+        for k in range(codec['codebooks']):
+            start = rows[-1].start + rows[-1].size
+            rows.append(Row(f'{speaker} {k}', start, codec['size'] + 1,
+                            codec['size'] if speaker in predicted else 0))
+    ranges = {row.name: (row.start, row.size) for row in rows}
+    size = _round_up(rows[-1].start + rows[-1].size, multiple)
+    specials = {'bos': bos, 'eos': eos, 'pad': pad, 'epad': epad}
+    return Vocab(ranges, tuple(rows), specials, size, tokenizer)
+
+
+def initial(row: Row) -> int:
+    """The id that fills `row` before its first real token (the last id of the row's range)."""
+    return row.start + row.size - 1
+
+
+class Text:
+    """A sentencepiece model: words to ids and ids to words. Pieces never cross a word."""
+
+    def __init__(self, path: str):
+        import sentencepiece
+        try:
+            with open(path, 'rb') as f:
+                self._model = sentencepiece.SentencePieceProcessor(model_proto=f.read())
+        except (OSError, RuntimeError) as e:
+            raise ValueError(f'vocab.tokenizer: cannot read the sentencepiece model {path}: '
+                             f'{e}') from e
+        self.size = self._model.get_piece_size()
+
+    def encode(self, word: str) -> tuple[int, ...]:
+        return tuple(self._model.encode(word.strip()))
+
+    def decode(self, ids) -> str:
+        return self._model.decode([int(i) for i in ids])
+
+    def piece(self, i: int) -> str:
+        return self._model.id_to_piece(int(i))
