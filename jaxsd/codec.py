@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sound to small integers and back: the only module that knows audio.
+
+A codec writes speech as codes, K rows of integers at a fixed frame rate, and speaks codes again.
+Three are here under one interface. `kmeans` gives one stream of units and `rvq` a stack of residual
+codebooks; both are learned in seconds from a few minutes of log-mel frames by `fit_kmeans` and
+`fit_rvq`, need no download and are heard through Griffin-Lim. `mimi` is the released neural codec,
+its weights given by a local path. A codec's identity (its name, rates, codebooks and the hash of
+its weights) is stored beside every dataset it wrote, so that no model trains on another's codes.
+
+The embedded codecs are acoustic and speaker-dependent: they carry words on the kind of speech they
+were fitted on, and stand in for HuBERT units or Mimi only in being real, learned and invertible.
+Nothing here imports jax; scipy and scikit-learn are imported by the functions that need them.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+SAMPLE_RATE_HZ = 16000
+_FFT, _HOP, _MELS = 1024, 160, 80
+_EDGE = (_FFT - _HOP) // 2              # a window is centred on its hop
+_FLOOR = 1e-2                           # magnitudes below it are silence and must not earn centroids
+_WIDTH = 96                             # principal components kept of a stack of frames
+_BLOCK = 4096                           # mel frames computed at once: bounds memory on long audio
+_MAX_BYTES = 1 << 28                    # no fitted codec is larger; an untrusted file may claim to be
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """A codec ready to use.
+
+    identity: {'name', 'frame_hz', 'codebooks', 'size', 'sample_rate_hz', 'sha256'}.
+    encode:   float32 [S] mono at `sample_rate_hz`, in -1..1 -> int16 [K, T],
+              T = ceil(S / samples per frame), the last frame filled with zeros.
+    decode:   integers [K, T] -> float32 [S], S = T * samples per frame.
+    Both raise ValueError for another shape, a value that is not finite or a code out of range.
+    """
+
+    identity: dict
+    encode: Callable[[np.ndarray], np.ndarray]
+    decode: Callable[[np.ndarray], np.ndarray]
+
+
+# ------------------------------------------------------------------------------------ log-mel frames
+
+def _samples_per_frame(frame_hz: float, sample_rate_hz: int) -> int:
+    samples = sample_rate_hz / frame_hz
+    if samples != int(samples):
+        raise ValueError(f'codec: frame_hz={frame_hz} does not divide {sample_rate_hz} Hz evenly')
+    return int(samples)
+
+
+def _checked_wav(wav) -> np.ndarray:
+    wav = np.asarray(wav)
+    if wav.ndim != 1 or wav.dtype.kind != 'f':
+        raise ValueError(f'codec: encode takes one channel of floats [S], got {wav.dtype} '
+                         f'{wav.shape}')
+    if not np.isfinite(wav).all():
+        raise ValueError('codec: the wave holds values that are not finite')
+    return wav.astype(np.float32, copy=False)
+
+
+def _checked_codes(codes, codebooks: int, size: int) -> np.ndarray:
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or codes.shape[0] != codebooks or codes.dtype.kind not in 'iu':
+        raise ValueError(f'codec: decode takes integers [{codebooks}, T], got {codes.dtype} '
+                         f'{codes.shape}')
+    if codes.size and (codes.min() < 0 or codes.max() >= size):
+        raise ValueError(f'codec: codes must lie in 0..{size - 1}, got {codes.min()}..{codes.max()}')
+    return codes.astype(np.int64)
+
+
+@functools.lru_cache
+def _window() -> np.ndarray:
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)).astype(np.float32)
+
+
+def _stft(x, frames: int) -> np.ndarray:
+    """complex64 [frames, 513] of a wave that is already padded by the window's edge on both sides."""
+    import scipy.fft
+    windows = np.lib.stride_tricks.sliding_window_view(x, _FFT)[::_HOP][:frames]
+    return scipy.fft.rfft(windows * _window(), axis=-1)
+
+
+def _log_mel(wav: np.ndarray, mel: np.ndarray, samples: int) -> np.ndarray:
+    """float32 [T, stack * M]: log-mel magnitudes, as many 10 ms frames stacked as `samples` hold."""
+    columns = -(-wav.size // samples)
+    total = columns * samples // _HOP
+    x = np.zeros(total * _HOP + 2 * _EDGE, np.float32)
+    x[_EDGE:_EDGE + wav.size] = wav
+    out = np.empty((total, _MELS), np.float32)
+    for first in range(0, total, _BLOCK):
+        n = min(_BLOCK, total - first)
+        spectrum = _stft(x[first * _HOP:(first + n - 1) * _HOP + _FFT], n)
+        out[first:first + n] = np.log(np.maximum(np.abs(spectrum) @ mel.T, _FLOOR))
+    return out.reshape(columns, samples // _HOP * _MELS)
+
+
+def _overlap_add(windows: np.ndarray) -> np.ndarray:
+    """float32 [(T - 1) * hop + 1024]: the sum of windows [T, 1024] laid a hop apart."""
+    frames, hops = len(windows), -(-_FFT // _HOP)
+    padded = np.zeros((frames, hops * _HOP), np.float32)
+    padded[:, :_FFT] = windows
+    out = np.zeros((frames + hops - 1, _HOP), np.float32)
+    for i in range(hops):
+        out[i:i + frames] += padded[:, i * _HOP:(i + 1) * _HOP]
+    return out.reshape(-1)[:(frames - 1) * _HOP + _FFT]
+
+
+def _griffin_lim(magnitude: np.ndarray, iterations: int = 32, momentum: float = 0.99) -> np.ndarray:
+    """A wave whose spectrum has `magnitude` [T, 513]: fast Griffin-Lim (Perraudin et al. 2013).
+
+    The first phases come from a fixed seed, so the same codes always sound the same.
+    """
+    import scipy.fft
+    window = _window()
+    norm = np.maximum(_overlap_add(np.broadcast_to(window * window, (len(magnitude), _FFT))), 1e-3)
+    phase = np.random.default_rng(0).random(magnitude.shape, np.float32) * np.float32(2 * np.pi)
+    spectrum = magnitude * np.exp(1j * phase)
+    before = 0.0
+    step = np.float32(momentum / (1 + momentum))
+    for i in range(iterations + 1):
+        wav = _overlap_add(scipy.fft.irfft(spectrum, _FFT, axis=-1) * window) / norm
+        if i == iterations:
+            return wav[_EDGE:len(wav) - _EDGE]
+        again = _stft(wav, len(magnitude))
+        spectrum = again - step * before
+        before = again
+        spectrum *= magnitude / np.maximum(np.abs(spectrum), 1e-8)
+
+
+def _spoken(log_mel: np.ndarray, unmel: np.ndarray) -> np.ndarray:
+    """float32 [T * hop]: the wave of log-mel frames [T, 80], peaks kept inside -1..1."""
+    if not len(log_mel):
+        return np.zeros(0, np.float32)
+    mel = np.exp(log_mel)
+    mel[mel <= _FLOOR * 1.5] = 0.0
+    wav = _griffin_lim(np.maximum(mel @ unmel.T, 0.0).astype(np.float32))
+    return (wav / max(1.0, float(np.abs(wav).max()) / 0.99)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------- fitting
+
+def _cluster(x: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """float32 [size, D]: k-means centroids of `x` [N, D], the same for the same seed."""
+    import warnings
+
+    from sklearn.cluster import MiniBatchKMeans
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        found = MiniBatchKMeans(size, batch_size=2048, n_init=1, max_iter=60, random_state=seed,
+                                reassignment_ratio=0.0).fit(x)
+    return found.cluster_centers_.astype(np.float32)
+
+
+def _nearest(x: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """int64 [N]: the row of `codebook` nearest to each row of `x`."""
+    return np.argmin(np.sum(codebook ** 2, -1) - 2.0 * (x @ codebook.T), -1)
+
+
+def _quantise(x: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+    """int64 [K, N]: each codebook takes up what the ones before it left over."""
+    codes = []
+    for codebook in codebooks:
+        codes.append(_nearest(x, codebook))
+        x = x - codebook[codes[-1]]
+    return np.stack(codes)
+
+
+def _fit(name: str, wavs: Iterable[np.ndarray], path: str, frame_hz: float, codebooks: int,
+         size: int, seed: int) -> Codec:
+    import librosa
+    from threadpoolctl import threadpool_limits
+    samples = _samples_per_frame(frame_hz, SAMPLE_RATE_HZ)
+    if samples % _HOP:
+        raise ValueError(f'codec: frame_hz={frame_hz} is not a whole number of 10 ms frames; '
+                         'use 12.5, 25 or 50')
+    mel = librosa.filters.mel(sr=SAMPLE_RATE_HZ, n_fft=_FFT, n_mels=_MELS).astype(np.float32)
+    # BLAS sums in another order on another number of threads: one thread, so a seed is a file.
+    with threadpool_limits(1):
+        frames = [_log_mel(_checked_wav(wav), mel, samples) for wav in wavs]
+        x = np.concatenate(frames) if frames else np.zeros((0, 1), np.float32)
+        if len(x) < size:
+            raise ValueError(f'codec: {len(x)} frames ({len(x) / frame_hz:.1f} s of audio) cannot '
+                             f'give {size} centroids; fit on more audio or a smaller size')
+        mean = x.mean(0)
+        _, basis = np.linalg.eigh(np.cov((x - mean).T).astype(np.float64))
+        basis = np.ascontiguousarray(basis[:, ::-1][:, :_WIDTH], np.float32)
+        rest = (x - mean) @ basis
+        books = []
+        for k in range(codebooks):
+            books.append(_cluster(rest, size, seed + k))
+            rest = rest - books[-1][_nearest(rest, books[-1])]
+    _save(path, {'mel': mel, 'mean': mean, 'basis': basis, 'codebooks': np.stack(books)},
+          {'name': name, 'frame_hz': frame_hz, 'codebooks': codebooks, 'size': size,
+           'sample_rate_hz': SAMPLE_RATE_HZ})
+    return _load(name, path, frame_hz, codebooks, size, SAMPLE_RATE_HZ)
+
+
+def fit_kmeans(wavs: Iterable[np.ndarray], *, path: str, frame_hz: float, size: int,
+               seed: int = 0) -> Codec:
+    """Learns one codebook of `size` units from `wavs` (float32 [S] at 16 kHz), writes it to `path`.
+
+    Ten to twenty minutes of speech are plenty. The file is a function of the audio and the seed.
+    Raises ValueError when there are fewer frames than centroids.
+    """
+    return _fit('kmeans', wavs, path, frame_hz, 1, size, seed)
+
+
+def fit_rvq(wavs: Iterable[np.ndarray], *, path: str, frame_hz: float, codebooks: int, size: int,
+            seed: int = 0) -> Codec:
+    """Learns `codebooks` of `size` each, every one on the residual of those before it.
+
+    Otherwise like `fit_kmeans`.
+    """
+    return _fit('rvq', wavs, path, frame_hz, codebooks, size, seed)
+
+
+# --------------------------------------------------------------------------------------------- files
+
+def _save(path: str, tensors: dict[str, np.ndarray], facts: dict) -> None:
+    from safetensors.numpy import save
+    # One metadata key: the order of several is not fixed, and the file's hash is its identity.
+    blob = save(tensors, metadata={'jaxsd_codec': json.dumps(facts, sort_keys=True)})
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as f:
+            f.write(blob)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _read(path: str) -> tuple[dict, dict[str, np.ndarray], str]:
+    """The facts, the tensors and the sha256 of a fitted codec's file. Raises ValueError."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+    try:
+        if os.path.getsize(path) > _MAX_BYTES:
+            raise ValueError(f'codec: {path} is too large for a fitted codec')
+        with open(path, 'rb') as f:
+            blob = f.read(_MAX_BYTES)
+    except OSError as e:
+        raise ValueError(f'codec: cannot read {path}: {e.strerror}') from e
+    try:
+        tensors = load(blob)
+        header = json.loads(blob[8:8 + int.from_bytes(blob[:8], 'little')])
+        facts = json.loads(header['__metadata__']['jaxsd_codec'])
+        samples = _samples_per_frame(facts['frame_hz'], facts['sample_rate_hz'])
+        stack, width = samples // _HOP * _MELS, tensors['basis'].shape[1]
+        shapes = {'mel': (_MELS, _FFT // 2 + 1), 'mean': (stack,), 'basis': (stack, width),
+                  'codebooks': (facts['codebooks'], facts['size'], width)}
+    except (SafetensorError, KeyError, TypeError, IndexError, ArithmeticError, ValueError) as e:
+        raise ValueError(f'codec: {path} is not a codec file or is damaged '
+                         f'({type(e).__name__}: {e})'.replace('\n', ' ')) from e
+    for key, shape in shapes.items():
+        found = tensors.get(key)
+        if found is None or found.shape != shape or found.dtype != np.float32 \
+                or not np.isfinite(found).all():
+            raise ValueError(f'codec: {path} is damaged: {key} should be finite float32 {shape}')
+    return facts, tensors, hashlib.sha256(blob).hexdigest()
+
+
+def _load(name: str, path: str, frame_hz: float, codebooks: int, size: int,
+          sample_rate_hz: int) -> Codec:
+    facts, tensors, sha256 = _read(path)
+    asked = {'name': name, 'frame_hz': frame_hz, 'codebooks': codebooks, 'size': size,
+             'sample_rate_hz': sample_rate_hz}
+    for key, value in asked.items():
+        if facts.get(key) != value:
+            raise ValueError(f'codec: {path} was fitted with {key}={facts.get(key)!r}, '
+                             f'the config says {key}={value!r}')
+    mel, mean, basis, books = (tensors[k] for k in ('mel', 'mean', 'basis', 'codebooks'))
+    samples = _samples_per_frame(frame_hz, sample_rate_hz)
+    unmel = np.linalg.pinv(mel.astype(np.float64)).astype(np.float32)
+
+    def encode(wav: np.ndarray) -> np.ndarray:
+        x = (_log_mel(_checked_wav(wav), mel, samples) - mean) @ basis
+        return _quantise(x, books).astype(np.int16)
+
+    def decode(codes: np.ndarray) -> np.ndarray:
+        codes = _checked_codes(codes, codebooks, size)
+        x = sum(book[row] for book, row in zip(books, codes, strict=True))
+        return _spoken((x @ basis.T + mean).reshape(-1, _MELS), unmel)
+
+    return Codec({**asked, 'sha256': sha256}, encode, decode)
+
+
+# ---------------------------------------------------------------------------------------- the codecs
+
+def kmeans(*, path: str, frame_hz: float, size: int, codebooks: int = 1,
+           sample_rate_hz: int = SAMPLE_RATE_HZ) -> Codec:
+    """The single-codebook units of a file written by `fit_kmeans`.
+
+    Raises ValueError for an unreadable or damaged file, and for an option that disagrees with what
+    the file was fitted with.
+    """
+    return _load('kmeans', path, frame_hz, codebooks, size, sample_rate_hz)
+
+
+def rvq(*, path: str, frame_hz: float, codebooks: int, size: int,
+        sample_rate_hz: int = SAMPLE_RATE_HZ) -> Codec:
+    """The residual codebooks of a file written by `fit_rvq`. Raises as `kmeans` does."""
+    return _load('rvq', path, frame_hz, codebooks, size, sample_rate_hz)
