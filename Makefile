@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything a newcomer types. Needs Python 3.11 or 3.12 and pip; the rest goes into .venv.
+# The interpreter: PYTHON=... if given, else the first of these that is 3.11 or 3.12.
+
+FITS := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+PEERS ?= .peers
+RUNS ?= runs
+DATA ?= data/demo
+TORCH ?= torch==2.13.0
+
+.PHONY: help env quickstart test test-all test-peers lint clean
+
+help:
+	@echo 'make quickstart   speech, two trained models, evaluation, audio and one report (20 minutes)'
+	@echo 'make test         the test suite (no accelerator needed)'
+	@echo 'make test-all     also the slow tests'
+	@echo 'make test-peers   compares with the PyTorch implementations, in $(PEERS)'
+	@echo 'make lint         ruff'
+	@echo 'make clean        removes the caches of Python, pytest and ruff; keeps data, runs and $(VENV)'
+
+$(VENV)/.complete: setup.py
+	@$(if $(PYTHON),,echo 'make: needs Python 3.11 or 3.12 on the PATH, or PYTHON=/path/to/one' >&2; exit 1)
+	@'$(PYTHON)' -c '$(FITS)' || { echo 'make: $(PYTHON) is not Python 3.11 or 3.12' >&2; exit 1; }
+	@echo 'environment: installing into $(VENV) (some minutes the first time)'
+	@'$(PYTHON)' -m venv '$(VENV)'
+	@'$(VENV)/bin/python' -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+env: $(VENV)/.complete
+
+quickstart: env
+	@PYTHON='$(VENV)/bin/python' DATA='$(DATA)' RUNS='$(RUNS)' bash launch/quickstart.sh
+
+test: env
+	'$(VENV)/bin/python' -m pytest
+
+test-all: env
+	'$(VENV)/bin/python' -m pytest -m 'not peers'
+
+# moshi pins older torch and numpy than it needs, hence --no-deps and its few requirements by hand.
+$(PEERS)/.complete: setup.py Makefile $(VENV)/.complete
+	@echo 'environment: installing the peers into $(PEERS)'
+	@'$(VENV)/bin/python' -m venv '$(PEERS)'
+	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check --no-deps moshi==0.2.13
+	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check -e '.[test]' \
+		einops huggingface_hub sphn 'transformers>=5.23,<6' 'numpy<2.5'
+	@touch $@
+
+test-peers: $(PEERS)/.complete
+	'$(PEERS)/bin/python' -m pytest -m peers tests/peers
+
+lint: env
+	'$(VENV)/bin/ruff' check .
+
+clean:
+	rm -rf .pytest_cache .ruff_cache
+	find jaxsd data_pipelines configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
