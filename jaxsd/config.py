@@ -126,7 +126,8 @@ def plain(x: Any) -> Any:
 
 def options_of(fn) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of `fn` (of its `__init__` for a class)."""
-    return {k: p for k, p in inspect.signature(fn).parameters.items()
+    signature = inspect.signature(fn.__init__ if inspect.isclass(fn) else fn)
+    return {k: p for k, p in signature.parameters.items()
             if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 

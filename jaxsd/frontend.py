@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How symbols and sound enter: a Batch becomes x_BTD. One table over the vocabulary's line."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxsd import nn
+from jaxsd.types import Sizes, check
+
+
+class Summed(nnx.Module):
+    """The sum over a column's rows of their embeddings; a cell of NOTHING adds exact zeros.
+
+    With one row this is a plain embedding. No scaling, no norm (arXiv 2410.00037 §3.4.2).
+    """
+
+    def __init__(self, sizes: Sizes, *, rngs, dtype: str = 'bfloat16'):
+        self.table = nnx.Param(nn.truncated(rngs.params(), (sizes.vocab, sizes.width), sizes.width),
+                               axes=('vocab', 'embed'))
+        self.dtype = dtype
+        self.rows = len(sizes.rows)
+
+    def __call__(self, batch):
+        tokens_BKT = check(batch['tokens'], 'BKT', K=self.rows)
+        x_BTD = 0.0
+        for k in range(self.rows):      # one row at a time: [B, K, T, D] never exists
+            token = tokens_BKT[:, k]
+            row = jnp.take(self.table[...], jnp.maximum(token, 0), axis=0)
+            x_BTD = x_BTD + jnp.where((token >= 0)[..., None], row, 0.0)
+        return x_BTD.astype(self.dtype)
+
+
+summed = Summed

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the next column is spoken: h_BTD becomes log-probabilities of, or samples for, its rows.
+
+Three methods make a head:
+
+    log_prob(h_BTD, target_BKT, embed_VD, key)   log-probabilities of given targets, and hits [B, K, T]
+    scores(h_BTD, target_BKT, embed_VD)          logits [B, T, V_row] per predicted row (None: unpredicted)
+    sample(h_BD, embed_VD, key, pick)            the next column [B, K], each row picked from its logits
+
+Training never needs whole logits, only the targets' log-probabilities, so those are computed in
+chunks of columns and [B, T, V] in float32 does not exist. `target_BKT[..., t]` is the column that
+h[:, t] predicts. Targets and samples are ids on the vocabulary's line.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxsd import nn
+from jaxsd.types import NOTHING, Row, Sizes, check
+
+Pick = Callable
+"""pick(k, logits_BV, key) -> int32 [B]: the caller's choice among row k's predictable ids (local)."""
+
+
+def _local(target, row: Row):
+    """Ids of `row` on the line as indices of its predictable ids; anything else becomes 0."""
+    local = target - row.start
+    return jnp.where((local >= 0) & (local < row.predicted), local, 0)
+
+
+class Flat(nnx.Module):
+    """A softmax over the line for every row on its own, from the same hidden state.
+
+    One row: an ordinary language model. chunk_columns bounds the logits that are alive at once.
+    """
+
+    def __init__(self, sizes: Sizes, *, rngs, chunk_columns: int = 512):
+        total = sum(row.predicted for row in sizes.rows)
+        self.out = nn.Dense((sizes.width,), (total,), ('embed', 'vocab'), rngs=rngs)
+        self.rows, self.width, self.chunk_columns = sizes.rows, sizes.width, chunk_columns
+
+    def _logits(self, h, embed_VD):
+        del embed_VD
+        return self.out(h)
+
+    def _by_row(self, logits):
+        at = 0
+        for row in self.rows:
+            yield row, logits[..., at:at + row.predicted]
+            at += row.predicted
+
+    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None):
+        check(h_BTD, 'BTD', D=self.width)
+
+        def chunk(h, target_BTK):
+            pairs = [nn.log_prob(logits, _local(target_BTK[..., k], row)) if row.predicted else
+                     (jnp.zeros(h.shape[:2]), jnp.zeros(h.shape[:2], bool))
+                     for k, (row, logits) in enumerate(self._by_row(self._logits(h, embed_VD)))]
+            return tuple(jnp.stack(x, axis=-1) for x in zip(*pairs, strict=True))
+
+        logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, jnp.swapaxes(target_BKT, 1, 2))
+        return jnp.swapaxes(logp, 1, 2), jnp.swapaxes(hit, 1, 2)
+
+    def scores(self, h_BTD, target_BKT, embed_VD):
+        del target_BKT
+        logits = self._logits(h_BTD, embed_VD).astype(jnp.float32)
+        return [part if row.predicted else None for row, part in self._by_row(logits)]
+
+    def sample(self, h_BD, embed_VD, key, pick: Pick):
+        logits = self._logits(h_BD, embed_VD).astype(jnp.float32)
+        column = [pick(k, part, jax.random.fold_in(key, k)) + row.start if row.predicted
+                  else jnp.full(h_BD.shape[:1], NOTHING)
+                  for k, (row, part) in enumerate(self._by_row(logits))]
+        return jnp.stack(column, axis=1)
+
+
+class Tied(Flat):
+    """A flat softmax whose kernel is the embedding table: one row that may hold the whole line."""
+
+    def __init__(self, sizes: Sizes, *, rngs, chunk_columns: int = 512):
+        del rngs
+        if len(sizes.rows) != 1 or sizes.rows[0].predicted != sizes.vocab:
+            raise ValueError("head 'tied' needs one row over the whole line; use 'flat'")
+        self.rows, self.width, self.chunk_columns = sizes.rows, sizes.width, chunk_columns
+
+    def _logits(self, h, embed_VD):
+        return jnp.tensordot(h, embed_VD.astype(h.dtype), [[-1], [1]])
+
+
+class _Layer(nnx.Module):
+    """One layer of the depth transformer; S sets of weights, norms shared by all steps."""
+
+    def __init__(self, *, rngs, S, width, heads, mlp, norm_eps, norm_gain):
+        D, N, H = width, heads, width // heads
+        def per_step(inputs, outputs, axes):
+            return nn.stack(lambda *, rngs: nn.Dense(inputs, outputs, axes, rngs=rngs), S, rngs=rngs)
+        self.norm_attention = nn.Norm(D, eps=norm_eps, gain=norm_gain)
+        self.qkv = per_step((D,), (3, N, H), ('embed', 'stream', 'heads', 'head_dim'))
+        self.out = per_step((N, H), (D,), ('heads', 'head_dim', 'embed'))
+        self.norm_mlp = nn.Norm(D, eps=norm_eps, gain=norm_gain)
+        self.gate_up = per_step((D,), (2, mlp), ('embed', 'stream', 'mlp'))
+        self.down = per_step((mlp,), (D,), ('mlp', 'embed'))
+
+
+def _each(dense: nn.Dense, slot):
+    """The weights of step `slot` (an index, or one index per step) of a stacked Dense."""
+    return jax.tree.map(lambda x: x[slot], dense)
+
+
+class Depth(nnx.Module):
+    """Text from the hidden state, then the audio rows of the column one after another.
+
+    A small causal transformer runs over the P predicted audio rows of one column: step p reads
+    in_p(h) + the embedding of the row before it (the text token for p = 0) and predicts row p + 1.
+    No positions; weights per step ('own') or one set ('shared'); no final norm
+    (arXiv 2410.00037 §3.4.1; moshi models/lm.py forward_depformer_training). Its inputs are the
+    column as it stands, delays included.
+
+    fraction < 1 trains the depth loop on that random share of the columns: their terms are scaled
+    by T / taken, so that the expected loss and gradient are those of all columns (CSM's recipe).
+    """
+
+    def __init__(self, sizes: Sizes, *, rngs, width: int, layers: int, heads: int, mlp: int,
+                 step_weights: str = 'own', norm_eps: float = 1e-8, norm_gain: str = 'early',
+                 fraction: float = 1.0, chunk_columns: int = 512):
+        audio = [(k, row) for k, row in enumerate(sizes.rows) if k and row.predicted]
+        self.audio = tuple(k for k, _ in audio)
+        self.steps = P = len(audio)
+        if not P or self.audio != tuple(range(1, P + 1)):
+            raise ValueError('head depth needs predicted audio rows right after the text row')
+        if len({row.size for _, row in audio}) != 1:
+            raise ValueError('head depth needs audio rows of one size')
+        if step_weights not in ('own', 'shared'):
+            raise ValueError(f"head.step_weights is 'own' or 'shared', got {step_weights!r}")
+        if width % heads:
+            raise ValueError(f'head.heads {heads} must divide head.width {width}')
+        if not 0.0 < fraction <= 1.0:
+            raise ValueError(f'head.fraction must lie in (0, 1], got {fraction}')
+        self.rows, self.width = sizes.rows, sizes.width
+        self.fraction, self.chunk_columns, self.layers = fraction, chunk_columns, layers
+        self.depth_width, self.heads, self.mlp = width, heads, mlp
+        text, card, size = sizes.rows[0], audio[0][1].predicted, audio[0][1].size
+        S = P if step_weights == 'own' else 1
+        self.slots = tuple(range(P)) if step_weights == 'own' else (0,) * P
+        D = width
+        self.text_out = nn.Dense((sizes.width,), (text.predicted,), ('embed', 'vocab'), rngs=rngs)
+        self.inputs = nn.stack(lambda *, rngs: nn.Dense((sizes.width,), (D,), ('embed', 'mlp'),
+                                                        rngs=rngs), S, rngs=rngs)
+        self.text_table = nnx.Param(nn.truncated(rngs.params(), (text.size, D), D),
+                                    axes=('vocab', 'embed'))
+        self.tables = nnx.Param(nn.truncated(rngs.params(), (max(P - 1, 1), size, D), D),
+                                axes=('stream', 'vocab', 'embed'))
+        self.blocks = nn.stack(lambda *, rngs: _Layer(
+            rngs=rngs, S=S, width=D, heads=heads, mlp=mlp, norm_eps=norm_eps, norm_gain=norm_gain),
+            layers, rngs=rngs)
+        self.outs = nn.stack(lambda *, rngs: nn.Dense((D,), (card,), ('embed', 'vocab'), rngs=rngs),
+                             P, rngs=rngs)
+
+    def _before(self, target_K, p: int, dtype):
+        """The embedding of the token before step p; zeros where that cell holds nothing."""
+        token = target_K[p] - self.rows[p].start
+        table = self.text_table[...] if p == 0 else self.tables[...][p - 1]
+        x = jnp.take(table, jnp.clip(token, 0, table.shape[0] - 1), axis=0)
+        return jnp.where((token >= 0)[..., None], x, 0.0).astype(dtype)
+
+    def _logits(self, h_BTD, target_BTK):
+        """Logits [P, B, T, V] of the audio rows, all steps at once. P leads: one batched product."""
+        P, slots = self.steps, jnp.asarray(self.slots)
+        per_step = jax.vmap(lambda dense, x: dense(x))
+        target = jnp.moveaxis(target_BTK, -1, 0)
+        x = jax.vmap(lambda dense: dense(h_BTD))(_each(self.inputs, slots))
+        x = x + jnp.stack([self._before(target, p, h_BTD.dtype) for p in range(P)])
+        causal = jnp.tril(jnp.ones((P, P), bool))
+
+        def layer(x, block):
+            y = block.norm_attention(x)
+            qkv = per_step(_each(block.qkv, slots), y)              # [P, B, T, 3, N, H]
+            q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+            s = jnp.einsum('PBTNH,QBTNH->BTNPQ', q, k, preferred_element_type=jnp.float32)
+            s = jnp.where(causal, s / jnp.sqrt(jnp.float32(q.shape[-1])), -1e30)
+            o = jnp.einsum('BTNPQ,QBTNH->PBTNH', jax.nn.softmax(s, -1).astype(v.dtype), v)
+            x = x + per_step(_each(block.out, slots), o)
+            y = block.norm_mlp(x)
+            return x + nn.gated(y, lambda y: per_step(_each(block.gate_up, slots), y),
+                                lambda y: per_step(_each(block.down, slots), y)), None
+        x, _ = jax.lax.scan(layer, x, self.blocks, unroll=nn.unroll(self.layers))
+        return jax.vmap(lambda dense, x: dense(x))(self.outs, x)
+
+    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None):
+        del embed_VD
+        check(h_BTD, 'BTD', D=self.width)
+        B, K, T = target_BKT.shape
+        target_BTK = jnp.swapaxes(target_BKT, 1, 2)
+
+        def text(h, target):
+            return nn.log_prob(self.text_out(h), _local(target, self.rows[0]))
+
+        def audio(h, target):
+            local = jnp.stack([_local(target[..., k], self.rows[k]) for k in self.audio])
+            logp, hit = nn.log_prob(self._logits(h, target), local)         # [P, B, T]
+            return jnp.moveaxis(logp, 0, -1), jnp.moveaxis(hit, 0, -1)
+
+        logp_text, hit_text = nn.by_columns(text, self.chunk_columns, h_BTD, target_BTK[..., 0])
+        taken = max(1, round(self.fraction * T))
+        if taken < T:
+            if key is None:
+                raise ValueError('head.fraction < 1 needs a key')
+            at = jnp.sort(jax.random.choice(key, T, (taken,), replace=False))
+            logp, hit = nn.by_columns(audio, self.chunk_columns, h_BTD[:, at], target_BTK[:, at])
+            logp = jnp.zeros((B, T, self.steps)).at[:, at].set(logp * (T / taken))
+            # A hit counts as much as its column stands for, so accuracies stay unbiased too.
+            hit = jnp.zeros((B, T, self.steps)).at[:, at].set(hit * (T / taken))
+        else:
+            logp, hit = nn.by_columns(audio, self.chunk_columns, h_BTD, target_BTK)
+        silent = jnp.zeros((B, T, K - 1 - self.steps))
+        logp = jnp.concatenate([logp_text[..., None], logp, silent], axis=-1)
+        hit = jnp.concatenate([hit_text[..., None].astype(jnp.float32), hit.astype(jnp.float32),
+                               silent], axis=-1)
+        return jnp.swapaxes(logp, 1, 2), jnp.swapaxes(hit, 1, 2)
+
+    def scores(self, h_BTD, target_BKT, embed_VD):
+        del embed_VD
+        audio = self._logits(h_BTD, jnp.swapaxes(target_BKT, 1, 2)).astype(jnp.float32)
+        text = self.text_out(h_BTD).astype(jnp.float32)
+        return [text, *audio, *[None] * (len(self.rows) - 1 - self.steps)]
+
+    def sample(self, h_BD, embed_VD, key, pick: Pick):
+        del embed_VD
+        B = h_BD.shape[0]
+        N, H, P, L = self.heads, self.depth_width // self.heads, self.steps, self.layers
+        text = pick(0, self.text_out(h_BD).astype(jnp.float32), jax.random.fold_in(key, 0))
+        column = [text + self.rows[0].start]
+        keys = jnp.zeros((L, P, B, N, H), h_BD.dtype)
+        values = jnp.zeros_like(keys)
+        for p in range(P):
+            x = _each(self.inputs, self.slots[p])(h_BD) + self._before(column, p, h_BD.dtype)
+            seen = jnp.arange(P) <= p
+
+            def layer(x, kv, p=p, seen=seen):
+                block, k_PBNH, v_PBNH = kv
+                qkv = _each(block.qkv, self.slots[p])(block.norm_attention(x))
+                q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+                k_PBNH, v_PBNH = k_PBNH.at[p].set(k), v_PBNH.at[p].set(v)
+                s = jnp.einsum('BNH,PBNH->BNP', q, k_PBNH, preferred_element_type=jnp.float32)
+                s = jnp.where(seen, s / jnp.sqrt(jnp.float32(H)), -1e30)
+                o = jnp.einsum('BNP,PBNH->BNH', jax.nn.softmax(s, -1).astype(v.dtype), v_PBNH)
+                x = x + _each(block.out, self.slots[p])(o)
+                x = x + nn.gated(block.norm_mlp(x), _each(block.gate_up, self.slots[p]),
+                                 _each(block.down, self.slots[p]))
+                return x, (k_PBNH, v_PBNH)
+            x, (keys, values) = jax.lax.scan(layer, x, (self.blocks, keys, values))
+            logits = _each(self.outs, p)(x).astype(jnp.float32)
+            column.append(pick(p + 1, logits, jax.random.fold_in(key, p + 1))
+                          + self.rows[p + 1].start)
+        silent = [jnp.full((B,), NOTHING)] * (len(self.rows) - 1 - P)
+        return jnp.stack(column + silent, axis=1)
+
+
+flat, tied, depth = Flat, Tied, Depth

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frontend, backbone and head as one module, and the one place where column t-1 predicts column t."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxsd import backbone, frontend, head, nn, objective, vocab
+from jaxsd.config import bind
+from jaxsd.sharding import Place, anywhere
+from jaxsd.types import Where
+
+del backbone, frontend, head, objective, vocab      # resolved by name; imported so errors come early
+
+
+class Model(nnx.Module):
+    """frontend(batch) -> backbone -> head. Columns are shifted here and nowhere else."""
+
+    def __init__(self, frontend, backbone, head):
+        self.frontend, self.backbone, self.head = frontend, backbone, head
+
+    def hidden(self, batch, place: Place = anywhere):
+        """h_BTD: what the backbone makes of every column of a packed batch."""
+        x_BTD = place(self.frontend(batch), 'batch', 'column', 'width')
+        where = Where(batch['position'], batch['segment'])
+        return self.backbone(x_BTD, where, place=place)[0]
+
+    def __call__(self, batch, key=None, place: Place = anywhere):
+        """Log-probability and hit of every cell, float32 [B, K, T], aligned with the cell itself.
+
+        The cell of column t is predicted from columns before t (and earlier rows of t). Column 0 is
+        0, as is every row that the head does not predict.
+        """
+        h_BTD = self.hidden(batch, place)
+        logp, hit = self.head.log_prob(h_BTD, next_column(batch['tokens']), self.table, key)
+        return _later(logp), _later(hit)
+
+    def scores(self, batch):
+        """Per row, logits [B, T, V_row] for the column after each column (None: unpredicted)."""
+        return self.head.scores(self.hidden(batch), next_column(batch['tokens']), self.table)
+
+    def step(self, tokens_BKT, where: Where, cache, key, pick):
+        """Reads T columns, then samples the column after the last: ([B, K], the new cache)."""
+        h_BTD, cache = self.backbone(self.frontend({'tokens': tokens_BKT}), where, cache)
+        return self.head.sample(h_BTD[:, -1], self.table, key, pick), cache
+
+    @property
+    def table(self):
+        return self.frontend.table[...]
+
+
+def next_column(tokens_BKT):
+    """Column t holds what column t predicts: the column after it; the last predicts nothing."""
+    return jnp.concatenate([tokens_BKT[..., 1:], jnp.full_like(tokens_BKT[..., :1], -1)], axis=-1)
+
+
+def _later(x_BKT):
+    return jnp.concatenate([jnp.zeros_like(x_BKT[..., :1]), x_BKT[..., :-1]], axis=-1)
+
+
+def make_vocab(config):
+    """The vocabulary of a config: `c.vocab` applied to `c.codec`."""
+    return bind(config.vocab, 'jaxsd.vocab', 'vocab')(config.codec)
+
+
+def build(config, *, rngs, lora: dict | None = None) -> Model:
+    """The model of a config. `lora` is a stage's dict(rank, scale) or None. Call it inside a trace."""
+    sizes = make_vocab(config).sizes(config.backbone.width)
+    parts = [bind(config[slot], f'jaxsd.{slot}', slot, given=('rngs',))(sizes, rngs=rngs)
+             for slot in ('frontend', 'backbone', 'head')]
+    model = Model(*parts)
+    if lora:
+        nn.add_lora(model, lora['rank'], lora['scale'], rngs=rngs)
+    return model
+
+
+def abstract(config, lora: dict | None = None):
+    """(graph definition, shapes, axes): nested dicts of ShapeDtypeStruct and of axis names.
+
+    No arrays are made: a 7B model takes a fraction of a second.
+    """
+    made = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), lora=lora), graph=False)
+    graph, state = nnx.split(made, graph=False)
+    axes = jax.tree.map(lambda v: v.get_metadata()['axes'], state,
+                        is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return graph, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+
+
+def init(config, key, lora: dict | None = None):
+    """Fresh parameters as a nested dict, drawn from `key`. jit it with the shardings to place them."""
+    model = build(config, rngs=nnx.Rngs(key), lora=lora)
+    return nnx.to_pure_dict(nnx.split(model, graph=False)[1])
+
+
+def objective_of(config):
+    """The config's objective, given the rows and ranges of its vocabulary."""
+    v = make_vocab(config)
+    fn = bind(config.objective, 'jaxsd.objective', 'objective', given=('sizes', 'ranges'))
+    return functools.partial(fn, sizes=v.sizes(config.backbone.width), ranges=v.ranges)
+
+
+def count(shapes) -> int:
+    """How many parameters a tree of shapes holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is rewarded: log-probabilities and a Batch become named sums and weights.
+
+An objective returns terms {name: (sum, weight)}; the loss is the sum over terms of sum / weight,
+divided once, after every microbatch and device has been added up. Weights depend on the batch
+alone, so packing, accumulation and data parallelism cannot change the loss. Keeping terms apart is
+what lets text and audio be normalized each by its own weight, as the multistream systems do.
+"""
+
+import jax.numpy as jnp
+
+from jaxsd.types import Sizes
+
+
+def _overlap(row, start: int, size: int) -> bool:
+    return row.start < start + size and start < row.start + row.size
+
+
+def weighted_ce(logp_BKT, hit_BKT, batch, *, sizes: Sizes, ranges, terms: dict):
+    """Weighted cross entropy; cells as `batch['weights']` say, grouped into `terms` by row name.
+
+    terms maps a term to the first words of the names of its rows: {'text': ('text',), 'audio':
+    ('mine', 'theirs')}. A term's value is sum(w * ce) / sum(w), all its rows pooled (moshi-finetune
+    finetune/loss.py). Also returns metrics: unweighted nats and accuracy per range of the line.
+    """
+    weights = batch['weights']
+    out = {}
+    for term, names in terms.items():
+        rows = [k for k, row in enumerate(sizes.rows) if row.name.split()[0] in names]
+        if not rows:
+            raise ValueError(f'objective.terms.{term} names rows {names}, but the rows are '
+                             f'{sorted({r.name.split()[0] for r in sizes.rows})}')
+        at = jnp.asarray(rows)
+        w = weights[:, at]
+        out[term] = (jnp.sum(-logp_BKT[:, at] * w), jnp.sum(w))
+    metrics = {}
+    for name, (start, size) in ranges.items():
+        ks = [k for k, row in enumerate(sizes.rows)
+              if row.predicted and _overlap(row, start, size)]
+        if ks:
+            at = jnp.asarray(ks)
+            tokens = batch['tokens'][:, at]
+            w = ((weights[:, at] > 0) & (tokens >= start) & (tokens < start + size)
+                 ).astype(jnp.float32)
+            metrics[f'nats/{name}'] = (jnp.sum(-logp_BKT[:, at] * w), jnp.sum(w))
+            metrics[f'accuracy/{name}'] = (jnp.sum(hit_BKT[:, at] * w), jnp.sum(w))
+    return out, metrics

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh, the one table of logical axes, and shardings computed from axis names.
+
+Nothing else decides placement. A parameter carries the names of its axes; `of` looks each name up
+in the table and returns a `NamedSharding`. The table is an argument everywhere, never ambient.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ('data', 'fsdp', 'tensor', 'expert')
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # parameters
+    'layer': None, 'stream': None, 'embed': 'fsdp', 'heads': 'tensor', 'kv_heads': 'tensor',
+    'head_dim': None, 'mlp': 'tensor', 'expert': 'expert', 'vocab': 'tensor', 'rank': None,
+    # activations
+    'batch': ('data', 'fsdp'), 'column': None, 'width': None,
+}
+
+Place = Callable[..., jax.Array]
+"""place(x, *axis names) -> x, constrained to its sharding; the identity without a mesh."""
+
+
+def anywhere(x, *_axes):
+    """The `Place` of a program without a mesh: leaves `x` where it is."""
+    return x
+
+
+def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
+    """A mesh over `devices` with the axes of AXES; absent ones have size 1, one -1 takes the rest.
+
+    Raises ValueError naming `mesh.<axis>` when the sizes do not multiply to the device count.
+    """
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+    free = [axis for axis, n in shape.items() if n == -1]
+    if len(free) > 1:
+        raise ValueError(f'mesh: only one axis may be -1, got {", ".join(free)}')
+    if any(n < 1 and n != -1 for n in shape.values()):
+        raise ValueError(f'mesh: sizes are positive or -1, got {shape}')
+    fixed = int(np.prod([n for n in shape.values() if n != -1]))
+    if free and devices.size % fixed == 0:
+        shape[free[0]] = devices.size // fixed
+        fixed = devices.size
+    if fixed != devices.size:
+        wanted = ' x '.join(f'{a} {n}' for a, n in shape.items() if n != 1) or '1'
+        raise ValueError(f'mesh: {wanted} does not fit {devices.size} {devices.flat[0].platform} '
+                         f'device(s); change mesh.{(free or ["fsdp"])[0]} or the device count')
+    return Mesh(devices.reshape(tuple(shape.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def rules_of(overrides: Mapping[str, str | None]) -> dict:
+    """RULES with some cells overridden (`mesh.rules` of a config). Unknown names are an error."""
+    unknown = set(overrides) - set(RULES)
+    if unknown:
+        raise ValueError(f'mesh.rules names {sorted(unknown)}; legal: {", ".join(RULES)}')
+    return RULES | dict(overrides)
+
+
+def spec(axes: tuple[str | None, ...], rules: Mapping) -> PartitionSpec:
+    """The partition of an array with named `axes`. A mesh axis used twice is a ValueError."""
+    parts = [rules[a] if a is not None else None for a in axes]
+    used = [m for p in parts if p for m in ((p,) if isinstance(p, str) else p)]
+    if len(used) != len(set(used)):
+        raise ValueError(f'axes {axes} would use a mesh axis twice: {parts}; override mesh.rules')
+    return PartitionSpec(*parts)
+
+
+def _ways(part, mesh: Mesh) -> int:
+    names = () if part is None else (part,) if isinstance(part, str) else part
+    return int(np.prod([mesh.shape[n] for n in names], dtype=int))
+
+
+def of(abstract, axes, rules: Mapping, mesh: Mesh):
+    """NamedShardings for a nested dict of shapes, from the parallel dict of axis names.
+
+    An array with one more dimension than names has a leading `layer`. Raises ValueError naming the
+    parameter and the cell to override when a dimension does not divide.
+    """
+    def one(path, leaf, names):
+        names = ('layer',) * (len(leaf.shape) - len(names)) + tuple(names)
+        partition = spec(names, rules)
+        for name, n, part in zip(names, leaf.shape, partition, strict=True):
+            if n % _ways(part, mesh):
+                where = '/'.join(str(k.key) for k in path)
+                raise ValueError(f'{where}: axis {name} of size {n} does not divide over mesh axis '
+                                 f'{part} of size {_ways(part, mesh)}; set mesh.rules.{name} to '
+                                 'None or change the mesh')
+        return NamedSharding(mesh, partition)
+    return jax.tree_util.tree_map_with_path(one, abstract, axes,
+                                            is_leaf=lambda x: hasattr(x, 'shape'))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def placer(rules: Mapping, mesh: Mesh) -> Place:
+    """The `Place` that constrains activations by their axis names."""
+    def place(x, *axes):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, rules)))
+    return place
+
+
+def batch_sharding(rules: Mapping, mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the data axes; all other dimensions whole."""
+    return NamedSharding(mesh, spec(('batch',), rules))
+
+
+def replicated_fraction(abstract, shardings) -> float:
+    """The share of parameter bytes that every device of a mesh of several holds whole."""
+    whole = total = 0
+    for leaf, s in zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True):
+        n = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        total += n
+        whole += n if s.is_fully_replicated and s.mesh.size > 1 else 0
+    return whole / max(total, 1)
