@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage is an overlay on a config: what is trained, how, from what mixture, starting where.
+
+Systems are trained in stages that freeze some parts and move others at other speeds. `train` is an
+ordered list of (regex, multiplier or None): the first regex that matches a parameter's whole path
+decides its learning-rate multiplier, None freezes it, and every parameter must be matched.
+"""
+
+import dataclasses
+import re
+
+import jax
+import optax
+
+from jaxsd.config import ConfigError, plain, unknown
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage. `batch` rows per step are split into `accumulate` microbatches.
+
+    data: weights of the sources of `config.data.sources`, by share of tokens.
+    schedule: 'constant' or 'cosine' (to final_lr x lr), after `warmup_steps` linear steps.
+    start: 'init', the name of an earlier stage, or a path to another run's checkpoints.
+    lora: {} or dict(rank, scale): every linear map gets a low-rank second term.
+    layout: {} or options that replace those of the config's layout for this stage.
+    bad_steps: consecutive non-finite steps (skipped and counted) after which training stops.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    data: dict
+    lr: float
+    schedule: str = 'constant'
+    warmup_steps: int = 0
+    final_lr: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    train: tuple = (('.*', 1.0),)
+    start: str = 'init'
+    lora: dict = dataclasses.field(default_factory=dict)
+    layout: dict = dataclasses.field(default_factory=dict)
+    accumulate: int = 1
+    bad_steps: int = 10
+    save_steps: int = 1000
+    keep: int = 3
+    log_steps: int = 10
+    probe_steps: int = 0
+
+
+def stages(config) -> tuple[Stage, ...]:
+    """The config's stages, checked. Raises ConfigError naming `stages[i].key`."""
+    legal = {f.name: f for f in dataclasses.fields(Stage)}
+    required = [n for n, f in legal.items() if f.default is f.default_factory]
+    out = []
+    for i, options in enumerate(config.stages):
+        options = plain(options)
+        for key in options:
+            if key not in legal:
+                raise unknown(f'stages[{i}]', key, legal)
+        missing = [k for k in required if k not in options]
+        if missing:
+            raise ConfigError(f'stages[{i}] needs {", ".join(missing)}')
+        stage = Stage(**options)
+        if stage.steps < 1 or stage.batch < 1 or stage.accumulate < 1:
+            raise ConfigError(f'stages[{i}]: steps, batch and accumulate must be positive')
+        if stage.batch % stage.accumulate:
+            raise ConfigError(f'stages[{i}].accumulate {stage.accumulate} must divide '
+                              f'stages[{i}].batch {stage.batch}')
+        if stage.schedule not in ('constant', 'cosine'):
+            raise ConfigError(f"stages[{i}].schedule is 'constant' or 'cosine', "
+                              f'got {stage.schedule!r}')
+        if stage.name in (s.name for s in out):
+            raise ConfigError(f'stages[{i}].name {stage.name!r} is taken by an earlier stage')
+        out.append(stage)
+    if not out:
+        raise ConfigError('stages is empty: a config needs at least one')
+    return tuple(out)
+
+
+def find(config, name: str | None) -> Stage:
+    """The stage called `name`; the last one for None."""
+    every = stages(config)
+    if name is None:
+        return every[-1]
+    for stage in every:
+        if stage.name == name:
+            return stage
+    raise unknown('--stage', name, [s.name for s in every])
+
+
+def flatten(tree, path: str = '') -> dict:
+    """{'a/b/c': leaf} of a nested dict."""
+    out = {}
+    for key, value in tree.items():
+        at = f'{path}/{key}' if path else key
+        out |= flatten(value, at) if isinstance(value, dict) else {at: value}
+    return out
+
+
+def unflatten(flat: dict) -> dict:
+    """The nested dict of {'a/b/c': leaf}."""
+    out: dict = {}
+    for path, leaf in flat.items():
+        *folders, name = path.split('/')
+        at = out
+        for folder in folders:
+            at = at.setdefault(folder, {})
+        at[name] = leaf
+    return out
+
+
+def multipliers(stage: Stage, paths) -> dict[str, float | None]:
+    """The learning-rate multiplier of each path, None where frozen. Uncovered paths are an error."""
+    rules = [(re.compile(pattern), m) for pattern, m in stage.train]
+    out = {}
+    for path in paths:
+        match = next((m for rule, m in rules if rule.fullmatch(path)), 'none')
+        if match == 'none':
+            raise ConfigError(f'stage {stage.name}: no rule of train covers {path}; '
+                              "end the list with ('.*', 1.) or ('.*', None)")
+        out[path] = match
+    if all(m is None for m in out.values()):
+        raise ConfigError(f'stage {stage.name}: train freezes every parameter')
+    return out
+
+
+def split(params: dict, by_path: dict) -> tuple[dict, dict]:
+    """(trainable, frozen) nested dicts."""
+    flat = flatten(params)
+    return (unflatten({p: x for p, x in flat.items() if by_path[p] is not None}),
+            unflatten({p: x for p, x in flat.items() if by_path[p] is None}))
+
+
+def join(trainable: dict, frozen: dict) -> dict:
+    return unflatten(flatten(frozen) | flatten(trainable))
+
+
+def learning_rate(stage: Stage):
+    """step -> learning rate."""
+    if stage.schedule == 'cosine':
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if stage.warmup_steps else stage.lr, stage.lr, stage.warmup_steps, stage.steps,
+            end_value=stage.lr * stage.final_lr)
+    if stage.warmup_steps:
+        return optax.linear_schedule(0.0, stage.lr, stage.warmup_steps)
+    return optax.constant_schedule(stage.lr)
+
+
+def optimizer(stage: Stage, by_path: dict) -> optax.GradientTransformation:
+    """AdamW on the trainable parameters: clip, moments, decay on all of them, rate, multiplier."""
+    speed = unflatten({p: m for p, m in by_path.items() if m is not None})
+    return optax.chain(
+        optax.clip_by_global_norm(stage.clip),
+        optax.scale_by_adam(*stage.betas, eps=stage.eps),
+        optax.add_decayed_weights(stage.weight_decay),
+        optax.scale_by_learning_rate(learning_rate(stage)),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, speed)))
