@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run directory: what was asked for, and what was done, told without asking anyone.
+
+A run directory belongs to one config. `config.json` says which; `ledger.jsonl` gains one line per
+start, resume and stage; checkpoints, metrics and samples lie beside them. A directory that holds
+anything else is never touched, and every file is written whole or not at all.
+"""
+
+import json
+import os
+import re
+import time
+from importlib import metadata
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+import jaxsd
+from jaxsd.config import ConfigError, fingerprint, to_json
+
+FORMAT = 1
+CONFIG_BYTES = 1 << 24      # bounds what a damaged config.json may allocate
+
+
+def write_atomic(path: str, content: bytes | str):
+    """Writes the whole of `content` to `path`, or leaves what was there. Raises OSError."""
+    folder, name = os.path.split(os.path.abspath(path))
+    partial = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with open(partial, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException as e:
+        if os.path.exists(partial):
+            os.remove(partial)
+        if isinstance(e, OSError):
+            raise OSError(e.errno, f'{e.strerror} while writing', path) from None
+        raise
+
+
+def open_run(workdir: str, config) -> bool:
+    """Makes `workdir` the run of `config`, or recognizes it: True where the run existed before.
+
+    A missing or empty directory becomes a run (config.json is written). Raises ConfigError for a
+    directory that holds another run, naming the differing keys, or anything else; such a directory
+    is not touched. Process 0 looks and writes, the others hear its verdict.
+    """
+    return bool(on_first_process(lambda: _open_run(workdir, config)))
+
+
+def _open_run(workdir: str, config) -> bool:
+    path = os.path.join(workdir, 'config.json')
+    if os.path.exists(workdir) and not os.path.isdir(workdir):
+        raise ConfigError(f'--workdir {workdir} is a file; name a directory')
+    # A name like .config.json.123.tmp is what a kill in the middle of the first write leaves.
+    there = [n for n in (os.listdir(workdir) if os.path.isdir(workdir) else ())
+             if not re.fullmatch(r'\.config\.json\.\d+\.tmp', n)]
+    if not there:
+        os.makedirs(workdir, exist_ok=True)
+        write_atomic(path, json.dumps({
+            'jaxsd_run': FORMAT, 'fingerprint': fingerprint(config),
+            'versions': versions(), 'config': json.loads(to_json(config))}, indent=1) + '\n')
+        return False
+    if 'config.json' not in there:
+        raise ConfigError(f'--workdir {workdir} is not empty and no run of ours (it holds '
+                          f'{min(there)}); name another directory')
+    stored = read_run(workdir)
+    if stored['fingerprint'] != fingerprint(config):
+        raise ConfigError(f'--workdir {workdir} holds another run: '
+                          f'{differences(stored["config"], config)}; name another directory')
+    return True
+
+
+def read_run(workdir: str) -> dict:
+    """The run's config.json: fingerprint, config, versions. ConfigError if it is no run of ours."""
+    path = os.path.join(workdir, 'config.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            stored = json.loads(f.read(CONFIG_BYTES))
+    except FileNotFoundError:
+        raise ConfigError(f'--workdir {workdir} holds no run (no config.json)') from None
+    except (OSError, ValueError) as e:
+        raise ConfigError(f'{path} cannot be read: {e}') from None
+    if not isinstance(stored, dict) or stored.get('jaxsd_run') != FORMAT:
+        raise ConfigError(f'{path} was not written by this program; name another directory')
+    if stored.get('fingerprint') != fingerprint(stored.get('config')):
+        raise ConfigError(f'{path} was changed after it was written: its fingerprint is '
+                          f'{stored.get("fingerprint")}, its content says '
+                          f'{fingerprint(stored.get("config"))}')
+    return stored
+
+
+def differences(old, new, *, at_most: int = 3) -> str:
+    """The first keys in which two configs differ, as `seed: 0 there, 1 here; ...`."""
+    missing = object()
+
+    def flat(x, path=''):
+        if isinstance(x, dict) and x:
+            return {k: v for key in x for k, v in flat(x[key], f'{path}.{key}').items()}
+        if isinstance(x, list) and x:
+            return {k: v for i, y in enumerate(x) for k, v in flat(y, f'{path}[{i}]').items()}
+        return {path.lstrip('.'): x}
+
+    a, b = flat(json.loads(to_json(old))), flat(json.loads(to_json(new)))
+    keys = [k for k in sorted(a | b) if a.get(k, missing) != b.get(k, missing)]
+    show = [f'{k}: {str(a.get(k, "nothing"))[:40]} there, {str(b.get(k, "nothing"))[:40]} here'
+            for k in keys[:at_most]]
+    more = f' (and {len(keys) - at_most} more keys)' if len(keys) > at_most else ''
+    return '; '.join(show) + more
+
+
+def ledger(workdir: str, entry: dict):
+    """Appends one JSON line to the run's ledger.jsonl and waits until the disk has it (process 0).
+
+    A line that a crash cut short stays alone on its line. Raises OSError on a full disk, leaving
+    the ledger as it was.
+    """
+    if jax.process_index():
+        return
+    line = json.dumps({'time_s': round(time.time(), 3), **entry}) + '\n'
+    f = os.open(os.path.join(workdir, 'ledger.jsonl'), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(f).st_size
+        data = (b'' if not size or os.pread(f, 1, size - 1) == b'\n' else b'\n') + line.encode()
+        try:
+            while data:
+                data = data[os.write(f, data):]
+            os.fsync(f)
+        except OSError:
+            os.ftruncate(f, size)
+            raise
+    finally:
+        os.close(f)
+
+
+def read_ledger(workdir: str) -> list[dict]:
+    """Every whole line of the run's ledger, oldest first; lines cut short by a crash are left out.
+    """
+    path = os.path.join(workdir, 'ledger.jsonl')
+    entries = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', errors='replace') as f:
+            for line in f:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(entry, dict):
+                    entries.append(entry)
+    return entries
+
+
+def last_ledger(workdir: str) -> dict | None:
+    """The newest whole entry of the run's ledger, or None."""
+    return next(reversed(read_ledger(workdir)), None)
+
+
+def versions() -> dict[str, str]:
+    names = {'jax': 'jax', 'jaxlib': 'jaxlib', 'flax': 'flax', 'optax': 'optax',
+             'orbax': 'orbax-checkpoint', 'numpy': 'numpy'}
+    return {'jaxsd': jaxsd.__version__} | {k: metadata.version(v) for k, v in names.items()}
+
+
+def on_first_process(fn) -> int:
+    """Runs `fn` on process 0 and hands its small integer to all; all raise if it does."""
+    error, code = None, -1
+    if jax.process_index() == 0:
+        try:
+            code = int(fn())
+        except (OSError, ValueError) as e:
+            error = e
+    if jax.process_count() > 1:
+        code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+    if error is not None:
+        raise error
+    if code < 0:
+        raise RuntimeError('process 0 refused; its own message says why')
+    return code
