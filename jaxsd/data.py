@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a dataset directory to the batch of any step: read, choose, draw, pack, mix, cut for a host.
+
+The order law: the batch at step n is a pure function of the configuration, the dataset, the seed
+and n. It does not depend on how many processes share it, on threads, on the clock or on how often
+the run was stopped. So an iterator's state is one number, restoring it replays nothing, and a
+fingerprint beside it says what the number means.
+
+A *source* is a choice of records and the layout that draws them; a stage mixes sources by their
+share of columns. Nothing here imports jax: a worker that reads data must not wake an accelerator.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from jaxsd import config as config_lib
+from jaxsd import packing
+from jaxsd.config import ConfigError
+from jaxsd.dataset import Dataset, open_dataset
+from jaxsd.types import Batch, Grid, Record, Word
+from jaxsd.vocab import Text, Vocab
+
+REHEARSED = 1024        # grids drawn when a source is opened, to learn how wide its grids are
+_GROUPS_KEPT = 32       # packed groups kept per source: batches in flight share their groups
+_AHEAD = 4              # batches made ahead of the step that asks for them
+
+Account = dict[str, dict[str, float]]
+"""What a batch consumed, per source: columns, tokens (cells that hold something), audio_s, records,
+cropped_columns."""
+
+_log = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------- choosing
+
+def _data_options(config) -> dict:
+    """c.data as a plain dict after checking its names. Raises ConfigError."""
+    data = config_lib.plain(config['data'])
+    for key in data:
+        if key not in ('path', 'sources'):
+            raise config_lib.unknown('data', key, ('path', 'sources'))
+    if not data.get('path'):
+        raise ConfigError('data.path must name a dataset directory')
+    if not data.get('sources'):
+        raise ConfigError('data.sources must name at least one source')
+    for name, source in data['sources'].items():
+        for key in source:
+            if key not in ('select', 'layout'):
+                raise config_lib.unknown(f'data.sources.{name}', key, ('select', 'layout'))
+        if not source.get('select') or isinstance(source['select'], str):
+            raise ConfigError(f'data.sources.{name}.select must be a tuple of sources of the '
+                              'dataset, as in select=(\'story\',)')
+    return data
+
+
+def _source_options(config, name: str, layout=None) -> tuple[dict, str]:
+    """The options of source `name` with its layout filled in, and where that layout was written.
+
+    A source's own layout goes before the stage's (`layout`), and that before the config's.
+    """
+    sources = _data_options(config)['sources']
+    if name not in sources:
+        raise config_lib.unknown('data.sources', name, sources)
+    options = dict(sources[name])
+    if 'layout' in options:
+        return options, f'data.sources.{name}.layout'
+    options['layout'] = config_lib.plain(layout or config['layout'])
+    return options, 'stage.layout' if layout else 'layout'
+
+
+def _mixture(config, stage) -> dict[str, float]:
+    """The stage's positive weights by source name. Raises ConfigError for bad names and weights."""
+    name, weights = stage.get('name', ''), config_lib.plain(stage['data'])
+    sources = _data_options(config)['sources']
+    for source, weight in weights.items():
+        if source not in sources:
+            raise config_lib.unknown(f'stages {name!r} data', source, sources)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) \
+                or not 0 <= weight < float('inf'):
+            raise ConfigError(f'stages {name!r} data.{source} must be a weight of 0 or more, got '
+                              f'{weight!r}')
+    weights = {k: float(w) for k, w in sorted(weights.items()) if w > 0}
+    if not weights:
+        raise ConfigError(f'stages {name!r} data gives no source a positive weight')
+    return weights
+
+
+def _tokenizer(vocab: Vocab) -> Callable[[Record], Record]:
+    """A function that fills in the ids of a record's words; each distinct word is encoded once."""
+    if not vocab.tokenizer:
+        return lambda record: record
+    encode = functools.cache(Text(vocab.tokenizer).encode)
+
+    def fill(record: Record) -> Record:
+        words = tuple(Word(*word[:4], encode(word.text)) for word in record.words)
+        return dataclasses.replace(record, words=words)
+    return fill
+
+
+# -------------------------------------------------------------------------------------- drawing
+
+@dataclasses.dataclass
+class _Source:
+    """Records of one split, drawn by one layout into rows of `columns`."""
+
+    name: str
+    dataset: Dataset
+    split: str
+    numbers: np.ndarray         # int64: which records of the split
+    layout: Callable[..., Grid]
+    vocab: Vocab
+    columns: int
+    fill: Callable[[Record], Record]
+
+    def record(self, i: int) -> Record:
+        return self.fill(self.dataset.record(self.split, int(self.numbers[i])))
+
+    def draw(self, i: int, *key) -> tuple[Record, Grid]:
+        """Record `i` of the source and its grid, drawn from a generator seeded by `key` and it."""
+        record = self.record(i)
+        rng = packing.generator(*key, self.name, int(self.numbers[i]))
+        try:
+            grid = self.layout(record, vocab=self.vocab, rng=rng)
+        except ValueError as e:
+            raise ValueError(f'data.sources.{self.name}: record {record.id!r} of '
+                             f'{self.dataset.path} cannot be drawn: {e}') from e
+        if grid.tokens.shape[0] != len(self.vocab.rows):
+            raise ValueError(f'data.sources.{self.name}: its layout draws {grid.tokens.shape[0]} '
+                             f'streams, the vocabulary has {len(self.vocab.rows)} rows')
+        if grid.extra:
+            raise ValueError(f'data.sources.{self.name}: its layout draws {", ".join(grid.extra)} '
+                             'beside the grid, which rows cannot hold')
+        return record, grid
+
+    def rows(self, drawn: list[tuple[Record, Grid]], *, rows: int) -> list[tuple[dict, dict]]:
+        """`drawn` packed into `rows` rows: per row, its arrays and its account."""
+        widths = [grid.tokens.shape[1] for _, grid in drawn]
+        out = []
+        for placed in packing.best_fit(widths, rows=rows, columns=self.columns):
+            row = packing.lay([(drawn[i][1], kept) for i, kept in placed],
+                              streams=len(self.vocab.rows), columns=self.columns)
+            kept = sum(n for _, n in placed)
+            out.append((row, {
+                'columns': kept,
+                'tokens': int((row['tokens'] >= 0).sum()),
+                'audio_s': sum(self._audio_s(*drawn[i]) * n / widths[i] for i, n in placed),
+                'records': len(placed),
+                'cropped_columns': sum(widths[i] for i, _ in placed) - kept}))
+        return out
+
+    def _audio_s(self, record: Record, grid: Grid) -> float:
+        """Seconds of sound behind `grid`: none when it was drawn as text alone."""
+        first = min(start for name, (start, _) in self.vocab.ranges.items()
+                    if name not in ('text', 'markers'))
+        return record.duration_s if grid.tokens.max(initial=-1) >= first else 0.0
+
+
+def _open_source(dataset: Dataset, config, name: str, vocab: Vocab, *, split: str, layout, fill
+                 ) -> _Source:
+    options, where = _source_options(config, name, layout)
+    draw = config_lib.bind(options['layout'], 'jaxsd.layout', where, given=('vocab', 'rng'))
+    numbers = dataset.select(split, options['select'], f'data.sources.{name}.select')
+    return _Source(name, dataset, split, numbers, draw, vocab, int(config['columns']), fill)
+
+
+class _Rows:
+    """The endless rows of a source, any of them on its own: epoch after epoch, permuted anew."""
+
+    def __init__(self, source: _Source, key: tuple):
+        self._source, self._key = source, key
+        if not len(source.numbers):
+            raise ConfigError(f'data.sources.{source.name} selects no record of split '
+                              f'{source.split!r} of {source.dataset.path}')
+        count = len(source.numbers)
+        sample = np.linspace(0, count - 1, REHEARSED).astype(int)   # repeats where there are few
+        widths = np.array([source.draw(i, *key, 'rehearsal', n)[1].tokens.shape[1]
+                           for n, i in enumerate(sample)])
+        facts = source.dataset.facts(source.split)[source.numbers]
+        self.plan = packing.plan(facts, sample, widths, columns=source.columns)
+        if self.plan.long:
+            _log.warning('data.sources.%s: about %d of %d records are wider than a row of %d '
+                         'columns and are cropped', source.name, self.plan.long, count,
+                         source.columns)
+        self._epoch = functools.lru_cache(2)(self._permuted)
+        self._groups: collections.OrderedDict = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def _permuted(self, epoch: int) -> list[np.ndarray]:
+        return self.plan.epoch(packing.generator(*self._key, self._source.name, epoch, 'order'))
+
+    def __getitem__(self, row: int) -> tuple[dict, dict]:
+        number, row = divmod(row, self.plan.rows)
+        with self._lock:                # so that two threads never draw the same group
+            if number not in self._groups:
+                epoch, group = divmod(number, self.plan.groups)
+                drawn = [self._source.draw(int(i), *self._key, epoch)
+                         for i in self._epoch(epoch)[group]]
+                self._groups[number] = self._source.rows(drawn, rows=self.plan.rows)
+                if len(self._groups) > _GROUPS_KEPT:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(number)
+            return self._groups[number][row]
+
+
+# ------------------------------------------------------------------------------------- batching
+
+def _collate(rows: list[tuple[str, dict, dict]]) -> tuple[Batch, Account]:
+    arrays = {k: np.stack([row[k] for _, row, _ in rows]) for k in rows[0][1]}
+    account: Account = {}
+    for name, _, used in rows:
+        total = account.setdefault(name, dict.fromkeys(used, 0))
+        for key, value in used.items():
+            total[key] += value
+    return arrays, account
+
+
+def _slice(batch: int, process_index: int, process_count: int) -> slice:
+    """The rows of a batch that one of several processes makes."""
+    if batch % process_count:
+        raise ConfigError(f'a batch of {batch} rows cannot be shared by {process_count} processes: '
+                          'make stage.batch a multiple of the process count')
+    if not 0 <= process_index < process_count:
+        raise ValueError(f'process_index must lie in 0..{process_count - 1}, got {process_index}')
+    share = batch // process_count
+    return slice(process_index * share, (process_index + 1) * share)
+
+
+def _batch_rows(stage) -> int:
+    batch = stage.get('batch')
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ConfigError(f'stages {stage.get("name", "")!r} batch must be a positive count of '
+                          f'rows, got {batch!r}')
+    return batch
+
+
+class Batches:
+    """This process's part of one batch after another, made ahead by threads: see `batches`."""
+
+    def __init__(self, make: Callable[[int], tuple[Batch, Account]], fingerprint: dict[str, str], *,
+                 start_step: int, threads: int):
+        import grain  # late, for it imports jax's tree library (and wakes no device)
+
+        self._fingerprint, self._next_step = fingerprint, start_step
+        options = grain.ReadOptions(num_threads=threads,
+                                    prefetch_buffer_size=_AHEAD if threads else 0)
+        steps = grain.MapDataset.range(start_step, 2 ** 62).map(make)
+        self._iterator = iter(steps.to_iter_dataset(options))
+
+    def __iter__(self) -> 'Batches':
+        return self
+
+    def __next__(self) -> tuple[Batch, Account]:
+        out = next(self._iterator)
+        self._next_step += 1
+        return out
+
+    def state(self) -> dict:
+        """What a checkpoint keeps: the step whose batch comes next, and what that means."""
+        return {'next_step': self._next_step, 'fingerprint': self._fingerprint}
+
+    def close(self):
+        """Stops the threads."""
+        self._iterator.close()
+
+
+def batches(config, stage, vocab: Vocab, *, split: str = 'train', start_step: int = 0,
+            process_index: int = 0, process_count: int = 1, threads: int = 2) -> Batches:
+    """The training batches of a stage from `start_step` on, without end: (arrays, account) each.
+
+    arrays: tokens int32 and weights float32 [B, K, T], position and segment int32 [B, T]. B is this
+    process's consecutive part of the stage's batch; joined over processes in order, the parts are
+    the same for any process count. account: what this part consumed, per source.
+    stage: options with `batch` (rows), `data` (source: share of columns) and perhaps `layout`.
+    Raises ConfigError for options that do not fit each other or the dataset, ValueError (from
+    `next`, too) for damaged data.
+    """
+    weights, rows_per_batch = _mixture(config, stage), _batch_rows(stage)
+    if start_step < 0:
+        raise ValueError(f'start_step must not be negative, got {start_step}')
+    part = _slice(rows_per_batch, process_index, process_count)
+    dataset = open_dataset(_data_options(config)['path'], config['codec'])
+    marks = _fingerprint(dataset, config, stage, vocab, split)
+    key, fill = (int(config['seed']), stage.get('name', ''), split), _tokenizer(vocab)
+    rows = {name: _Rows(_open_source(dataset, config, name, vocab, split=split, fill=fill,
+                                     layout=stage.get('layout')), key) for name in weights}
+    names = tuple(rows)
+    # A share of columns: where rows are fuller, fewer of them make the share.
+    turns = tuple(packing.shares({n: weights[n] / rows[n].plan.fill for n in names}).values())
+
+    def make(step: int) -> tuple[Batch, Account]:
+        made = []
+        for row in range(step * rows_per_batch + part.start, step * rows_per_batch + part.stop):
+            which, number = packing.pick(row, turns)
+            made.append((names[which], *rows[names[which]][number]))
+        return _collate(made)
+
+    return Batches(make, marks, start_step=start_step, threads=threads)
+
+
+def one_pass(config, source: str, vocab: Vocab, *, batch: int, split: str = 'test', layout=None,
+             limit: int | None = None, process_index: int = 0, process_count: int = 1
+             ) -> Iterator[tuple[Batch, Account]]:
+    """Every record of `source` in `split` once (the first `limit`), packed, as (arrays, account).
+
+    The last batch is filled with empty rows. Drawn the same way at every call. `layout` takes the
+    place of every other one, so that one set of records can be scored in several ways.
+    """
+    part = _slice(batch, process_index, process_count)
+    dataset = open_dataset(_data_options(config)['path'], config['codec'])
+    source = _open_source(dataset, _with_layout(config, source, layout), source, vocab, split=split,
+                          layout=None, fill=_tokenizer(vocab))
+    numbers = source.numbers[:limit]
+    empty = packing.lay([], streams=len(vocab.rows), columns=source.columns)
+    waiting: list[tuple[str, dict, dict]] = []
+    for first in range(0, len(numbers), 256):
+        drawn = [source.draw(i, int(config['seed']), 'one pass')
+                 for i in range(first, min(first + 256, len(numbers)))]
+        packed = [(source.name, *row) for row in source.rows(drawn, rows=len(drawn))
+                  if row[1]['records']]
+        waiting += packed
+        last = first + 256 >= len(numbers)
+        while len(waiting) >= batch or (last and waiting):
+            whole, waiting = waiting[:batch], waiting[batch:]
+            none = dict.fromkeys(whole[0][2], 0)
+            whole += [(source.name, empty, none)] * (batch - len(whole))
+            yield _collate(whole[part])
+
+
+def _with_layout(config, source: str, layout):
+    """The parts of `config` that drawing needs, with `source` drawn by `layout` if one is given."""
+    data = _data_options(config)
+    if layout is not None and source in data['sources']:
+        data['sources'][source] = data['sources'][source] | {'layout': config_lib.plain(layout)}
+    return {'data': data, 'columns': config['columns'], 'layout': config['layout']}
+
+
+def examples(config, split: str, source: str, *, vocab: Vocab | None = None,
+             limit: int | None = None) -> Iterator[Record]:
+    """The records of `source` in `split`, in stored order; with `vocab`, their words carry ids."""
+    options, _ = _source_options(config, source)
+    dataset = open_dataset(_data_options(config)['path'], config['codec'])
+    fill = _tokenizer(vocab) if vocab is not None else (lambda record: record)
+    for i in dataset.select(split, options['select'], f'data.sources.{source}.select')[:limit]:
+        yield fill(dataset.record(split, int(i)))
+
+
+# -------------------------------------------------------------------------------------- identity
+
+def _digest(value) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def fingerprint(config, stage, vocab: Vocab, *, split: str = 'train') -> dict[str, str]:
+    """What the batches of a stage depend on: a short hash per part, so that a refusal names it."""
+    dataset = open_dataset(_data_options(config)['path'], config['codec'])
+    return _fingerprint(dataset, config, stage, vocab, split)
+
+
+def _fingerprint(dataset: Dataset, config, stage, vocab: Vocab, split: str) -> dict[str, str]:
+    weights, words = _mixture(config, stage), ''
+    if vocab.tokenizer:
+        Text(vocab.tokenizer)           # a file that is no tokenizer fails here, in one line
+        with open(vocab.tokenizer, 'rb') as f:
+            words = hashlib.file_digest(f, 'sha256').hexdigest()
+    parts = {
+        'order': packing.ORDER,
+        'seed': [int(config['seed']), stage.get('name', '')],
+        'columns': int(config['columns']),
+        'batch': _batch_rows(stage),
+        'mixture': weights,
+        'sources': {n: _source_options(config, n, stage.get('layout'))[0] for n in weights},
+        'vocab': dataclasses.asdict(dataclasses.replace(vocab, tokenizer=words)),
+        'dataset': [split, dataset.identity],
+    }
+    return {name: _digest(part) for name, part in parts.items()}
+
+
+def resume(state: dict, fingerprint: dict[str, str]) -> int:
+    """The step to start from so that batches go on where `state` was taken.
+
+    Raises ConfigError naming what differs when `fingerprint` is not the one in `state`.
+    """
+    saved = state['fingerprint']
+    differ = sorted(k for k in saved.keys() | fingerprint.keys()
+                    if saved.get(k) != fingerprint.get(k))
+    if differ:
+        raise ConfigError(f'the checkpoint was made with other data: {", ".join(differ)} changed '
+                          'since; undo the change or begin a new workdir')
+    return int(state['next_step'])
