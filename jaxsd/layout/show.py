@@ -82,7 +82,9 @@ def _token(token: int, row, one: bool, vocab: Vocab, pieces) -> str:
 
 
 def _names(grid: Grid, vocab: Vocab) -> list[str]:
-    return [row.name + "'" * (not weights.any() and bool((ids != NOTHING).any()))
+    """The rows' names, with the mark where tokens are seen and none of them is scored."""
+    return [row.name + "'" * bool(not weights.any() and np.any((ids != NOTHING)
+                                                               & (ids != initial(row))))
             for row, ids, weights in zip(vocab.rows, grid.tokens, grid.weights, strict=True)]
 
 
