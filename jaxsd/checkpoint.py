@@ -9,23 +9,24 @@ named, left on disk, and the next older one is tried. Nothing else touches Orbax
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
 import math
 import os
+import pathlib
 import re
 import shutil
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from jaxsd.config import ConfigError, fingerprint, to_json
-from jaxsd.run import differences, ledger, on_first_process, read_ledger, versions
+from jaxsd.run import all_processes, differences, ledger, on_first_process, read_ledger, versions
 
 log = logging.getLogger('jaxsd')
 FORMAT = 1
@@ -125,10 +126,15 @@ def _restore(folder: str, target, step: int | None, prefix: str, config):
     for name, leaf in _named(target).items():
         if getattr(leaf, 'sharding', None) is None:
             raise ValueError(f'target: {name} has no sharding')
-    return _walk(folder, step, lambda s: _load(folder, s, target, prefix, config))
+    return _walk(folder, step, lambda s: _load(folder, s, target, prefix, config),
+                 lambda found: _flaw(found, prefix))
 
 
-def _walk(folder: str, step: int | None, read):
+def _walk(folder: str, step: int | None, read, flaw=lambda found: ''):
+    """The first of the newest steps that every process can `read` and in which none sees a `flaw`.
+
+    `read` must not communicate: one process may fail in it while the others succeed.
+    """
     _quiet()
     found = steps(folder)
     if step is not None and step not in found:
@@ -139,16 +145,21 @@ def _walk(folder: str, step: int | None, read):
     tried = [step] if step is not None else found[::-1]
     reasons = []
     for at in tried:
-        mine, out = '', None
-        try:
-            out = read(at)
-        except CheckpointMismatch:
-            raise
-        except Exception as e:      # whatever a damaged file makes the layers below raise
-            mine = _reason(e)
-        if _all_processes(not mine):
-            return out
-        reasons.append(mine or 'another process could not read it')
+        reason = ''
+        with _hushed():
+            try:
+                out = read(at)
+            except CheckpointMismatch:
+                raise
+            except Exception as e:      # whatever a damaged file makes the layers below raise
+                reason = _reason(e)
+            if reason:
+                gc.collect()
+        if all_processes(not reason):
+            reason = flaw(out)
+            if not reason:
+                return out
+        reasons.append(reason or 'another process could not read it')
         if at != tried[-1]:
             log.warning('checkpoint of step %d in %s cannot be used, trying an older one: %s',
                         at, folder, reasons[-1])
@@ -185,16 +196,19 @@ def _load(folder: str, step: int, target, prefix: str, config):
         if there != here:
             raise CheckpointMismatch(f'{folder}: the checkpoint of step {step} holds {there} for '
                                      f'{name}, but this config has {here}')
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        arrays = reader.restore(
-            os.path.join(folder, str(step), 'state'), args=ocp.args.PyTreeRestore(
-                item=wanted, partial_restore=True,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)))
-    sums = jax.device_get({name: checksum(x) for name, x in arrays.items()})
-    for name in wanted:
-        if int(sums[name]) != stored[name]['checksum']:
-            raise CheckpointError(f'{name} does not match its checksum')
+    # The handler alone, not a Checkpointer, whose barrier would hang when one process fails.
+    arrays = ocp.PyTreeCheckpointHandler().restore(
+        pathlib.Path(folder, str(step), 'state'), args=ocp.args.PyTreeRestore(
+            item=wanted, partial_restore=True,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)))
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[n] for n in wanted]), meta
+
+
+def _flaw(found, prefix: str) -> str:
+    tree, meta = found
+    sums = jax.device_get({name: checksum(x) for name, x in _named(tree, prefix).items()})
+    wrong = [n for n, x in sums.items() if int(x) != meta['leaves'][n]['checksum']]
+    return f'{wrong[0]} does not match its checksum' if wrong else ''
 
 
 # Writing.
@@ -334,7 +348,9 @@ def _shape(shape, dtype, checksum=None) -> str:
 
 
 def _reason(e: BaseException) -> str:
-    """What went wrong, in one line of bounded length."""
+    """What went wrong at the root, in one line of bounded length."""
+    while e.__cause__ is not None:
+        e = e.__cause__
     text = ' '.join(str(e).split())
     if 'No space left on device' in text or 'RESOURCE_EXHAUSTED: Error writing' in text:
         return 'no space left on the disk'
@@ -347,10 +363,14 @@ def _digest(body: dict) -> str:
     return hashlib.sha256(to_json(body).encode()).hexdigest()
 
 
-def _all_processes(good: bool) -> bool:
-    if jax.process_count() > 1:
-        return bool(np.all(multihost_utils.process_allgather(np.array(good))))
-    return good
+@contextlib.contextmanager
+def _hushed():
+    """Drops what Python prints of reads thrown away half done: the one reason is told by us."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _quiet():

@@ -178,5 +178,12 @@ def on_first_process(fn) -> int:
     if error is not None:
         raise error
     if code < 0:
-        raise RuntimeError('process 0 refused; its own message says why')
+        raise ConfigError('process 0 refused; its own message says why')
     return code
+
+
+def all_processes(good: bool) -> bool:
+    """True where `good` holds on every process: what lets them leave a step together."""
+    if jax.process_count() > 1:
+        return bool(np.all(multihost_utils.process_allgather(np.array(good))))
+    return good
