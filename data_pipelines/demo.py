@@ -36,8 +36,7 @@ from jaxsd import codec
 from jaxsd.types import Record, Turn, Word
 
 SYSTEM_VOICE = 'en-us'
-VOICES = ('en-us+m1', 'en-us+m3', 'en-us+m7', 'en-us+f2', 'en-gb-x-rp', 'en-gb-x-gbclan',
-          'en-us-nyc')
+VOICES = ('en-us+m1', 'en-us+m3', 'en-us+m7', 'en-us+f2', 'en-us+f5', 'en-gb-x-rp', 'en-us-nyc')
 HELD_OUT_VOICE = 'en-us+m2'
 RATES_WPM = (140, 155, 170, 185, 200)
 PITCHES = (35, 45, 55, 65)
@@ -91,7 +90,7 @@ def _estimate_s(item: Item) -> float:
     for line in item.lines:
         if line.share is None:
             words = len(line.text.split())
-            total += (words * 32 + 16) / item.manners[line.channel].rate_wpm + max(line.after_s, 0)
+            total += (words * 36 + 18) / item.manners[line.channel].rate_wpm + max(line.after_s, 0)
     return total
 
 
@@ -380,6 +379,7 @@ def described(seed: int) -> dict:
     return {'vocabulary': list(grammar.vocabulary()), 'kinds': grammar.KINDS, 'facts': facts,
             'questions': asked, 'pairs': pairs,
             'sentences': {s: list(grammar.sentences(s)) for s in ('train', 'test')},
+            'transcripts': {s: list(grammar.transcripts(s)) for s in ('train', 'test')},
             'rules': {'answer': 'right when its last word that is listed under kinds[kind] is want',
                       'match': 'a question is a turn on channel 1 whose text is listed in questions;'
                                ' its answer is the first turn on channel 0 that starts after it '
@@ -488,6 +488,13 @@ def main(argv=None) -> int:
     except (ValueError, OSError) as e:
         print(f'demo: {e}', file=sys.stderr)
         return 1
+    except concurrent.futures.BrokenExecutor:
+        print('demo: a worker process was killed (out of memory?): run again to go on from here, '
+              'with fewer --jobs', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('demo: interrupted; run again to go on from here', file=sys.stderr)
+        return 130
     for split, s in done['manifest']['splits'].items():
         print(f'{split}: {s["records"]} records, {s["hours"]:.3f} h ' +
               ', '.join(f'{k} {v:.3f} h' for k, v in s['hours_by_source'].items()))

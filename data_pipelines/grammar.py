@@ -292,6 +292,14 @@ def dialogue(asked: list[Question], rng: np.random.Generator) -> tuple[Line, ...
 
 
 @functools.cache
+def transcripts(split: str) -> tuple[str, ...]:
+    """Every whole utterance of 'train' or 'test', sorted: stories in one piece, turns one by one."""
+    halves = {s for story in stories(split) for s in story.sentences}
+    whole = {' '.join(story.sentences) for story in stories(split)}
+    return tuple(sorted(set(sentences(split)) - halves | whole))
+
+
+@functools.cache
 def sentences(split: str) -> tuple[str, ...]:
     """Every sentence that may be said in 'train' or 'test', sorted, for a task language model."""
     out = {s for story in stories(split) for s in story.sentences}
