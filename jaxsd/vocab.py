@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One integer line divided into named ranges: text, markers, units, codebooks. The only id arithmetic.
+"""One integer line divided into named ranges: text, markers, units, codebooks. All id arithmetic.
 
 Every token of every grid is an id on this line, so one embedding table serves all streams and no
 other module ever adds an offset. A flat system has one row that may hold any id; a multistream
 system has one row per stream, each owning its range::
 
     line (flat)   | text 0..V-1 | [Text] [Speech] | units | padding |
-    streams       | text + initial | mine 0 + initial | mine 1 + initial | ... | theirs 0 + initial | ...
+    streams       | text + initial | mine 0 + initial | ... | theirs 0 + initial | ...
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Vocab:
     tokenizer: str = ''                     # path of a sentencepiece model; '' when ids come ready
 
     def encode(self, name: str, ids) -> np.ndarray:
-        """Local ids of range `name` to ids on the line. Raises ValueError when one is out of range."""
+        """Local ids of range `name` as ids on the line. Raises ValueError for one outside it."""
         start, size = self.ranges[name]
         ids = np.asarray(ids, np.int32)
         if ids.size and (ids.min() < 0 or ids.max() >= size):
@@ -73,7 +73,7 @@ def line(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: int
 def streams(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: int = 2,
             pad: int = 3, epad: int = 0, speakers: Sequence[str] = ('mine', 'theirs'),
             predicted: Sequence[str] = ('mine',), multiple: int = 1) -> Vocab:
-    """One text row, then one row per speaker and codebook, each with an initial token after its ids.
+    """One text row, then a row per speaker and codebook, each with an initial token after its ids.
 
     Row names are `text`, `mine 0`, `mine 1`, ..., `theirs 0`, ... Speakers outside `predicted` are
     heard and never spoken. Ids follow kyutai's LMModel: the initial token is the first id past the
@@ -106,7 +106,10 @@ class Text:
         import sentencepiece
         try:
             with open(path, 'rb') as f:
-                self._model = sentencepiece.SentencePieceProcessor(model_proto=f.read())
+                proto = f.read()
+            if not proto:       # which sentencepiece would take for a model without pieces
+                raise RuntimeError('the file is empty')
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except (OSError, RuntimeError) as e:
             raise ValueError(f'vocab.tokenizer: cannot read the sentencepiece model {path}: '
                              f'{e}') from e

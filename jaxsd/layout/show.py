@@ -161,7 +161,7 @@ def _wrap(words, head: str, indent: str) -> list[str]:
 HUES = {'text': '#e9a23b', 'markers': '#39395a', 'mine': '#3b78b5', 'units': '#3b78b5',
         'theirs': '#4f9d69', 'nothing': '#ffffff', 'pad': '#f3efe6', 'epad': '#d8cbb0',
         'initial': '#8a8a94'}
-HATCH = '#b4b4be'
+HATCH = '#94949e'
 MEANINGS = {'text': 'words', 'markers': 'marker, BOS, EOS', 'mine': 'my voice', 'units': 'units',
             'theirs': 'their voice', 'pad': 'pad', 'epad': 'a word comes next',
             'initial': 'initial token'}
