@@ -48,7 +48,8 @@ def _data_options(config) -> dict:
         if key not in ('path', 'sources'):
             raise config_lib.unknown('data', key, ('path', 'sources'))
     if not data.get('path'):
-        raise ConfigError('data.path must name a dataset directory')
+        raise ConfigError('data.path is empty: name a dataset directory, as in '
+                          '--config.data.path=data/demo')
     if not data.get('sources'):
         raise ConfigError('data.sources must name at least one source')
     for name, source in data['sources'].items():
