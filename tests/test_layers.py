@@ -25,6 +25,7 @@ LAYERS = {
     'config': (0, (), {'numpy', 'ml_collections'}, {'jax', 'flax'}),
     'vocab': (0, ('types', 'config'), {'numpy', 'ml_collections'}, {'jax', 'flax'}),
     'layout': (1, (), NUMPY, {'jax', 'flax', 'grain', 'tensorflow_datasets', 'soundfile'}),
+    'packing': (1, (), NUMPY, {'jax', 'flax', 'grain', 'tensorflow_datasets'}),
     'sharding': (1, (), JAX, set()),
     'nn': (1, ('sharding',), JAX | {'flax'}, set()),
     'objective': (1, (), JAX, set()),
@@ -42,6 +43,7 @@ LAYERS = {
     'evaluate': (5, ('generate',), ANY, set()),
     'plan': (5, (), ANY, set()),
     'export': (5, (), ANY, set()),
+    'draw': (4, (), NUMPY, {'jax', 'flax'}),
     'report': (5, (), NUMPY, {'jax', 'flax', 'optax', 'orbax', 'grain'}),
     'cli': (6, (), ANY, set()),
 }

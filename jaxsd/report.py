@@ -1,0 +1,627 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One page that shows what runs did: curves, drawn grids, tables, and the audio itself.
+
+The page is a single HTML file. It asks nothing of any network, holds no script, follows the
+reader's light or dark setting and fits a phone. It is written from what lies in the run directories
+and from nothing else; whatever is missing, damaged or not finite is said in words. All text from
+the runs is escaped, and how much is embedded is bounded.
+"""
+
+import ast
+import base64
+import datetime
+import html
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import statistics
+import tempfile
+
+import numpy as np
+
+from jaxsd import draw
+
+LINES = 1_000_000           # of a metrics file that are read
+LINE_BYTES = 1 << 18
+JSON_BYTES = 1 << 24
+GRIDS, GRID_BYTES = 8, 3 << 20
+CLIPS, CLIP_S = 16, 30.0
+AUDIO_BYTES = 16 << 20      # of sound in one page
+
+STYLE = '''
+:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1b1b19; --soft: #5d5c57;
+  --line: #dfdeda; --s0: #2a78d6; --s1: #d95f1e; --s2: #128a60; --s3: #b07600; --s4: #c9447e;
+  --s5: #0f7d0f; --s6: #4a3aa7; --s7: #d03b3b; }
+@media (prefers-color-scheme: dark) { :root { --page: #131312; --card: #1d1d1b; --ink: #eeede8;
+  --soft: #a8a79f; --line: #383835; --s0: #5a9df0; --s1: #ee8350; --s2: #35b98a; --s3: #d79b25;
+  --s4: #e879a8; --s5: #4db04d; --s6: #a79ef2; --s7: #ee7b7b; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; }
+main, header, footer { max-width: 1080px; margin: 0 auto; padding: 0 20px; }
+header { padding-top: 28px; } footer { padding: 28px 20px 48px; color: var(--soft); }
+h1 { font-size: 26px; line-height: 1.25; margin: 0 0 6px; }
+h2 { font-size: 22px; line-height: 1.3; margin: 0 0 6px; }
+h3 { font-size: 17px; margin: 34px 0 10px; } h4 { font-size: 15px; margin: 22px 0 4px; }
+h3 + h4, figure h4, .clip h4 { margin-top: 0; }
+p { margin: 6px 0; max-width: 75ch; } a { color: var(--s0); }
+nav a { display: inline-block; margin: 4px 14px 4px 0; }
+.soft, figcaption, dt { color: var(--soft); } .small, figcaption { font-size: 14px; }
+article { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 24px; margin: 22px 0; }
+.evidence { border-left: 3px solid var(--s0); padding-left: 12px; margin: 12px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 10px;
+  margin: 18px 0 0; }
+.tile { border: 1px solid var(--line); border-radius: 8px; padding: 9px 12px; }
+.tile b { display: block; font-size: 20px; font-weight: 600; line-height: 1.3; }
+.tile small { font-size: 13px; font-weight: 500; }
+.wide { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr));
+  gap: 22px; }
+figure { margin: 0; min-width: 0; } figure svg { width: 100%; height: auto; display: block; }
+svg text { font-family: inherit !important; }
+.scroll { overflow-x: auto; } .scroll:focus-visible { outline: 2px solid var(--s0); }
+table { border-collapse: collapse; font-size: 14.5px; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; } th { color: var(--soft); font-weight: 500; }
+.n { text-align: right; white-space: nowrap; } .w { min-width: 5.5em; overflow-wrap: anywhere; }
+.key { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
+.grid img { display: block; min-width: min(680px, 200vw); width: 100%; border-radius: 4px; }
+pre { font-size: 13px; line-height: 1.35; margin: 6px 0; }
+.clip { border-top: 1px solid var(--line); padding: 14px 0; }
+.clip img { display: block; width: 100%; height: 76px; border-radius: 3px; margin: 4px 0 2px; }
+audio { width: 100%; max-width: 520px; height: 40px; display: block; margin: 8px 0; }
+summary { cursor: pointer; color: var(--soft); padding: 6px 0; } code { font-size: .92em; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 5px 18px; margin: 6px 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 560px) { main, header, footer { padding-left: 12px; padding-right: 12px; }
+  article { padding: 16px 14px; } h1 { font-size: 22px; } h2 { font-size: 19px; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 9px; } }
+'''
+
+
+def write(workdirs: list[str], out_path: str) -> str:
+    """Writes the page of the runs in `workdirs` to `out_path` and returns the path.
+
+    Raises ValueError for a directory that does not exist; pieces that are missing inside one are
+    said on the page.
+    """
+    if not workdirs:
+        raise ValueError('report: name at least one --workdir')
+    for workdir in workdirs:
+        if not os.path.isdir(workdir):
+            raise ValueError(f'--workdir {workdir}: no such directory')
+    runs = [_read_run(pathlib.Path(workdir)) for workdir in workdirs]
+    room = [AUDIO_BYTES]
+    articles = [_article(run, f'run-{i}', room) for i, run in enumerate(runs)]
+    links = ''.join(f'<a href="#run-{i}">{_e(run["name"])}</a>' for i, run in enumerate(runs))
+    when = datetime.datetime.now().strftime('%Y-%m-%d %H:%M')
+    page = f'''<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
+<title>Spoken language models: what the runs did</title><style>{STYLE}</style></head><body>
+<header><h1>Spoken language models: what the runs did</h1>
+<p class="soft">Written {when} from {len(runs)} run director{"y" if len(runs) == 1 else "ies"}.</p>
+<nav aria-label="Runs">{links if len(runs) > 1 else ""}</nav></header>
+<main>{"".join(articles)}</main>
+<footer class="small">Made by jaxsd. This page holds everything it shows and loads nothing.</footer>
+</body></html>
+'''
+    _write_whole(out_path, page.encode('utf-8', 'replace'))
+    return out_path
+
+
+def curve_png(workdir: str, out_path: str, *, stage: str = '') -> str:
+    """Draws the loss and its terms over the steps of `stage` (default: the last) as a picture.
+
+    Raises ValueError when the run has no such curve.
+    """
+    stages = _stages(_read_lines(pathlib.Path(workdir) / 'metrics.jsonl'))
+    stage = stage or next(reversed(stages), '')
+    if stage not in stages:
+        raise ValueError(f'{workdir} has no metrics of stage {stage!r} (there are: '
+                         f'{", ".join(stages) or "none"})')
+    title = f'{pathlib.Path(workdir).resolve().name}: stage {stage}'
+    _write_whole(out_path, draw.curves_png(_loss_curves(stages[stage]), title))
+    return out_path
+
+
+def _write_whole(path: str, content: bytes):
+    """Writes to a temporary name beside `path`, then renames: the page is there whole or not."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=folder, prefix='.report-')
+    try:
+        with os.fdopen(handle, 'wb') as f:
+            f.write(content)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+# Reading. Nothing below trusts a file: it may be missing, cut short, huge, or of another shape.
+
+def _read_json(path: pathlib.Path, kind: type):
+    """The JSON in `path` if it is a `kind`, else an empty one."""
+    try:
+        with open(path, 'rb') as f:
+            found = json.loads(f.read(JSON_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return kind()
+    return found if isinstance(found, kind) else kind()
+
+
+def _read_lines(path: pathlib.Path) -> list[dict]:
+    """The whole lines of a JSON-lines file; a line that a crash cut short is left out."""
+    out = []
+    try:
+        with open(path, 'rb') as f:
+            for line in itertools.islice(iter(lambda: f.readline(LINE_BYTES), b''), LINES):
+                try:
+                    entry = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(entry, dict):
+                    out.append(entry)
+    except OSError:
+        return []
+    return out
+
+
+def _stages(lines: list[dict]) -> dict[str, list[dict]]:
+    """Metrics by stage, sorted by step; lines of one step (training, held out) become one."""
+    out: dict[str, dict[int, dict]] = {}
+    for line in lines:
+        if isinstance(line.get('step'), int):
+            steps = out.setdefault(str(line.get('stage', '')), {})
+            steps[line['step']] = steps.get(line['step'], {}) | line
+    return {stage: [rows[step] for step in sorted(rows)] for stage, rows in out.items()}
+
+
+def _read_run(folder: pathlib.Path) -> dict:
+    run = _read_json(folder / 'config.json', dict)
+    ledger = _read_lines(folder / 'ledger.jsonl')
+    file = next((e['file'] for e in [run, *reversed(ledger)] if isinstance(e.get('file'), str)), '')
+    text = run.get('doc') if isinstance(run.get('doc'), str) else _docstring(file)
+    config = run.get('config')
+    return {'folder': folder, 'name': folder.resolve().name, 'file': file, 'doc': text,
+            'fingerprint': run.get('fingerprint', ''),
+            'config': config if isinstance(config, dict) else {},
+            'ledger': ledger, 'stages': _stages(_read_lines(folder / 'metrics.jsonl')),
+            'evaluation': [e for e in _read_json(folder / 'evaluation.json', list)
+                           if isinstance(e, dict)]}
+
+
+def _docstring(spec: str) -> str:
+    """The paper card at the top of a config file; the file is parsed, never executed."""
+    path = spec.partition(':')[0]
+    try:
+        if not path.endswith('.py') or os.path.getsize(path) > JSON_BYTES:
+            return ''
+        return ast.get_docstring(ast.parse(pathlib.Path(path).read_text('utf-8'))) or ''
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return ''
+
+
+# Words and numbers.
+
+def _e(text) -> str:
+    return html.escape(str(text))
+
+
+def _finite(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _number(x) -> str:
+    """A number as people write it, four digits that count; a dash where there is none."""
+    if isinstance(x, float) and not math.isfinite(x):
+        return 'not finite'
+    if not _finite(x):
+        return '–'
+    if isinstance(x, int) or (abs(x) >= 1e4 and abs(x) < 1e15):
+        return f'{x:,.0f}' if abs(x) < 1e9 else f'{x:.3g}'.replace('e+0', 'e').replace('e+', 'e')
+    return f'{x:.4g}'
+
+
+def _unit(x, unit: str) -> str:
+    return f'{_number(float(x))} <small>{unit}</small>'
+
+
+def _short(value, depth: int = 0) -> str:
+    """A value of JSON on one line: `rank 8, scale 2`."""
+    if isinstance(value, dict):
+        inside = ', '.join(f'{k} {_short(v, depth + 1)}' for k, v in value.items())
+        return f'({inside})' if depth else inside
+    if isinstance(value, list):
+        inside = ', '.join(_short(v, depth + 1) for v in value)
+        return f'[{inside}]' if depth else inside
+    if isinstance(value, bool) or value is None:
+        return {True: 'yes', False: 'no', None: 'none'}[value]
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _table(heads, rows, *, words=()) -> str:
+    """`rows` of already escaped cells; the columns in `words` hold text, the others numbers."""
+    kind = ['w' if i in words else 'n' for i in range(len(heads))]
+    head = ''.join(f'<th class="{k}">{h}</th>' for k, h in zip(kind, heads, strict=True))
+    body = ''.join('<tr>' + ''.join(f'<td class="{k}">{c}</td>'
+                                    for k, c in zip(kind, row, strict=True)) + '</tr>'
+                   for row in rows)
+    return (f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+            f'<tbody>{body}</tbody></table></div>')
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f'data:{kind};base64,{base64.b64encode(content).decode()}'
+
+
+# Drawing.
+
+def _xy(rows: list[dict], value) -> tuple[list[float], list[float]]:
+    pairs = [(row['step'], y) for row in rows if _finite(y := value(row))]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _inner(row: dict, group: str, name: str):
+    return row[group].get(name) if isinstance(row.get(group), dict) else None
+
+
+def _names(rows: list[dict], group: str) -> list[str]:
+    return sorted({str(k) for row in rows if isinstance(row.get(group), dict) for k in row[group]})
+
+
+def _loss_curves(rows):
+    """(name, color, x, y, held-out points) for the total and its terms, the total first."""
+    terms = _names(rows, 'terms')
+    curves = [('loss', draw.INK, lambda r: r.get('loss'))]
+    curves += [(name, color, lambda r, name=name: _inner(r, 'terms', name))
+               for name, color in zip(terms, draw.SERIES, strict=False)]
+    return [(name, color, *draw.thin(*_xy(rows, value)),
+             _xy(rows, lambda r, name=name: _inner(r, 'held_out', name)))
+            for name, color, value in curves]
+
+
+def _figure(title: str, svg: str, caption: str = '') -> str:
+    below = f'<figcaption>{caption}</figcaption>' if caption else ''
+    return f'<figure><h4>{title}</h4>{svg}{below}</figure>'
+
+
+# The parts of a run's card, in reading order.
+
+def _article(run: dict, anchor: str, room: list[int]) -> str:
+    parts = [_card(run), _tiles(run), _grids(run), '<h3>Learning</h3>', *(_learning(s, rows) for s, rows in
+                                                              run['stages'].items())]
+    if not run['stages']:
+        parts.append('<p class="soft">No metrics were written: nothing has been trained here.</p>')
+    parts += [_evaluation(run), _listen(run, room), _ledger(run), _config(run),
+              _exports(run)]
+    return f'<article id="{anchor}">{"".join(parts)}</article>'
+
+
+def _card(run: dict) -> str:
+    text = run['doc'].strip()
+    title, _, rest = text.partition('\n')
+    evidence = re.search(r'^\s*Evidence\s+(.*?)(?:\n\s*\n|\Z)', rest, re.DOTALL | re.MULTILINE)
+    out = [f'<h2>{_e(title or run["name"])}</h2>']
+    where = ' · '.join(f'{name}<code>{_e(run[key])}</code>' for name, key in
+                       (('', 'folder'), ('', 'file'), ('fingerprint ', 'fingerprint')) if run[key])
+    out.append(f'<p class="soft small">{where}</p>')
+    paragraph = rest.strip().partition('\n\n')[0]
+    if paragraph and not paragraph.lstrip().startswith('Evidence'):
+        out.append(f'<p>{_e(paragraph)}</p>')
+    if evidence:
+        words = ' '.join(evidence[1].split())
+        out.append(f'<p class="evidence"><b>Evidence.</b> {_e(words)}</p>')
+    if not text:
+        out.append('<p class="soft">The config file that describes this run was not found.</p>')
+    return ''.join(out)
+
+
+def _tiles(run: dict) -> str:
+    if not run['stages']:
+        return ''
+    rows = list(run['stages'].values())
+    last = rows[-1][-1]
+    tiles = [('final loss', _number(last.get('loss'))),
+             (f'step of {_e(next(reversed(run["stages"])) or "training")}', _number(last['step']))]
+    if _finite(last.get('tokens')):
+        tiles.append(('tokens trained on', _number(last['tokens'])))
+    if _finite(last.get('audio_hours')):
+        tiles.append(('audio trained on', _unit(last['audio_hours'], 'h')))
+    for key, name, scale, unit in (('audio_hours_per_h', 'real time, training', 1, '×'),
+                                   ('step_s', 'time per step', 1, 's'),
+                                   ('data_wait_fraction', 'waiting for data', 100, '%'),
+                                   ('dispatch_fraction', 'starting steps', 100, '%')):
+        found = [r[key] for stage in rows for r in stage if _finite(r.get(key))]
+        if found:
+            tiles.append((name, _unit(scale * statistics.median(found), unit)))
+    skipped = sum(stage[-1]['skipped_steps'] for stage in rows
+                  if _finite(stage[-1].get('skipped_steps')))
+    if skipped:
+        tiles.append(('steps skipped, not finite', _number(skipped)))
+    return ('<div class="tiles">' + ''.join(
+        f'<div class="tile"><b>{value}</b><span class="soft small">{name}</span></div>'
+        for name, value in tiles) + '</div>')
+
+
+def _learning(stage: str, rows: list[dict]) -> str:
+    curves = [c for c in _loss_curves(rows) if c[2] or c[4][0]]
+    name = f'stage {stage}' if stage else 'training'
+    figures, more, table = [], [], ''
+    if curves:
+        figures.append(_figure('Loss', draw.curves(curves, f'Loss over steps, {name}', height=2.7),
+                               'Lines: training batches.' + (
+                                   ' Circles: held-out records.' if any(c[4][0] for c in curves)
+                                   else ' No held-out points were written.')))
+        keys = {draw.INK: 'var(--ink)'} | {c: f'var(--s{i})' for i, c in enumerate(draw.SERIES)}
+        lines = [(f'<span class="key" style="background:{keys[color]}"></span>{_e(term)}',
+                  _number(y[0] if y else None), _number(y[-1] if y else None),
+                  _number(held[1][-1] if held[1] else None))
+                 for term, color, x, y, held in curves]
+        drawn = {c[0] for c in curves}
+        for group, what in (('terms', ''), ('metrics', ''), ('held_out', ' (held out)')):
+            for term in _names(rows, group):
+                if group != 'metrics' and term in drawn:
+                    continue
+                y = _xy(rows, lambda r, g=group, t=term: _inner(r, g, t))[1]
+                first, final = (y[0], y[-1]) if y else (None, None)
+                lines.append((_e(term) + what, *((_number(first), _number(final), '–')
+                                                 if group != 'held_out' else
+                                                 ('–', '–', _number(final)))))
+        table = _table(('', 'first', 'last', 'held out'), lines[:60], words=(0,))
+    bad = sum(1 for r in rows if 'loss' in r and not _finite(r['loss']))
+    if bad:
+        table += (f'<p class="soft small">{_number(bad)} of {_number(len(rows))} lines have a loss '
+                  'that is not a finite number; they are left out of the curve.</p>')
+    small = (('lr', 'Learning rate', False, 1), ('grad_norm', 'Gradient norm', False, 1),
+             ('tokens_per_s', 'Tokens per second', True, 1),
+             ('audio_hours_per_h', 'Audio hours per hour', True, 1),
+             ('data_wait_fraction', 'Waiting for data, %', True, 100))
+    for key, title, zero, scale in small:
+        x, y = draw.thin(*_xy(rows, lambda r, k=key: r.get(k)))
+        if x:
+            y = [scale * v for v in y]
+            more.append(_figure(title, draw.curves([(key, draw.SERIES[0], x, y, ([], []))],
+                                                   f'{title}, {name}', zero=zero)))
+    head = f'<h4>{_e(name.capitalize())}</h4>'
+    if not figures and not more:
+        return f'{head}<p class="soft">The metrics of {_e(name)} hold no finite numbers.</p>{table}'
+    figures.append(f'<div>{table}</div>')
+    rest = ('<details><summary>Learning rate, gradients and speed</summary><div class="wide">'
+            f'{"".join(more)}</div></details>') if more else ''
+    return f'{head}<div class="wide">{"".join(figures)}</div>{rest}'
+
+
+def _evaluation(run: dict) -> str:
+    out = ['<h3>Evaluation</h3>']
+    if not run['evaluation']:
+        return out[0] + '<p class="soft">No evaluation was written for this run.</p>'
+    tasks: dict[str, list[dict]] = {}
+    for entry in run['evaluation']:
+        tasks.setdefault(str(entry.get('task', 'unnamed')), []).append(entry)
+    for task, entries in tasks.items():
+        names = []
+        for entry in entries:
+            metrics = entry.get('metrics')
+            names += [k for k in (metrics if isinstance(metrics, dict) else ()) if k not in names]
+        heads = ['split', 'stage', 'step', 'items', *map(_e, names)]
+        rows = [[_e(e.get('split', '–')), _e(e.get('stage', '–')), _number(e.get('step')),
+                 _number(e.get('items')), *(_number(_inner(e, 'metrics', n)) for n in names)]
+                for e in entries]
+        if len(names) > 6 and len(entries) <= 3:    # tall reads better than wide
+            labels = [' '.join(filter(None, (str(e.get('split', '')), str(e.get('stage', '')))))
+                      for e in entries]
+            heads = ['', *map(_e, labels)]
+            rows = [[_e(n), *(_number(_inner(e, 'metrics', n)) for e in entries)] for n in names]
+            rows.append(['items', *(_number(e.get('items')) for e in entries)])
+            rows.append(['step', *(_number(e.get('step')) for e in entries)])
+        out.append(f'<h4>{_e(task)}</h4>'
+                   + _table(heads, rows, words=(0, 1) if heads[0] else (0,)))
+        notes = dict.fromkeys(str(e['note']) for e in entries if e.get('note'))
+        out += [f'<p class="small soft">{_e(note)}</p>' for note in notes]
+        out += [_histogram(e) for e in entries if isinstance(e.get('histogram'), dict)]
+    return ''.join(out)
+
+
+def _histogram(entry: dict) -> str:
+    name = str(entry['histogram'].get('name', 'values'))
+    given = entry['histogram'].get('values')
+    given = given if isinstance(given, list) else ()
+    values = np.asarray([v for v in given if _finite(v)], float)
+    if not values.size:
+        return f'<p class="soft">The histogram of {_e(name)} holds no finite values.</p>'
+    quarter, middle, most = np.percentile(values, [25, 50, 95])
+    svg = draw.histogram(values, name)
+    return '<div class="wide" style="margin-top:14px">' + _figure(
+        f'{_e(name)}, {_e(entry.get("split", ""))}', svg,
+        f'{_number(int(values.size))} items; quartile {_number(float(quarter))}, median '
+        f'{_number(float(middle))}, 95th percentile {_number(float(most))}.') + '</div>'
+
+
+def _grids(run: dict) -> str:
+    out, folder = ['<h3>What the model reads</h3>'], run['folder'] / 'grids'
+    found = sorted(p for p in folder.glob('*') if p.suffix in ('.png', '.txt') and p.is_file())
+    if not found:
+        return out[0] + '<p class="soft">No grid was drawn for this run.</p>'
+    for path in found[:GRIDS]:
+        name = _e(path.stem.replace('_', ' ').replace('-', ' '))
+        if path.stat().st_size > GRID_BYTES:
+            out.append(f'<p class="soft">{_e(path.name)} is too large to show here.</p>')
+            continue
+        content = path.read_bytes()
+        if path.suffix == '.txt':
+            shown = f'<pre>{_e(content.decode("utf-8", "replace"))}</pre>'
+        elif content.startswith(b'\x89PNG\r\n\x1a\n'):
+            shown = f'<img src="{_data_uri(content, "image/png")}" alt="Drawn grid: {name}">'
+        else:
+            out.append(f'<p class="soft">{_e(path.name)} is not a PNG picture.</p>')
+            continue
+        out.append(f'<figure><h4>{name}</h4><div class="scroll grid" tabindex="0">{shown}</div>'
+                   '</figure>')
+    if len(found) > GRIDS:
+        out.append(f'<p class="soft">{len(found) - GRIDS} more lie in {_e(folder)}.</p>')
+    return ''.join(out)
+
+
+def _listen(run: dict, room: list[int]) -> str:
+    folder = run['folder'] / 'samples'
+    listed = [e for e in _read_json(folder / 'samples.json', list)
+              if isinstance(e, dict) and isinstance(e.get('file'), str)]
+    known = {e['file'] for e in listed}
+    listed += [{'file': p.name, 'title': p.stem} for p in sorted(folder.glob('*.wav'))
+               if p.name not in known]
+    if not listed:
+        return '<h3>Listen</h3><p class="soft">No audio was generated in this run.</p>'
+    out = ['<h3>Listen</h3>']
+    for entry in listed[:CLIPS]:
+        out.append(_clip(folder, entry, room))
+    if len(listed) > CLIPS:
+        out.append(f'<p class="soft">{len(listed) - CLIPS} more lie in {_e(folder)}.</p>')
+    return ''.join(out)
+
+
+def _clip(folder: pathlib.Path, entry: dict, room: list[int]) -> str:
+    path = folder / entry['file']
+    head = f'<h4>{_e(entry.get("title") or entry["file"])}</h4>'
+    head += f'<p>{_e(entry["text"])}</p>' if entry.get('text') else ''
+    try:
+        if path.resolve().parent != folder.resolve():
+            raise ValueError('it lies outside the samples folder')
+        if not path.is_file():
+            raise ValueError('no such file')
+        rate_hz, length, wav = _read_sound(path)
+        if wav.nbytes > room[0]:
+            raise ValueError('this page is full of sound; it can be heard where it lies')
+    except (OSError, ValueError) as e:
+        why = f'{_e(entry["file"])} is not played here: {_e(e)}.'
+        return f'<div class="clip">{head}<p class="soft">{why}</p></div>'
+    room[0] -= wav.nbytes
+    names = entry.get('channels') if isinstance(entry.get('channels'), list) else []
+    names = [_e(n) for n in names] if len(names) == len(wav) else [
+        f'channel {i + 1}' if len(wav) > 1 else '' for i in range(len(wav))]
+    pictures = ''.join(
+        f'<span class="small soft">{name}</span><img alt="Spectrogram {name}" '
+        f'src="{_data_uri(draw.spectrogram(channel, rate_hz), "image/png")}">'
+        for name, channel in zip(names, wav, strict=True))
+    cut = f', the first {CLIP_S:.0f} s here' if wav.shape[1] < length else ''
+    sound = _data_uri(_wav_bytes(wav, rate_hz), 'audio/wav')
+    return (f'<div class="clip">{head}<audio controls preload="metadata" src="{sound}"></audio>'
+            f'{pictures}<span class="small soft">{length / rate_hz:.1f} s{cut}; '
+            f'{_e(entry["file"])}</span></div>')
+
+
+def _read_sound(path: pathlib.Path) -> tuple[int, int, np.ndarray]:
+    """Rate, length in samples, and the first int16 [C, S] of a sound file. Raises ValueError."""
+    try:
+        import soundfile
+    except ImportError:
+        raise ValueError('reading sound needs pip install jaxsd[audio]') from None
+    try:
+        with soundfile.SoundFile(path) as f:
+            if not f.frames or f.channels > 8:
+                raise ValueError(f'it has {f.frames} samples on {f.channels} channels')
+            return f.samplerate, f.frames, f.read(int(CLIP_S * f.samplerate), dtype='int16',
+                                                  always_2d=True).T
+    except RuntimeError as e:
+        raise ValueError(str(e).strip(' .').replace(str(path), 'it')) from None
+
+
+def _wav_bytes(wav: np.ndarray, rate_hz: int) -> bytes:
+    """int16 [C, S] as a wav file."""
+    import soundfile
+    out = io.BytesIO()
+    soundfile.write(out, wav.T, rate_hz, format='WAV', subtype='PCM_16')
+    return out.getvalue()
+
+
+def _ledger(run: dict) -> str:
+    head = '<h3>What was trained, on what</h3>'
+    if not run['ledger']:
+        return head + '<p class="soft">No ledger was written for this run.</p>'
+    consumed = {str(e.get('stage', '')): e['consumed'] for e in run['ledger']
+                if isinstance(e.get('consumed'), dict)}     # each counts from the stage's start
+    rows = [(_e(stage), _e(source),
+             _number(c['audio_s'] / 3600.0 if _finite(c.get('audio_s')) else None),
+             _number(c.get('tokens')), _number(c.get('records')))
+            for stage, sources in consumed.items() for source, c in sources.items()
+            if isinstance(c, dict)]
+    out = [head]
+    if rows:
+        out.append(_table(('stage', 'source', 'hours', 'tokens', 'records'), rows, words=(0, 1)))
+    first = ('time_s', 'event', 'kind', 'stage', 'step', 'revision', 'code', 'devices',
+             'device_kind', 'processes', 'mesh')
+    entries = [e for e in run['ledger'] if e.get('event') != 'consumed']
+    keys = list(dict.fromkeys(k for e in entries for k in e))
+    keys = [k for k in first if k in keys] + [k for k in keys if k not in first]
+    shown = [k for k in keys if k in first or all(
+        len(_short(e.get(k))) <= 40 for e in entries)][:10]
+    rows = []
+    for entry in entries[-40:]:
+        cells = []
+        for key in shown:
+            value = entry.get(key)
+            if key == 'time_s' and _finite(value) and 0 <= value < 4e9:
+                when = datetime.datetime.fromtimestamp(value)
+                cells.append(when.strftime('%Y-%m-%d %H:%M:%S'))
+            else:
+                cells.append('' if value is None else _e(_short(value)[:120]))
+        rows.append(cells)
+    out.append(_table([_e('time' if k == 'time_s' else k.replace('_', ' ')) for k in shown], rows,
+                      words=range(len(shown))))
+    if len(entries) > 40:
+        out.append(f'<p class="soft small">The last 40 of {len(entries)} entries.</p>')
+    whole = '\n'.join(json.dumps(e) for e in run['ledger'][-40:])[:200_000]
+    out.append(f'<details><summary>The ledger as written</summary><div class="scroll"><pre>'
+               f'{_e(whole)}</pre></div></details>')
+    return ''.join(out)
+
+
+SLOTS = ('codec', 'vocab', 'layout', 'frontend', 'backbone', 'head', 'objective', 'data', 'mesh')
+
+
+def _config(run: dict) -> str:
+    config, out = run['config'], ['<h3>Configuration</h3>']
+    if not config:
+        return out[0] + '<p class="soft">No readable config.json lies in this run.</p>'
+    lines = [(slot, config[slot]) for slot in SLOTS if slot in config]
+    stages = config.get('stages')
+    lines += [(f'stage {s.get("name", i)}', {k: v for k, v in s.items() if k != 'name'})
+              for i, s in enumerate(stages if isinstance(stages, list) else ())
+              if isinstance(s, dict)]
+    out.append('<dl>')
+    for name, value in lines:
+        if isinstance(value, dict):
+            rest = {k: v for k, v in value.items() if k != 'name'}
+            head = f'<b>{_e(value["name"])}</b> ' if 'name' in value else ''
+            out.append(f'<dt>{_e(name)}</dt><dd>{head}{_e(_short(rest))}</dd>')
+        else:
+            out.append(f'<dt>{_e(name)}</dt><dd>{_e(_short(value))}</dd>')
+    whole = json.dumps(config, indent=1)[:200_000]
+    out.append('</dl><details><summary>The whole resolved config</summary><div class="scroll">'
+               f'<pre>{_e(whole)}</pre></div></details>')
+    return ''.join(out)
+
+
+def _exports(run: dict) -> str:
+    head = '<h3>Exports</h3>'
+    folders = {p.parent for pattern in ('*/*.safetensors', '*/*/*.safetensors', '*/*.stablehlo',
+                                        '*/*.gguf')
+               for p in run['folder'].glob(pattern) if not p.is_relative_to(
+                   run['folder'] / 'checkpoints')}
+    if not folders:
+        return head + '<p class="soft">Nothing was exported from this run.</p>'
+    rows = []
+    for folder in sorted(folders)[:20]:
+        files = sorted(p for p in folder.iterdir() if p.is_file())
+        size = sum(p.stat().st_size for p in files)
+        rows.append((f'<code>{_e(folder)}</code>', f'{size / 1e6:,.1f} MB',
+                     _e(', '.join(p.name for p in files[:8]))))
+    return head + _table(('folder', 'size', 'files'), rows, words=(0, 2))

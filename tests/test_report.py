@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the page show what the runs hold, survive what they lack, and let nothing out or in?"""
+
+import html.parser
+import io
+import json
+import math
+import os
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import soundfile
+from matplotlib.image import imread, imsave
+
+from jaxsd import draw, report
+
+NASTY = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes" \'too\''
+CARD = '''"""Two speakers: a system made up for a test (arXiv 0000.00000).
+
+One column per 80 ms frame.
+
+  look     python -m jaxsd show --config configs/made_up.py
+Evidence   none of it is real;
+           this is the second line.
+"""
+raise SystemExit('a report executes nothing')
+'''
+
+
+def tone(seconds: float, channels: int = 1, rate_hz: int = 16000) -> np.ndarray:
+    t = np.arange(int(seconds * rate_hz)) / rate_hz
+    sweep = .3 * np.sin(2 * np.pi * (300 + 400 * t) * t) * (np.sin(6 * t) > 0)
+    return np.stack([np.roll(sweep, 4000 * c) for c in range(channels)], axis=1)
+
+
+def lines(steps: int, stage: str, terms=('text', 'semantic', 'acoustic')):
+    for step in range(10, steps + 1, 10):
+        loss = 1.2 + 3 * math.exp(-step / 80) + .03 * math.sin(step)
+        yield dict(stage=stage, step=step, loss=loss, terms={
+            t: loss * (.5 + .4 * i) for i, t in enumerate(terms)}, metrics={'accuracy': 1 / loss},
+            lr=1e-3 * min(1, step / 50), grad_norm=1 + 1 / step, skipped_steps=0, step_s=.31,
+            data_wait_fraction=.004, dispatch_fraction=.002, tokens_per_s=5200.5,
+            audio_hours_per_h=410.2, tokens=step * 1600, audio_hours=step / 100,
+            time_s=1.79e9 + step)
+        if step % 50 == 0:
+            yield dict(stage=stage, step=step, held_out={'loss': loss + .1, 'text': loss * .55},
+                       time_s=1.79e9 + step)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A complete run directory: every file that the page can show."""
+    folder = tmp_path / 'made_up'
+    for name in ('grids', 'samples', 'export', 'checkpoints/learn'):
+        (folder / name).mkdir(parents=True)
+    config = tmp_path / 'made_up.py'
+    config.write_text(CARD)
+    (folder / 'config.json').write_text(json.dumps({
+        'jaxsd_run': 1, 'fingerprint': 'abc123def456', 'config': {
+            'seed': 0, 'columns': 512, 'layout': {'name': 'duplex.columns', 'weight_pad': .5},
+            'backbone': {'name': 'decoder', 'layers': 4, 'width': 256},
+            'stages': [{'name': 'learn', 'steps': 400, 'lr': 1e-3}]}}))
+    (folder / 'metrics.jsonl').write_text(''.join(
+        json.dumps(line) + '\n' for line in [*lines(400, 'learn'), *lines(100, 'adapt')]))
+    (folder / 'ledger.jsonl').write_text(''.join(json.dumps(e) + '\n' for e in (
+        dict(time_s=1.79e9, event='start', stage='learn', step=0, revision='1234abc', devices=1,
+             device_kind='cpu', mesh={'fsdp': 1}, file=f'{config}:demo'),
+        dict(time_s=1.79e9, event='consumed', stage='learn', consumed_to=200, consumed={
+            'dialogue': dict(audio_s=3600., tokens=100_000, records=50)}),
+        dict(time_s=1.7901e9, event='consumed', stage='learn', consumed_to=400, consumed={
+            'dialogue': dict(audio_s=9000., tokens=250_000, records=123)}))))
+    (folder / 'evaluation.json').write_text(json.dumps([
+        dict(task='asr', split='test', metrics={'wer': .0214, 'exact': .91}, items=64, step=400,
+             stage='learn', note='Closed vocabulary.'),
+        dict(task='asr', split='voice', metrics={'wer': .0731, 'exact': .8}, items=64, step=400,
+             stage='learn', note='Closed vocabulary.'),
+        dict(task='duplex', split='test', metrics={'answered': .84}, items=40, step=400,
+             stage='learn', note='', histogram=dict(
+                 name='latency_frames', values=[int(4 + 3 * abs(math.sin(i))) for i in range(40)])
+             )]))
+    picture = np.tile(np.linspace(0, 1, 400), (60, 1))
+    imsave(folder / 'grids' / 'example.png', picture, cmap='viridis')
+    (folder / 'grids' / 'toy.txt').write_text('text   BOS  _    EP   hel\nmine     *  412   17\n')
+    soundfile.write(folder / 'samples' / 'answer.wav', tone(2.5, 2), 16000)
+    soundfile.write(folder / 'samples' / 'unlisted.wav', tone(1), 16000)
+    (folder / 'samples' / 'samples.json').write_text(json.dumps([
+        dict(file='answer.wav', title='What is two plus three?', text='It is five.',
+             channels=['mine', 'theirs'])]))
+    (folder / 'export' / 'model.safetensors').write_bytes(b'0' * 2048)
+    (folder / 'checkpoints' / 'learn' / 'x.safetensors').write_bytes(b'0')
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags nest, and gathers what a page refers to and says."""
+
+    VOID = {'meta', 'img', 'br', 'hr', 'link', 'input'}
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.refs, self.tags, self.text, self.handlers = [], [], [], [], []
+        self.source = open(path, encoding='utf-8').read()
+        self.feed(self.source)
+        self.close()
+        assert not self.open, f'left open: {self.open}'
+        self.words = ' '.join(' '.join(self.text).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.refs += [(tag, v) for k, v in attrs if k in ('src', 'href', 'srcset', 'data')]
+        self.handlers += [k for k, _ in attrs if k.startswith('on')]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f'</{tag}> closes {self.open[-3:]}'
+        self.open.pop()
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != 'style':
+            self.text.append(data)
+
+
+def page_of(*folders, out):
+    return Page(report.write([str(f) for f in folders], str(out / 'report.html')))
+
+
+def test_a_complete_run_is_shown(run, tmp_path):
+    page = page_of(run, out=tmp_path)
+    for said in ('Two speakers: a system made up for a test', 'One column per 80 ms frame.',
+                 'none of it is real; this is the second line.', 'abc123def456', 'Stage learn',
+                 'Stage adapt', '0.0214', '0.0731', 'Closed vocabulary.', 'latency_frames',
+                 'What is two plus three?', 'It is five.', 'mine', 'theirs', 'unlisted', '1234abc',
+                 'BOS', 'model.safetensors', 'duplex.columns', 'semantic', '410.2 ×', 'real time',
+                 '0.4 %'):
+        assert said in page.words, said
+    row = re.search(r'learn dialogue (\S+) (\S+) (\S+)', page.words)
+    assert row.groups() == ('2.5', '250,000', '123')     # the last count, not the sum of counts
+    assert page.tags.count('audio') == 2
+    assert 'x.safetensors' not in page.words            # checkpoints are not exports
+    assert page.tags.count('svg') == 2 * 6 + 1          # per stage six drawings, and a histogram
+
+
+def test_nothing_is_asked_of_a_network(run, tmp_path):
+    page = page_of(run, out=tmp_path)
+    outside = [r for _, r in page.refs if not r.startswith(('data:', '#'))]
+    assert not outside
+    assert set(re.findall(r'https?://[^\s"\'<>]+', page.source)) <= {'http://www.w3.org/2000/svg',
+                                                                   'http://www.w3.org/1999/xlink'}
+    assert not re.search(r'url\((?!#)|@import', page.source)
+    assert 'script' not in page.tags
+    assert "default-src 'none'" in page.source
+
+
+def test_texts_are_never_markup(run, tmp_path):
+    def spoil(x):
+        if isinstance(x, dict):
+            return {(k if k in KEYS else k + NASTY): spoil(v) for k, v in x.items()}
+        if isinstance(x, list):
+            return [spoil(v) for v in x]
+        return x + NASTY if isinstance(x, str) and not x.endswith('.wav') else x
+
+    KEYS = {'task', 'split', 'metrics', 'stage', 'note', 'histogram', 'name', 'values', 'file',
+            'title', 'text', 'channels', 'terms', 'held_out', 'step', 'loss', 'consumed', 'event',
+            'config', 'stages', 'layout'}
+    for name in ('config.json', 'evaluation.json', 'samples/samples.json'):
+        path = run / name
+        path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
+    for name in ('metrics.jsonl', 'ledger.jsonl'):
+        path = run / name
+        path.write_text(''.join(json.dumps(spoil(json.loads(line))) + '\n'
+                                for line in path.read_text().splitlines()))
+    (run / 'grids' / f'{NASTY[:8]}.txt').write_text(NASTY)
+    page = page_of(run, out=tmp_path)
+    clean = page_of(run, out=tmp_path)
+    assert 'alert("x")' in page.words                    # it is shown, as text
+    assert 'script' not in page.tags and not page.handlers
+    assert page.tags.count('img') == clean.tags.count('img')
+
+
+def test_a_docstring_is_text_too(run, tmp_path):
+    text = NASTY.replace("'", '')
+    (tmp_path / 'made_up.py').write_text(f"'''{text}\n\nEvidence {text}'''")
+    page = page_of(run, out=tmp_path)
+    assert 'script' not in page.tags and 'alert("x")' in page.words
+
+
+def test_an_empty_directory_says_what_is_missing(tmp_path):
+    (tmp_path / 'nothing').mkdir()
+    page = page_of(tmp_path / 'nothing', out=tmp_path)
+    for said in ('The config file that describes this run was not found', 'No metrics were written',
+                 'No evaluation was written', 'No grid was drawn', 'No audio was generated',
+                 'No ledger was written', 'No readable config.json', 'Nothing was exported'):
+        assert said in page.words, said
+
+
+def test_a_missing_directory_is_an_error_and_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match='no such directory'):
+        report.write([str(tmp_path / 'nowhere')], str(tmp_path / 'report.html'))
+    with pytest.raises(ValueError, match='--workdir'):
+        report.write([], str(tmp_path / 'report.html'))
+    assert not (tmp_path / 'report.html').exists()
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'\x00\xff garbage', b'[' * 100_000, b'null', b'[1, "a", null, {}]',
+    b'{"step": 1, "loss": {}, "terms": 3, "metrics": [1]}', b'{"stages": 5, "config": [1]}',
+    b'[{"metrics": 4, "histogram": {"values": "abc"}, "file": 5, "items": [1]}]',
+    b'RIFF\x10\x00\x00\x00WAVEfmt \x02', b'\x89PNG\r\n\x1a\n'])
+def test_damaged_files_are_survived(run, tmp_path, content):
+    (run / 'metrics.jsonl').unlink()                    # drawing it each time would take minutes
+    for name in ('metrics.jsonl', 'config.json', 'evaluation.json', 'samples/samples.json',
+                 'samples/answer.wav', 'grids/example.png', 'grids/toy.txt', 'ledger.jsonl'):
+        whole = (run / name).read_bytes() if (run / name).exists() else b''
+        (run / name).write_bytes(content)
+        page = page_of(run, out=tmp_path)
+        assert 'Two speakers' in page.words or name == 'ledger.jsonl'
+        (run / name).write_bytes(whole)
+
+
+def test_what_is_not_finite_is_said(run, tmp_path):
+    bad = [dict(stage='learn', step=s, loss=v, terms={'text': v}, lr=v)
+           for s, v in enumerate([math.nan, math.inf, None, 'high', 1.5, 1e30])]
+    (run / 'metrics.jsonl').write_text(''.join(json.dumps(b) + '\n' for b in bad))
+    (run / 'evaluation.json').write_text(json.dumps([dict(
+        task='asr', metrics={'wer': math.nan, 'cer': None}, histogram=dict(
+            name='latency', values=[math.nan, None]))]))
+    page = page_of(run, out=tmp_path)
+    assert '4 of 6 lines have a loss that is not a finite number' in page.words
+    assert 'not finite' in page.words and 'holds no finite values' in page.words
+    (run / 'metrics.jsonl').write_text('{"stage": "learn", "step": 3, "loss": NaN}\n')
+    assert 'hold no finite numbers' in page_of(run, out=tmp_path).words
+
+
+def test_size_is_bounded(run, tmp_path, monkeypatch):
+    for i in range(20):
+        soundfile.write(run / 'samples' / f'long-{i:02d}.wav', tone(12), 16000)
+    monkeypatch.setattr(report, 'CLIP_S', 5.0)
+    monkeypatch.setattr(report, 'AUDIO_BYTES', 20 * 16000)
+    page = page_of(run, out=tmp_path)
+    assert 'the first 5 s here' in page.words and 'full of sound' in page.words
+    assert '6 more lie in' in page.words                 # 22 clips, 16 are listed
+    sound = sum(len(r) for tag, r in page.refs if tag == 'audio') * 3 / 4
+    assert 20 * 16000 < sound < 20 * 16000 * 1.1
+    with open(run / 'metrics.jsonl', 'w') as f:
+        for step in range(20_000):
+            f.write(json.dumps(dict(stage='learn', step=step, loss=1 / (step + 1))) + '\n')
+    assert os.path.getsize(page_of(run, out=tmp_path) and tmp_path / 'report.html') < 2e6
+
+
+def test_a_sample_outside_the_run_is_not_read(run, tmp_path):
+    soundfile.write(tmp_path / 'secret.wav', tone(1), 16000)
+    os.symlink(tmp_path / 'secret.wav', run / 'samples' / 'link.wav')
+    (run / 'samples' / 'samples.json').write_text(json.dumps([
+        dict(file='../../secret.wav', title='up'), dict(file=str(tmp_path / 'secret.wav')),
+        dict(file='link.wav'), dict(file='gone.wav')]))
+    page = page_of(run, out=tmp_path)
+    assert page.words.count('it lies outside the samples folder') == 3
+    assert 'no such file' in page.words
+
+
+def test_thinning_keeps_the_mean():
+    x, y = draw.thin(list(range(1000)), [float(i % 2) for i in range(1000)], 100)
+    assert len(x) == 100 and np.allclose(y, .5) and x[0] == 4.5 and x[-1] == 994.5
+    assert draw.thin([1, 2], [3., 4.]) == ([1, 2], [3., 4.])
+
+
+def test_drawings_hold_the_data_and_the_colors_of_the_page():
+    svg = draw.curves([('loss', draw.INK, [0, 10], [1., 3.], ([5], [2.])),
+                       ('text', draw.SERIES[0], [0, 10], [2., 2.], ([], []))], 'a "loss" & more')
+    root = ET.fromstring(svg)
+    assert root.get('aria-label') == 'a "loss" & more'
+    assert 'var(--ink)' in svg and 'var(--s0)' in svg and draw.INK not in svg
+    paths = [p.get('d') for p in root.iter('{http://www.w3.org/2000/svg}path')
+             if 'var(--ink)' in p.get('style', '') or 'var(--s0)' in p.get('style', '')]
+    ends = [[[float(v) for v in point.split()] for point in re.findall(r'[ML] ([-\d. ]+)', d)]
+            for d in paths]
+    rising, = (e for e in ends if len(e) == 2 and e[0][1] != e[1][1])
+    flat, = (e for e in ends if len(e) == 2 and e[0][1] == e[1][1])
+    assert rising[0][1] > flat[0][1] > rising[1][1]     # SVG counts downward
+    assert flat[0][1] == pytest.approx((rising[0][1] + rising[1][1]) / 2)
+
+
+def test_a_spectrogram_shows_where_the_sound_is():
+    t = np.arange(16000) / 16000
+    wav = (8000 * np.sin(2 * np.pi * 2000 * t)).astype(np.int16)
+    wav[8000:] = 0
+    picture = imread(io.BytesIO(draw.spectrogram(wav, 16000)))[..., :3].sum(axis=-1)
+    rows, columns = picture.shape
+    row, column = np.unravel_index(picture.argmax(), picture.shape)
+    assert abs((rows - row) / rows - .25) < .05         # 2 of 8 kHz, from the bottom
+    assert column < columns / 2
+    assert picture[:, : columns // 3].mean() > 2 * picture[:, -columns // 3:].mean()
+
+
+def test_a_curve_for_the_readme(run, tmp_path):
+    out = report.curve_png(str(run), str(tmp_path / 'curve.png'))
+    assert open(out, 'rb').read(8) == b'\x89PNG\r\n\x1a\n'
+    with pytest.raises(ValueError, match="no metrics of stage 'x'.*learn, adapt"):
+        report.curve_png(str(run), out, stage='x')
