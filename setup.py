@@ -23,5 +23,6 @@ EXTRAS = {
 setup(name='jaxsd', version=VERSION, license='Apache-2.0', python_requires='>=3.11',
       description='Sharded, reproducible pretraining of spoken dialogue models in JAX.',
       packages=find_packages(include=['jaxsd*', 'data_pipelines*']),
+      package_data={'jaxsd': ['*.css']},
       install_requires=CORE, extras_require=EXTRAS,
       entry_points={'console_scripts': ['jaxsd = jaxsd.cli:main']})

@@ -32,56 +32,6 @@ GRIDS, GRID_BYTES = 8, 3 << 20
 CLIPS, CLIP_S = 16, 30.0
 AUDIO_BYTES = 16 << 20      # of sound in one page
 
-STYLE = '''
-:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1b1b19; --soft: #5d5c57;
-  --line: #dfdeda; --s0: #2a78d6; --s1: #d95f1e; --s2: #128a60; --s3: #b07600; --s4: #c9447e;
-  --s5: #0f7d0f; --s6: #4a3aa7; --s7: #d03b3b; }
-@media (prefers-color-scheme: dark) { :root { --page: #131312; --card: #1d1d1b; --ink: #eeede8;
-  --soft: #a8a79f; --line: #383835; --s0: #5a9df0; --s1: #ee8350; --s2: #35b98a; --s3: #d79b25;
-  --s4: #e879a8; --s5: #4db04d; --s6: #a79ef2; --s7: #ee7b7b; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; }
-main, header, footer { max-width: 1080px; margin: 0 auto; padding: 0 20px; }
-header { padding-top: 28px; } footer { padding: 28px 20px 48px; color: var(--soft); }
-h1 { font-size: 26px; line-height: 1.25; margin: 0 0 6px; }
-h2 { font-size: 22px; line-height: 1.3; margin: 0 0 6px; }
-h3 { font-size: 17px; margin: 34px 0 10px; } h4 { font-size: 15px; margin: 22px 0 4px; }
-h3 + h4, figure h4, .clip h4 { margin-top: 0; }
-p { margin: 6px 0; max-width: 75ch; } a { color: var(--s0); }
-nav a { display: inline-block; margin: 4px 14px 4px 0; }
-.soft, figcaption, dt { color: var(--soft); } .small, figcaption { font-size: 14px; }
-article { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: 24px; margin: 22px 0; }
-.evidence { border-left: 3px solid var(--s0); padding-left: 12px; margin: 12px 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); gap: 10px;
-  margin: 18px 0 0; }
-.tile { border: 1px solid var(--line); border-radius: 8px; padding: 9px 12px; }
-.tile b { display: block; font-size: 20px; font-weight: 600; line-height: 1.3; }
-.tile small { font-size: 13px; font-weight: 500; }
-.wide { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr));
-  gap: 22px; }
-figure { margin: 0; min-width: 0; } figure svg { width: 100%; height: auto; display: block; }
-svg text { font-family: inherit !important; }
-.scroll { overflow-x: auto; } .scroll:focus-visible { outline: 2px solid var(--s0); }
-table { border-collapse: collapse; font-size: 14.5px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; } th { color: var(--soft); font-weight: 500; }
-.n { text-align: right; white-space: nowrap; } .w { min-width: 5.5em; overflow-wrap: anywhere; }
-.key { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
-.grid img { display: block; min-width: min(680px, 200vw); width: 100%; border-radius: 4px; }
-pre { font-size: 13px; line-height: 1.35; margin: 6px 0; }
-.clip { border-top: 1px solid var(--line); padding: 14px 0; }
-.clip img { display: block; width: 100%; height: 76px; border-radius: 3px; margin: 4px 0 2px; }
-audio { width: 100%; max-width: 520px; height: 40px; display: block; margin: 8px 0; }
-summary { cursor: pointer; color: var(--soft); padding: 6px 0; } code { font-size: .92em; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 5px 18px; margin: 6px 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 560px) { main, header, footer { padding-left: 12px; padding-right: 12px; }
-  article { padding: 16px 14px; } h1 { font-size: 22px; } h2 { font-size: 19px; }
-  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 9px; } }
-'''
-
 
 def write(workdirs: list[str], out_path: str) -> str:
     """Writes the page of the runs in `workdirs` to `out_path` and returns the path.
@@ -95,6 +45,7 @@ def write(workdirs: list[str], out_path: str) -> str:
         if not os.path.isdir(workdir):
             raise ValueError(f'--workdir {workdir}: no such directory')
     runs = [_read_run(pathlib.Path(workdir)) for workdir in workdirs]
+    style = pathlib.Path(__file__).with_suffix('.css').read_text('utf-8')
     room = [AUDIO_BYTES]
     articles = [_article(run, f'run-{i}', room) for i, run in enumerate(runs)]
     links = ''.join(f'<a href="#run-{i}">{_e(run["name"])}</a>' for i, run in enumerate(runs))
@@ -104,7 +55,7 @@ def write(workdirs: list[str], out_path: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
-<title>Spoken language models: what the runs did</title><style>{STYLE}</style></head><body>
+<title>Spoken language models: what the runs did</title><style>{style}</style></head><body>
 <header><h1>Spoken language models: what the runs did</h1>
 <p class="soft">Written {when} from {len(runs)} run director{"y" if len(runs) == 1 else "ies"}.</p>
 <nav aria-label="Runs">{links if len(runs) > 1 else ""}</nav></header>
@@ -297,8 +248,8 @@ def _figure(title: str, svg: str, caption: str = '') -> str:
 # The parts of a run's card, in reading order.
 
 def _article(run: dict, anchor: str, room: list[int]) -> str:
-    parts = [_card(run), _tiles(run), _grids(run), '<h3>Learning</h3>', *(_learning(s, rows) for s, rows in
-                                                              run['stages'].items())]
+    parts = [_card(run), _tiles(run), _grids(run), '<h3>Learning</h3>']
+    parts += [_learning(stage, rows) for stage, rows in run['stages'].items()]
     if not run['stages']:
         parts.append('<p class="soft">No metrics were written: nothing has been trained here.</p>')
     parts += [_evaluation(run), _listen(run, room), _ledger(run), _config(run),
@@ -397,7 +348,7 @@ def _learning(stage: str, rows: list[dict]) -> str:
     figures.append(f'<div>{table}</div>')
     rest = ('<details><summary>Learning rate, gradients and speed</summary><div class="wide">'
             f'{"".join(more)}</div></details>') if more else ''
-    return f'{head}<div class="wide">{"".join(figures)}</div>{rest}'
+    return f'{head}<div class="pair">{"".join(figures)}</div>{rest}'
 
 
 def _evaluation(run: dict) -> str:

@@ -24,14 +24,14 @@ part() {    # part NAME 'what happens' COMMAND...
 jaxsd() { "$python" -m jaxsd "$@"; }
 
 part data 'speaking a small corpus and turning it into tokens' \
-  "$python" -m data_pipelines.demo --output "$data"
+  "$python" -m data_pipelines.demo --out "$data"
 for system in spirit_lm moshi; do
   config=configs/$system.py:demo work=$runs/$system
+  part "show-$system" "what $system reads, as text" jaxsd show --config "$config" --data "$data"
+  part "train-$system" "training $system: $work" jaxsd train --config "$config" --workdir "$work"
   mkdir -p "$work/grids"
-  part "show-$system" "drawing what $system reads: $work/grids" \
+  part "draw-$system" "the same as a picture: $work/grids" \
     jaxsd show --config "$config" --data "$data" --png "$work/grids/example.png"
-  part "train-$system" "training $system: $work" \
-    jaxsd train --config "$config" --workdir "$work"
   part "evaluate-$system" "evaluating $system on sentences it has not seen" \
     jaxsd evaluate --config "$config" --workdir "$work"
 done
