@@ -8,7 +8,6 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV ?= .venv
 PEERS ?= .peers
 RUNS ?= runs
-DATA ?= data/demo
 TORCH ?= torch==2.13.0
 
 .PHONY: help env quickstart test test-all test-peers lint clean
@@ -32,7 +31,7 @@ $(VENV)/.complete: setup.py
 env: $(VENV)/.complete
 
 quickstart: env
-	@PYTHON='$(VENV)/bin/python' DATA='$(DATA)' RUNS='$(RUNS)' bash launch/quickstart.sh
+	@PYTHON='$(VENV)/bin/python' RUNS='$(RUNS)' bash launch/quickstart.sh
 
 test: env
 	'$(VENV)/bin/python' -m pytest

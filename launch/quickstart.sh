@@ -5,7 +5,7 @@
 # what is finished and resumes what was interrupted; RUNS=elsewhere starts afresh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python} data=${DATA:-data/demo} runs=${RUNS:-runs}
+python=${PYTHON:-.venv/bin/python} runs=${RUNS:-runs}
 stamps=$runs/.quickstart begun=$SECONDS previous=
 mkdir -p "$stamps"
 
@@ -24,14 +24,14 @@ part() {    # part NAME 'what happens' COMMAND...
 jaxsd() { "$python" -m jaxsd "$@"; }
 
 part data 'speaking a small corpus and turning it into tokens' \
-  "$python" -m data_pipelines.demo --out "$data"
+  "$python" -m data_pipelines.demo --out data/demo
 for system in spirit_lm moshi; do
   config=configs/$system.py:demo work=$runs/$system
-  part "show-$system" "what $system reads, as text" jaxsd show --config "$config" --data "$data"
+  part "show-$system" "what $system reads, as text" jaxsd show --config "$config"
   part "train-$system" "training $system: $work" jaxsd train --config "$config" --workdir "$work"
   mkdir -p "$work/grids"
   part "draw-$system" "the same as a picture: $work/grids" \
-    jaxsd show --config "$config" --data "$data" --png "$work/grids/example.png"
+    jaxsd show --config "$config" --png "$work/grids/example.png"
   part "evaluate-$system" "evaluating $system on sentences it has not seen" \
     jaxsd evaluate --config "$config" --workdir "$work"
 done

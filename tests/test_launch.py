@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do the launchers hand the command on word by word, and does the quickstart go on where it was?"""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+LAUNCH = pathlib.Path(__file__).resolve().parents[1] / 'launch'
+VERB = ['train', '--config', 'configs/a b.py:demo', "--config.data.path='x y'", '--workdir',
+        'runs/$1']
+
+
+def run(script, *args, **env):
+    return subprocess.run(['bash', str(LAUNCH / script), *args], capture_output=True, text=True,
+                          timeout=60, env=os.environ | {k: str(v) for k, v in env.items()})
+
+
+def test_launchers_are_short():
+    long = {p.name: n for p in LAUNCH.iterdir() if (n := len(p.read_text().splitlines())) >= 60}
+    assert not long, f'{long}: a launcher only calls the CLI'
+
+
+def test_local_names_every_process():
+    out = run('local.sh', '3', *VERB, DRY_RUN=1, PYTHON=sys.executable)
+    assert out.returncode == 0, out.stderr
+    lines = [shlex.split(line) for line in out.stdout.splitlines()]
+    settings = [dict(word.split('=', 1) for word in words[:3]) for words in lines]
+    assert [s['JAXSD_PROCESS_INDEX'] for s in settings] == ['0', '1', '2']
+    assert {s['JAXSD_PROCESSES'] for s in settings} == {'3'}
+    assert len({s['JAXSD_COORDINATOR'] for s in settings}) == 1
+    assert all(words[3:] == [sys.executable, '-m', 'jaxsd', *VERB] for words in lines)
+
+
+STAND_IN = '''#!/bin/bash
+[ "$1" = -c ] && exec {python} "$@"
+echo "process $JAXSD_PROCESS_INDEX of $JAXSD_PROCESSES: $*"
+[ "$JAXSD_PROCESS_INDEX" = "{bad}" ] && {{ sleep 1; exit 7; }}
+[ "{bad}" = none ] || exec sleep 50
+'''
+
+
+@pytest.mark.parametrize('bad, status', [('none', 0), ('0', 1), ('1', 1)])
+def test_local_starts_them_and_ends_them_together(tmp_path, bad, status):
+    python = tmp_path / 'python'
+    python.write_text(STAND_IN.format(python=sys.executable, bad=bad))
+    python.chmod(0o755)
+    out = run('local.sh', '2', 'train', PYTHON=python, LOGS=tmp_path / 'logs')
+    assert out.returncode == status                 # in time: the survivor was not waited for
+    assert 'process 0 of 2: -m jaxsd train' in out.stdout
+    assert 'process 1 of 2' in (tmp_path / 'logs' / 'process-1.log').read_text()
+
+
+@pytest.mark.parametrize('args', [(), ('0', 'train'), ('two', 'train'), ('2',)])
+def test_local_says_how_it_is_used(args):
+    out = run('local.sh', *args)
+    assert out.returncode == 2 and out.stderr.startswith('usage:')
+
+
+def test_slurm_hands_on():
+    out = run('slurm.sbatch', *VERB, DRY_RUN=1, PYTHON='/env/bin/python')
+    words = shlex.split(out.stdout)
+    assert words[0] == 'srun'
+    assert words[-len(VERB) - 3:] == ['/env/bin/python', '-m', 'jaxsd', *VERB]
+    assert run('slurm.sbatch').returncode == 2
+
+
+def test_tpu_hands_on():
+    out = run('tpu_vm.sh', *VERB, DRY_RUN=1, TPU='slice', ZONE='z', REPO='my repo')
+    words = shlex.split(out.stdout)
+    assert words[:7] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', 'slice', '--zone']
+    remote = shlex.split(words[words.index('--command') + 1])
+    assert remote[:3] == ['cd', 'my repo', '&&'] and remote[-len(VERB):] == VERB
+    assert run('tpu_vm.sh', 'train', DRY_RUN=1, TPU='slice').returncode != 0
+
+
+def test_gke_names_every_variable_it_needs():
+    text = (LAUNCH / 'gke.yaml').read_text()
+    head = text[:text.index('apiVersion')]
+    used = set(re.findall(r'\$\{(\w+)\}', text))
+    assert used and all(f'{name}=' in head for name in used)
+    import yaml
+    body = yaml.safe_load(re.sub(r'\$\{(\w+)\}', '1', text))
+    assert body['kind'] == 'JobSet'
+
+
+def test_the_quickstart_skips_what_is_done(tmp_path):
+    python, log = tmp_path / 'python', tmp_path / 'log'
+    python.write_text(f'#!/bin/bash\necho "$*" >> {log}\ncase "$*" in '
+                      '*"evaluate --config configs/moshi"*) exit "${BAD:-0}";; esac\n')
+    python.chmod(0o755)
+    settings = dict(PYTHON=python, RUNS=tmp_path / 'runs')
+    first = run('quickstart.sh', **settings, BAD=3)
+    assert first.returncode == 3 and 'Done' not in first.stdout
+    begun = log.read_text().splitlines()
+    assert begun[0] == '-m data_pipelines.demo --out data/demo'
+    log.unlink()
+    second = run('quickstart.sh', **settings)
+    assert second.returncode == 0 and 'report.html' in second.stdout.splitlines()[-1]
+    rest = log.read_text().splitlines()
+    assert rest[0] == begun[-1] and not set(rest[1:]) & set(begun)      # from the failed part on
+    log.unlink()
+    assert run('quickstart.sh', **settings).returncode == 0
+    assert not log.exists()                                             # nothing is done twice
+    (tmp_path / 'runs' / '.quickstart' / 'data').touch()
+    assert run('quickstart.sh', **settings).returncode == 0
+    assert len(log.read_text().splitlines()) == len(begun) + len(rest) - 2     # all but the data
