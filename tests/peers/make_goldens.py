@@ -69,6 +69,8 @@ def shake(model, seed: int, scale: float = 1.4) -> None:
                 value = .5 * noise
             elif 'emb' in name:
                 value = .6 * noise
+            elif name.startswith('linears'):    # behind no norm: keeps logits within a few units
+                value = .3 * scale * noise / p.shape[-1] ** .5
             else:
                 value = scale * noise / p.shape[-1] ** .5
             p.copy_(value.bfloat16().float())
@@ -100,7 +102,8 @@ def lm_model(seed: int, **changes):
     return model
 
 
-def codes_for(values: dict, *, seed: int, batch: int, frames: int, zeros: float = .08) -> np.ndarray:
+def codes_for(values: dict, *, seed: int, batch: int, frames: int,
+              zeros: float = .08) -> np.ndarray:
     """Random codes [B, 1 + n_q, T] in the peer's own order, some of them -1 (nothing)."""
     rng = np.random.default_rng(seed)
     rows = 1 + values['n_q']

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hands checkpoints to the runtimes people use, and starts from the weights people have.
+
+A format is a family of released checkpoints (see `families`): 'hf', a Hugging Face Llama, Mistral
+or Qwen2 that any server loads, and 'kyutai', the LMModel of the moshi package. One ordered table of
+rules is read in both directions, so import(export(x)) is x to the bit. Parameters are a nested dict
+of arrays in the shapes of `model.abstract(config)`.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxsd import model
+from jaxsd.config import ConfigError, fingerprint, plain, unknown
+from jaxsd.export import rules, safetensors
+from jaxsd.export.families import FAMILIES, Family, disagreements, facts
+from jaxsd.stage import flatten, unflatten
+
+FORMATS = tuple(FAMILIES)
+SHARD_BYTES = 4 << 30
+LISTED = 8          # how many tensors an error names before it counts the rest
+
+
+def export_run(config, params, out: str, format: str, *, lora_scale: float = 0.0,
+               notes: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES) -> dict:
+    """Writes `params` of `config` to the new folder `out` in the files that `format` prescribes.
+
+    config.json, float32 safetensors, generation_config.json, the text tokenizer where the config
+    names one, `vocabulary.json` (which ids are text, markers, units) and a model card README.md.
+    lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels.
+    notes: further lines of the card, {name: value}. Returns {'bytes', 'tensors', 'files'}.
+    Raises ConfigError for a config that the format cannot express, ValueError for parameters of
+    another config and where `out` has something in it; then nothing is written.
+    """
+    family = family_of(format)
+    have = facts(config)
+    family.check(have)
+    shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
+    ours = fold_lora(flatten(params), lora_scale)
+    if {path: tuple(leaf.shape) for path, leaf in ours.items()} != shapes:
+        odd = sorted(set(ours) ^ set(shapes)) or [p for p in shapes if ours[p].shape != shapes[p]]
+        raise ValueError(f'the parameters are not those of the config: {_some(odd)}')
+    plan = family.rules(have)
+    _covered(plan, shapes)
+    spelled = family.spell(have)
+    vocab = model.make_vocab(config)
+    parent = os.path.dirname(os.path.abspath(out))
+    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
+        raise ValueError(f'--out: {out} is not an empty folder; name a new one')
+    os.makedirs(parent, exist_ok=True)
+    partial = tempfile.mkdtemp(prefix=f'.{os.path.basename(out)}.', dir=parent)
+    try:
+        made = rules.pieces(plan.rules, shapes)
+        keys = []
+
+        def tensors():
+            for piece in made:
+                keys.append(piece.key)
+                yield piece.key, rules.forward(piece, ours)
+
+        size = safetensors.write(partial, tensors(),
+                                 shard_bytes=shard_bytes if family.sharded else None)
+        _json(partial, 'config.json', spelled)
+        _json(partial, 'generation_config.json',
+              {'bos_token_id': vocab.specials['bos'], 'eos_token_id': vocab.specials['eos'],
+               '_from_model_config': True})
+        _json(partial, 'vocabulary.json',
+              {'ranges': {k: {'start': a, 'size': n} for k, (a, n) in vocab.ranges.items()},
+               'specials': vocab.specials, 'size': vocab.size,
+               'config_fingerprint': fingerprint(config)})
+        if vocab.tokenizer:
+            try:
+                shutil.copyfile(vocab.tokenizer, os.path.join(partial, 'tokenizer.model'))
+            except OSError as e:
+                raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
+        with open(os.path.join(partial, 'README.md'), 'w', encoding='utf-8') as f:
+            f.write(card(config, format, spelled, size, notes or {}))
+        files = sorted(os.listdir(partial))
+        os.chmod(partial, 0o755)
+        os.replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return {'bytes': size, 'tensors': len(keys), 'files': files}
+
+
+def import_params(config, source: str, format: str) -> dict:
+    """The parameters of the checkpoint in folder (or file) `source`, as `config` arranges them.
+
+    Float32 numpy arrays in the shapes of `model.abstract(config)`. The checkpoint's config.json is
+    compared with the config first. Raises ConfigError where they disagree, and ValueError naming
+    file and key for a damaged file and for missing, unused or misshapen tensors.
+    """
+    return unflatten(dict(stream(config, source, format)))
+
+
+def stream(config, source: str, format: str):
+    """`import_params`, one (path, array) at a time, so that a caller may place each as it comes."""
+    family = family_of(format)
+    have = facts(config)
+    family.check(have)
+    _agree(family, have, source)
+    shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
+    plan = family.rules(have)
+    _covered(plan, shapes)
+    found = safetensors.entries(source, lambda key: family.dialect(key, have))
+    wanted = list(rules.pieces(plan.rules, shapes))
+    _matched(source, found, wanted, plan.ignored)
+    for path, shape in shapes.items():
+        array = np.zeros(shape, np.float32)
+        for piece in wanted:
+            for section in piece.sections:
+                if section.path == path:
+                    rows = safetensors.rows(found[piece.key], section.start, section.stop)
+                    rules.backward(section, rows, array)
+        yield path, array
+
+
+def fold_lora(flat: Mapping[str, object], scale: float) -> dict:
+    """Parameters by path with every low-rank term added to its kernel: W + scale A B."""
+    out = {}
+    for path, leaf in flat.items():
+        folder, _, name = path.rpartition('/')
+        if name in ('lora_a', 'lora_b'):
+            continue
+        if name == 'kernel' and f'{folder}/lora_a' in flat:
+            if not scale:
+                raise ValueError(f'{folder} has a low-rank term: its lora scale is needed')
+            a, b, w = (np.asarray(flat[f'{folder}/{x}'], np.float32)
+                       for x in ('lora_a', 'lora_b', 'kernel'))
+            lead = a.ndim + b.ndim - 2 - w.ndim         # layer and step axes, which all three share
+            letters = [chr(ord('a') + i) for i in range(a.ndim + b.ndim - lead)]
+            left, right = letters[:a.ndim], letters[:lead] + letters[a.ndim - 1:][:b.ndim - lead]
+            leaf = w + np.float32(scale) * np.einsum(
+                f'{"".join(left)},{"".join(right)}->{"".join(left[:-1] + right[lead + 1:])}', a, b)
+        out[path] = leaf
+    return out
+
+
+def card(config, format: str, spelled: Mapping, size: int, notes: Mapping[str, str]) -> str:
+    """The model card: what these files are, what made them, and what runs them."""
+    what = {'hf': f'a plain `{spelled.get("architectures", [""])[0]}`: load it with '
+                  '`transformers.AutoModelForCausalLM.from_pretrained(folder)`',
+            'kyutai': 'the `LMModel` of the `moshi` package: load it with '
+                      '`moshi.models.loaders.get_moshi_lm("model.safetensors", lm_kwargs)`, '
+                      'lm_kwargs being config.json'}[format]
+    codec = plain(config.codec)
+    lines = {'format': format, 'config fingerprint': fingerprint(config),
+             'codec': ', '.join(f'{k} {v}' for k, v in sorted(codec.items())),
+             'parameters': f'{size // 4:,} (float32)', 'seed': config.seed,
+             'license of the weights': 'not stated', **notes}
+    return '\n'.join([
+        '---', 'library_name: ' + {'hf': 'transformers', 'kyutai': 'moshi'}[format],
+        'tags: [speech, jaxsd]', '---', '# A spoken language model', '',
+        f'This folder is {what}.', '',
+        'Sound is not in it: the ids of units and codes (`vocabulary.json` says which are which) '
+        'are those of the codec named below, with which they must be made and played.', '',
+        '| | |', '|---|---|', *(f'| {k} | {v} |' for k, v in lines.items()), ''])
+
+
+def family_of(format: str) -> Family:
+    if format not in FAMILIES:
+        raise unknown('--format', format, FORMATS)
+    return FAMILIES[format]
+
+
+def _agree(family: Family, have: Mapping, source: str) -> None:
+    if not os.path.exists(source):
+        raise ValueError(f'--source: no file or folder {source}')
+    folder = source if os.path.isdir(source) else os.path.dirname(source)
+    path = os.path.join(folder, 'config.json')
+    if os.path.exists(path):
+        values = safetensors.read_json(path)
+    elif family.without_config is not None:
+        values, path = family.without_config, f'{source} (which has no config.json)'
+    else:
+        raise ValueError(f'--source: no {path}')
+    if wrong := disagreements(have, family.read(values, path)):
+        raise ConfigError(f'the config is not that of {path}: {"; ".join(wrong)}')
+
+
+def _matched(source: str, found: Mapping, wanted, ignored: str) -> None:
+    keys = {piece.key for piece in wanted}
+    if missing := [piece.key for piece in wanted if piece.key not in found]:
+        raise ValueError(f'{source} lacks {_some(missing)}')
+    if unused := [k for k in found if k not in keys and not re.fullmatch(ignored, k)]:
+        raise ValueError(f'{source} has tensors without a place in the config: {_some(unused)}')
+    for piece in wanted:
+        entry = found[piece.key]
+        if entry.shape != piece.shape:
+            raise ValueError(f'{entry.file}: {entry.key} has shape {entry.shape}, '
+                             f'the config wants {piece.shape}')
+
+
+def _covered(plan, shapes: Mapping) -> None:
+    """Every number of ours has exactly one place in the peer's files, padding rows apart."""
+    size = dict.fromkeys(shapes, 0)
+    for piece in rules.pieces(plan.rules, shapes):
+        for section in piece.sections:
+            size[section.path] += int(np.prod(section.shape))
+    short = [p for p, n in size.items() if n != np.prod(shapes[p], dtype=int)
+             and p not in plan.spare]
+    if short:
+        raise ConfigError(f'this format has no place for {_some(short)}')
+
+
+def _some(keys) -> str:
+    keys = list(keys)
+    rest = f' and {len(keys) - LISTED} more' if len(keys) > LISTED else ''
+    return ', '.join(keys[:LISTED]) + rest
+
+
+def _json(folder: str, name: str, value: dict) -> None:
+    with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+        f.write(json.dumps(value, indent=2, sort_keys=True) + '\n')

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs of ours that describe the golden checkpoints, and how a peer's inputs become our columns.
+
+The golden folders hold tiny models of the released implementations with random weights
+(tests/peers/make_goldens.py). Shared by the tests that compare with them.
+"""
+
+import functools
+import pathlib
+
+import jax
+import ml_collections as mlc
+import numpy as np
+from flax import nnx
+
+from jaxsd import model
+from jaxsd.layout import duplex
+from jaxsd.types import NOTHING, Where
+
+GOLDEN = pathlib.Path(__file__).resolve().parent / 'golden'
+
+
+def _config(**slots) -> mlc.ConfigDict:
+    c = mlc.ConfigDict(dict(seed=0, columns=128, objective=dict(name='weighted_ce'), stages=(),
+                            data=dict(), mesh=dict(), evals=dict()))
+    c.frontend = dict(name='summed', dtype='float32')
+    for name, value in slots.items():
+        c[name] = value
+    return c
+
+
+def decoder(name: str, **changes) -> mlc.ConfigDict:
+    """The config of the golden `llama`, `mistral` or `qwen2`. The line is text, markers, units."""
+    sizes = dict(
+        llama=dict(width=64, heads=4, kv_heads=2, head_dim=16, mlp=112, theta=500.0),
+        mistral=dict(width=48, heads=4, kv_heads=1, head_dim=16, mlp=80, theta=2000.0,
+                     window_columns=5),
+        qwen2=dict(width=64, heads=4, kv_heads=2, head_dim=16, mlp=80, theta=300.0,
+                   norm_eps=1e-6, qkv_bias=True))[name]
+    return _config(
+        codec=dict(name='kmeans', path='', frame_hz=25.0, size=34, codebooks=1),
+        vocab=dict(name='line', text_tokens=60, multiple=32), layout=dict(name='flat.interleave'),
+        backbone=dict(name='decoder', layers=2, remat='none') | sizes | changes,
+        head=dict(name='tied' if name == 'qwen2' else 'flat'))
+
+
+def multistream(*, head=None, vocab=None, **changes) -> mlc.ConfigDict:
+    """The config of the golden kyutai LMModel."""
+    return _config(
+        codec=dict(name='rvq', path='', frame_hz=12.5, codebooks=4, size=32),
+        vocab=dict(name='streams', text_tokens=48) | (vocab or {}),
+        layout=dict(name='duplex.columns', acoustic_delay_columns=1),
+        backbone=dict(name='decoder', width=64, layers=2, heads=4, kv_heads=4, head_dim=16,
+                      mlp=176, theta=500, pairs='interleaved', window_columns=7, norm_eps=1e-8,
+                      norm_gain='early', remat='none') | changes,
+        head=dict(name='depth', width=32, layers=2, heads=2, mlp=88) | (head or {}))
+
+
+def random_params(config, seed: int, lora: dict | None = None) -> dict:
+    """Parameters far from their initial values: gains and biases too, so that none can hide."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        center = 1.0 if 'norm' in str(path) else 0.0
+        return (center + .25 * rng.standard_normal(leaf.shape)).astype(np.float32)
+    return jax.tree_util.tree_map_with_path(draw, model.abstract(config, lora)[1])
+
+
+def bound(config, params) -> model.Model:
+    """The model of `config` holding `params`."""
+    made = nnx.eval_shape(lambda: model.build(config, rngs=nnx.Rngs(0)), graph=False)
+    graph, state = nnx.split(made, graph=False)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _scores(config_key, params, tokens):
+    config = config_key.config
+    B, _, T = tokens.shape
+    batch = dict(tokens=tokens, position=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
+                 segment=np.ones((B, T), np.int32))
+    return bound(config, params).scores(batch)
+
+
+class _Key:
+    """A config as a static argument of jit: equal where the configs are."""
+
+    def __init__(self, config):
+        from jaxsd.config import to_json
+        self.config, self.text = config, to_json(config)
+
+    def __hash__(self):
+        return hash(self.text)
+
+    def __eq__(self, other):
+        return self.text == other.text
+
+
+def scores(config, params, tokens) -> list:
+    """Logits [B, T, V] per row (None: unpredicted) for the column after each column."""
+    out = _scores(_Key(config), params, np.asarray(tokens, np.int32))
+    return [None if x is None else np.asarray(x) for x in out]
+
+
+def late(config) -> tuple[int, ...]:
+    return duplex.delays(model.make_vocab(config), text_delay_columns=0,
+                         acoustic_delay_columns=config.layout.acoustic_delay_columns)
+
+
+def columns_of(config, codes: np.ndarray) -> np.ndarray:
+    """The peer's own codes [B, 1 + n_q, T], un-delayed, as columns of our line [B, K, T + 1]."""
+    rows = model.make_vocab(config).rows
+    start = np.array([row.start for row in rows])[:, None]
+    return duplex.delay(np.where(codes < 0, NOTHING, codes + start), model.make_vocab(config),
+                        late(config))
+
+
+def aligned_scores(config, params, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(text [B, 1, T, V], audio [B, Q, T, card]) as the peer aligns them: NaN where it masks."""
+    T = codes.shape[-1]
+    text, *audio = scores(config, params, columns_of(config, codes))
+    out = []
+    for logits, d in zip(audio, late(config)[1:], strict=True):
+        if logits is not None:
+            logits = np.concatenate([logits[:, d:T], np.full_like(logits[:, :d], np.nan)], 1)
+            out.append(logits)
+    return text[:, None, :T], np.stack(out, 1)
+
+
+def stream(config, params, heard: np.ndarray) -> np.ndarray:
+    """What the model says greedily, column by column with a cache, while it hears `heard`.
+
+    heard [B, user rows, steps] -> said [B, 1 + own rows, steps - max delay], both in the order and
+    alignment of moshi's LMGen: the frame given at step s stands in column s (+ its row's delay).
+    """
+    rows, delays = model.make_vocab(config).rows, late(config)
+    B, users, steps = heard.shape
+    own = len(rows) - users
+    start = np.array([row.start for row in rows])
+    columns = np.repeat((start + [row.size - 1 for row in rows])[None, :, None], steps + 1, 2)
+    columns = np.tile(columns, (B, 1, 1)).astype(np.int32)
+    for k in range(own, len(rows)):
+        for c in range(delays[k] + 1, steps):
+            columns[:, k, c] = heard[:, k - own, c - delays[k]] + start[k]
+    said = np.zeros((B, own, steps), np.int32)
+    cache = bound(config, params).backbone.empty_cache(B, 16, np.float32)
+
+    @jax.jit
+    def step(params, column, position, cache):
+        where = Where(np.full((B, 1), 0) + position, np.ones((B, 1), np.int32))
+        return bound(config, params).step(column, where, cache, jax.random.key(0),
+                                          lambda k, logits, key: logits.argmax(-1))
+
+    for s in range(steps):
+        column, cache = step(params, columns[:, :, s:s + 1], np.int32(s), cache)
+        said[:, :, s] = np.asarray(column)[:, :own] - start[:own]
+        for k in range(own):
+            if s + 1 > delays[k]:
+                columns[:, k, s + 1] = said[:, k, s] + start[k]
+    length = steps - max(delays)
+    return np.stack([said[:, k, d:d + length] for k, d in enumerate(delays[:own])], 1)

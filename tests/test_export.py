@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is an exported checkpoint whole, does it come back to the bit, and what does a bad one get?"""
+
+import json
+import os
+import shutil
+
+import jax
+import ml_dtypes  # noqa: F401  (bfloat16 for numpy)
+import numpy as np
+import pytest
+import released
+from safetensors.numpy import load_file, save_file
+
+from jaxsd import export, model
+from jaxsd.config import ConfigError, fingerprint, read
+from jaxsd.export import rules
+
+CASES = {
+    'llama': (released.decoder('llama'), 'hf'),
+    'mistral': (released.decoder('mistral'), 'hf'),
+    'qwen2': (released.decoder('qwen2'), 'hf'),
+    'qwen2 window': (released.decoder('qwen2', window_columns=9), 'hf'),
+    'interleaved pairs': (released.decoder('llama', pairs='interleaved'), 'hf'),
+    'interleaved biases': (released.decoder('qwen2', pairs='interleaved'), 'hf'),
+    'kyutai': (released.multistream(), 'kyutai'),
+    'kyutai grouped': (released.multistream(kv_heads=2), 'kyutai'),
+    'kyutai half': (released.multistream(pairs='half', window_columns=None), 'kyutai'),
+    'kyutai shared': (released.multistream(head=dict(step_weights='shared')), 'kyutai'),
+    'kyutai both': (released.multistream(vocab=dict(predicted=('mine', 'theirs')), mlp=168),
+                    'kyutai'),
+}
+
+
+def equal(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """One good export of each format, by name; tests copy before they damage."""
+    out = {}
+    for name in ('llama', 'qwen2', 'kyutai'):
+        config, format = CASES[name]
+        out[name] = tmp_path_factory.mktemp('good') / name
+        export.export_run(config, released.random_params(config, 3), str(out[name]), format)
+    return out
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_there_and_back(name, tmp_path):
+    config, format = CASES[name]
+    params = released.random_params(config, 1)
+    out = str(tmp_path / 'out')
+    made = export.export_run(config, params, out, format)
+    assert made['bytes'] == 4 * sum(x.size for x in jax.tree.leaves(params))
+    back = export.import_params(config, out, format)
+    equal(params, back)
+    again = export.export_run(config, back, str(tmp_path / 'again'), format)
+    assert again == made
+    assert ((tmp_path / 'again' / 'model.safetensors').read_bytes()
+            == (tmp_path / 'out' / 'model.safetensors').read_bytes())
+
+
+@pytest.mark.parametrize('name', ['llama', 'mistral', 'qwen2', 'kyutai'])
+def test_released_files_come_back(name, tmp_path):
+    """Export of an imported golden: the peer's own keys, shapes and numbers, none more."""
+    config, format = CASES[name]
+    params = export.import_params(config, str(released.GOLDEN / name), format)
+    export.export_run(config, params, str(tmp_path / 'out'), format)
+    theirs = load_file(released.GOLDEN / name / 'model.safetensors')
+    ours = load_file(tmp_path / 'out' / 'model.safetensors')
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        np.testing.assert_array_equal(ours[key], np.asarray(value, np.float32), err_msg=key)
+    spelled = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    stated = json.loads((released.GOLDEN / name / 'config.json').read_text())
+    if format == 'kyutai':
+        ignored = {'depformer_context', 'depformer_max_period'}     # of no effect without positions
+        assert {k: v for k, v in stated.items() if k not in ignored} == {
+            k: v for k, v in spelled.items() if k != 'existing_text_end_padding_id'}
+    else:
+        shared = set(spelled) & set(stated) - {'max_window_layers'}     # no effect here
+        assert len(shared) > 12
+        assert {k: stated[k] for k in shared} == {k: spelled[k] for k in shared}
+
+
+def test_interleaved_pairs_become_halves():
+    """The permutation of q and k by hand, for one head of four: pairs (0, 1), (2, 3)."""
+    plan = [rules.rule('q', ('q', 'D N (h 2)', '(N 2 h) D'))]
+    piece, = rules.pieces(plan, {'q': (1, 1, 4)})
+    assert rules.forward(piece, {'q': np.array([[[10., 11., 20., 21.]]])}).ravel().tolist() == [
+        10., 20., 11., 21.]
+
+
+def test_packed_rows_lie_behind_one_another():
+    plan = [rules.rule('in.{L}', ('q', 'L D N', 'N D'), ('k', 'L D N', 'N D'))]
+    ours = {'q': np.arange(4.).reshape(2, 1, 2), 'k': np.arange(10., 12.).reshape(2, 1, 1)}
+    made = {p.key: rules.forward(p, ours).ravel().tolist()
+            for p in rules.pieces(plan, {k: v.shape for k, v in ours.items()})}
+    assert made == {'in.0': [0., 1., 10.], 'in.1': [2., 3., 11.]}
+
+
+def test_shards_and_index(tmp_path):
+    config, format = CASES['llama']
+    params = released.random_params(config, 2)
+    made = export.export_run(config, params, str(tmp_path / 'out'), format, shard_bytes=100_000)
+    shards = [name for name in made['files'] if name.startswith('model-')]
+    assert len(shards) > 2 and 'model.safetensors' not in made['files']
+    index = json.loads((tmp_path / 'out' / 'model.safetensors.index.json').read_text())
+    assert set(index['weight_map'].values()) == set(shards)
+    assert index['metadata']['total_size'] == made['bytes']
+    equal(params, export.import_params(config, str(tmp_path / 'out'), format))
+
+
+def test_what_lies_beside(folder):
+    """The model card, the ids and the generation defaults."""
+    config, _ = CASES['llama']
+    card = (folder['llama'] / 'README.md').read_text()
+    assert fingerprint(config) in card and 'LlamaForCausalLM' in card and 'kmeans' in card
+    ids = json.loads((folder['llama'] / 'vocabulary.json').read_text())
+    assert ids['ranges']['units'] == {'start': 62, 'size': 34} and ids['specials']['[Speech]'] == 61
+    generation = json.loads((folder['llama'] / 'generation_config.json').read_text())
+    assert (generation['bos_token_id'], generation['eos_token_id']) == (1, 2)
+
+
+def test_tokenizer_travels(tmp_path):
+    (tmp_path / 'text.model').write_bytes(b'pieces')
+    config, format = released.decoder('llama'), 'hf'
+    config.vocab.tokenizer = str(tmp_path / 'text.model')
+    export.export_run(config, released.random_params(config, 1), str(tmp_path / 'out'), format)
+    assert (tmp_path / 'out' / 'tokenizer.model').read_bytes() == b'pieces'
+    (tmp_path / 'text.model').unlink()
+    with pytest.raises(ConfigError, match='vocab.tokenizer: cannot copy'):
+        export.export_run(config, released.random_params(config, 1), str(tmp_path / 'two'), format)
+    assert os.listdir(tmp_path) == ['out']       # nothing half-written, no partial folder
+
+
+def test_low_rank_terms_are_folded(tmp_path):
+    """Kernels become W + scale A B, layer by layer and step by step."""
+    config = released.multistream()
+    lora = dict(rank=2, scale=.5)
+    params = released.random_params(config, 5, lora)
+    flat = export.flatten(params)
+    assert flat['head/blocks/qkv/lora_a'].shape == (2, 4, 32, 2)
+    assert flat['head/blocks/out/lora_b'].shape == (2, 4, 2, 32)
+    folded = export.fold_lora(flat, .5)
+    for path in ('head/blocks/out', 'backbone/blocks/q', 'head/text_out'):
+        a, b, w = (np.asarray(flat[f'{path}/{x}'], np.float64)
+                   for x in ('lora_a', 'lora_b', 'kernel'))
+        lead = {'head/blocks/out': 2, 'backbone/blocks/q': 1, 'head/text_out': 0}[path]
+        product = (a.reshape(*a.shape[:lead], -1, 2) @ b.reshape(*b.shape[:lead], 2, -1))
+        np.testing.assert_allclose(folded[f'{path}/kernel'], w + .5 * product.reshape(w.shape),
+                                   rtol=1e-5, atol=1e-6)
+    export.export_run(config, params, str(tmp_path / 'out'), 'kyutai', lora_scale=.5)
+    back = export.flatten(export.import_params(config, str(tmp_path / 'out'), 'kyutai'))
+    equal({k: np.asarray(v) for k, v in folded.items()}, back)
+    with pytest.raises(ValueError, match='lora scale'):
+        export.export_run(config, params, str(tmp_path / 'two'), 'kyutai')
+
+
+@pytest.mark.parametrize('spec, format', [('configs/spirit_lm.py:tiny', 'hf'),
+                                          ('configs/moshi.py:tiny', 'kyutai')])
+def test_every_demo_system_can_leave(spec, format, tmp_path):
+    root = released.GOLDEN.parents[1]
+    config = read(f'{root}/{spec}')
+    config.vocab.tokenizer = ''
+    params = released.random_params(config, 1)
+    export.export_run(config, params, str(tmp_path / 'out'), format)
+    equal(params, export.import_params(config, str(tmp_path / 'out'), format))
+
+
+def test_padding_rows_of_the_line_stay_home(tmp_path):
+    """A line padded for sharding has rows that no stream owns; they come back as zeros."""
+    config = released.multistream(vocab=dict(multiple=128))
+    vocab = model.make_vocab(config)
+    used = vocab.rows[-1].start + vocab.rows[-1].size
+    assert vocab.size > used
+    params = released.random_params(config, 1)
+    export.export_run(config, params, str(tmp_path / 'out'), 'kyutai')
+    back = export.import_params(config, str(tmp_path / 'out'), 'kyutai')
+    params['frontend']['table'][used:] = 0
+    equal(params, back)
+
+
+# What bad input gets -----------------------------------------------------------------------------
+
+def copied(folder, tmp_path, name):
+    shutil.copytree(folder[name], tmp_path / 'bad')
+    return str(tmp_path / 'bad')
+
+
+def refuse(config, bad, format, match):
+    with pytest.raises(ValueError, match=match) as e:
+        export.import_params(config, bad, format)
+    assert '\n' not in str(e.value)
+
+
+def edited(bad, **changes):
+    path = os.path.join(bad, 'config.json')
+    with open(path) as f:
+        values = json.load(f) | changes
+    with open(path, 'w') as f:
+        json.dump(values, f)
+
+
+@pytest.mark.parametrize('changes, match', [
+    (dict(rope_theta=1e4), 'backbone.theta is 500.0, the checkpoint has 10000.0'),
+    (dict(rms_norm_eps=1e-6), 'backbone.norm_eps'),
+    (dict(tie_word_embeddings=True), "head.name is 'flat', the checkpoint has 'tied'"),
+    (dict(vocab_size=64), 'vocab.size is 96, the checkpoint has 64'),
+    (dict(hidden_size=1 << 60), 'hidden_size must be a number from 1 to'),
+    (dict(num_attention_heads=0), 'num_attention_heads must be'),
+    (dict(num_hidden_layers='two'), 'num_hidden_layers must be'),
+    (dict(model_type='gpt2'), "model_type must be one of llama, mistral, qwen2, got 'gpt2'"),
+    (dict(rope_scaling=dict(rope_type='llama3', factor=8.)), "rotary scaling 'llama3'"),
+    (dict(rope_parameters=7), 'must be objects'),
+    (dict(attention_bias=True), 'attention_bias must be False'),
+    (dict(hidden_act='gelu'), "hidden_act must be 'silu'"),
+])
+def test_bad_decoder_config(folder, tmp_path, changes, match):
+    bad = copied(folder, tmp_path, 'llama')
+    edited(bad, **changes)
+    refuse(CASES['llama'][0], bad, 'hf', match)
+
+
+@pytest.mark.parametrize('changes, match', [
+    (dict(context=8), 'backbone.window_columns is 7, the checkpoint has 8'),
+    (dict(delays=[0] * 9), 'layout.delays is'), (dict(delays=[0]), 'delays must be n_q'),
+    (dict(dep_q=8), 'rows .size, predicted. is'), (dict(hidden_scale=4), 'backbone.mlp is 176'),
+    (dict(norm='layer_norm'), 'norm must be'), (dict(gating='none'), "gating must be 'silu'"),
+    (dict(positional_embedding='sin'), "positional_embedding must be 'rope'"),
+    (dict(depformer_low_rank_embeddings=8), 'depformer_low_rank_embeddings'),
+    (dict(depformer_weights_per_step_schedule=[0, 1, 1, 1]), 'schedule'),
+    (dict(kv_repeat=2), 'depformer_kv_repeat'), (dict(n_q=1 << 40), 'n_q must be'),
+    (dict(existing_text_padding_id=4), 'vocab.pad is 3'),
+])
+def test_bad_multistream_config(folder, tmp_path, changes, match):
+    bad = copied(folder, tmp_path, 'kyutai')
+    edited(bad, **changes)
+    refuse(CASES['kyutai'][0], bad, 'kyutai', match)
+
+
+def test_a_checkpoint_without_config_is_the_released_one(folder, tmp_path):
+    bad = copied(folder, tmp_path, 'kyutai')
+    os.remove(os.path.join(bad, 'config.json'))
+    refuse(CASES['kyutai'][0], bad, 'kyutai', 'backbone.width is 64, the checkpoint has 4096')
+    bad = copied(folder, tmp_path / 'hf', 'llama')
+    os.remove(os.path.join(bad, 'config.json'))
+    refuse(CASES['llama'][0], bad, 'hf', 'config.json')
+
+
+@pytest.mark.parametrize('kept', [.999, .5, 4 / 489_000, 0])
+def test_truncated_tensors(folder, tmp_path, kept):
+    bad = copied(folder, tmp_path, 'llama')
+    path = os.path.join(bad, 'model.safetensors')
+    with open(path, 'r+b') as f:
+        f.truncate(int(os.path.getsize(path) * kept))
+    refuse(CASES['llama'][0], bad, 'hf', 'model.safetensors: not a whole safetensors file')
+
+
+def test_damaged_json(folder, tmp_path):
+    bad = copied(folder, tmp_path, 'llama')
+    for text in ('{"model_type": ', '[1]', '\x80', '[' * 100_000):
+        with open(os.path.join(bad, 'config.json'), 'w', encoding='latin-1') as f:
+            f.write(text)
+        refuse(CASES['llama'][0], bad, 'hf', 'config.json: (cannot be read as|must hold a) JSON')
+
+
+def change_tensors(bad, fn):
+    path = os.path.join(bad, 'model.safetensors')
+    state = load_file(path)
+    fn(state)
+    save_file(state, path)
+
+
+@pytest.mark.parametrize('fn, match', [
+    (lambda s: s.pop('model.norm.weight'), 'lacks model.norm.weight'),
+    (lambda s: [s.pop(k) for k in list(s) if 'layers.1' in k], 'lacks .* and 1 more'),
+    (lambda s: s.update(extra=np.zeros(3, np.float32)), 'without a place in the config: extra'),
+    (lambda s: s.update({'model.norm.weight': np.zeros(63, np.float32)}),
+     r'model.norm.weight has shape \(63,\), the config wants \(64,\)'),
+    (lambda s: s.update({'model.norm.weight': np.zeros((), np.float32)}), r'has shape \(\)'),
+    (lambda s: s.update({'model.norm.weight': np.zeros(64, np.int32)}),
+     'model.norm.weight is I32; only F64, F32'),
+])
+def test_tensors_that_do_not_fit(folder, tmp_path, fn, match):
+    bad = copied(folder, tmp_path, 'llama')
+    change_tensors(bad, fn)
+    refuse(CASES['llama'][0], bad, 'hf', match)
+
+
+def test_known_leftovers_are_passed_over(folder, tmp_path):
+    """Rotary tables of old files, and the copy that a tied head sometimes brings along."""
+    config, format = CASES['qwen2']
+    bad = copied(folder, tmp_path, 'qwen2')
+    change_tensors(bad, lambda s: s.update(
+        {'lm_head.weight': np.ones((96, 64), np.float32),
+         'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(8, np.float32)}))
+    equal(released.random_params(config, 3), export.import_params(config, bad, format))
+
+
+@pytest.mark.parametrize('index, match', [
+    ({'weight_map': {'model.norm.weight': '../evil.safetensors'}}, 'points outside the folder'),
+    ({'weight_map': {'model.norm.weight': '/etc/passwd'}}, 'points outside the folder'),
+    ({'weight_map': {'model.norm.weight': 'gone.safetensors'}}, 'gone.safetensors: not a whole'),
+    ({'weight_map': {'model.norm.weight': 'model.safetensors'}}, 'is not where'),
+    ({'weight_map': 3}, 'weight_map must name'), ({}, 'weight_map must name'),
+])
+def test_bad_index(folder, tmp_path, index, match):
+    bad = copied(folder, tmp_path, 'llama')
+    with open(os.path.join(bad, 'model.safetensors.index.json'), 'w') as f:
+        json.dump(index, f)
+    refuse(CASES['llama'][0], bad, 'hf', match)
+
+
+def test_index_that_promises_too_much(tmp_path):
+    config, format = CASES['llama']
+    out = str(tmp_path / 'out')
+    export.export_run(config, released.random_params(config, 2), out, format, shard_bytes=100_000)
+    path = os.path.join(out, 'model.safetensors.index.json')
+    with open(path) as f:
+        index = json.load(f)
+    index['weight_map']['extra'] = index['weight_map']['model.norm.weight']
+    with open(path, 'w') as f:
+        json.dump(index, f)
+    refuse(config, out, format, 'extra is not in model-')
+
+
+def test_both_dialects_at_once(folder, tmp_path):
+    bad = copied(folder, tmp_path, 'kyutai')
+    key = 'transformer.layers.0.self_attn.'
+    change_tensors(bad, lambda s: s.update({key + 'in_proj_weight': s[key + 'in_projs.0.weight']}))
+    refuse(CASES['kyutai'][0], bad, 'kyutai', 'holds too')
+
+
+@pytest.mark.parametrize('config, format, match', [
+    (released.multistream(), 'hf', "head.name is 'depth'; format 'hf' can only say 'flat'"),
+    (released.decoder('llama'), 'kyutai', "head.name is 'flat'"),
+    (released.multistream(norm_gain='late'), 'kyutai', 'backbone.norm_gain'),
+    (released.multistream(norm_eps=1e-6), 'kyutai', 'backbone.norm_eps is 1e-06'),
+    (released.multistream(head_dim=24), 'kyutai', 'backbone.head_dim'),
+    (released.multistream(qkv_bias=True), 'kyutai', 'backbone.qkv_bias'),
+    (released.decoder('llama'), 'gguf', '--format has no option'),
+])
+def test_what_a_format_cannot_say(config, format, match, tmp_path):
+    with pytest.raises(ConfigError, match=match):
+        export.export_run(config, {}, str(tmp_path / 'out'), format)
+    assert os.listdir(tmp_path) == []
+
+
+def test_export_never_overwrites(tmp_path):
+    config, format = CASES['llama']
+    params = released.random_params(config, 1)
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'mine.txt').write_text('keep')
+    with pytest.raises(ValueError, match='not an empty folder'):
+        export.export_run(config, params, str(tmp_path / 'out'), format)
+    with pytest.raises(ValueError, match='not those of the config'):
+        export.export_run(released.decoder('llama', mlp=80), params, str(tmp_path / 'new'), format)
+    assert sorted(os.listdir(tmp_path)) == ['out'] and os.listdir(tmp_path / 'out') == ['mine.txt']
+
+
+def test_import_wants_a_source(tmp_path):
+    refuse(CASES['llama'][0], str(tmp_path / 'nowhere'), 'hf', 'no file or folder .*nowhere')
+    refuse(CASES['kyutai'][0], str(tmp_path / 'nowhere'), 'kyutai', 'no file or folder .*nowhere')
+    (tmp_path / 'empty').mkdir()
+    shutil.copy(released.GOLDEN / 'llama' / 'config.json', tmp_path / 'empty')
+    refuse(CASES['llama'][0], str(tmp_path / 'empty'), 'hf', 'found none')

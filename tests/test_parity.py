@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does our model, given a released implementation's weights, say what that implementation says?
+
+The golden folders hold what PyTorch answered (tests/peers/make_goldens.py); nothing here needs it.
+Each comparison is repeated with one convention broken, to see that it could have failed.
+"""
+
+import jax
+import numpy as np
+import pytest
+import released
+
+from jaxsd import export
+
+TOLERANCE = 5e-5
+
+
+def arrays(name: str) -> dict:
+    with np.load(released.GOLDEN / name / 'arrays.npz', allow_pickle=False) as f:
+        return dict(f)
+
+
+def imported(config, name: str) -> dict:
+    return export.import_params(config, str(released.GOLDEN / name),
+                                'kyutai' if name == 'kyutai' else 'hf')
+
+
+@pytest.mark.parametrize('name', ['llama', 'mistral', 'qwen2'])
+def test_decoder_logits(name):
+    config, golden = released.decoder(name), arrays(name)
+    logits, = released.scores(config, imported(config, name), golden['tokens'][:, None])
+    assert np.abs(logits - golden['logits']).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize('name', ['llama', 'mistral', 'qwen2'])
+def test_decoder_greedy(name):
+    """Sixteen greedy tokens. Ours reads the whole prefix anew for each; rounding cannot decide,
+    because the peer's narrowest choice was far wider (made.json)."""
+    config, golden = released.decoder(name), arrays(name)
+    params = imported(config, name)
+    prompt, steps = golden['prompt'], golden['greedy'].shape[1]
+    tokens = np.pad(prompt, ((0, 0), (0, steps)))
+    for t in range(prompt.shape[1], tokens.shape[1]):
+        logits, = released.scores(config, params, tokens[:, None])
+        tokens[:, t] = logits[:, t - 1].argmax(-1)
+    np.testing.assert_array_equal(tokens[:, prompt.shape[1]:], golden['greedy'])
+
+
+@pytest.mark.parametrize('name, change', [
+    ('llama', dict(theta=501.0)), ('llama', dict(norm_eps=1e-3)),
+    ('llama', dict(pairs='interleaved')), ('mistral', dict(window_columns=4)),
+    ('mistral', dict(window_columns=None))])
+def test_a_broken_convention_shows(name, change):
+    """The golden logits tell a wrong base, epsilon, pairing or window from the right one."""
+    config, golden = released.decoder(name), arrays(name)
+    params = imported(config, name)
+    logits, = released.scores(released.decoder(name, **change), params, golden['tokens'][:, None])
+    assert np.abs(logits - golden['logits']).max() > 20 * TOLERANCE
+
+
+def test_multistream_logits():
+    config, golden = released.multistream(), arrays('kyutai')
+    text, audio = released.aligned_scores(config, imported(config, 'kyutai'), golden['codes'])
+    np.testing.assert_array_equal(np.isnan(audio), np.isnan(golden['logits']))
+    assert np.isnan(audio).any() and not np.isnan(text).any()
+    assert np.abs(text - golden['text_logits']).max() <= TOLERANCE
+    assert np.nanmax(np.abs(audio - golden['logits'])) <= TOLERANCE
+
+
+@pytest.mark.parametrize('change', [
+    dict(window_columns=6), dict(pairs='half'), dict(norm_eps=1e-2)])
+def test_a_broken_multistream_convention_shows(change):
+    config, golden = released.multistream(), arrays('kyutai')
+    params = imported(config, 'kyutai')
+    text, _ = released.aligned_scores(released.multistream(**change), params, golden['codes'])
+    assert np.abs(text - golden['text_logits']).max() > 20 * TOLERANCE
+
+
+def test_multistream_stream():
+    """Frame by frame with the user's codes coming in: the tokens that the peer's LMGen chose."""
+    config, golden = released.multistream(), arrays('kyutai')
+    said = released.stream(config, imported(config, 'kyutai'), golden['heard'])
+    np.testing.assert_array_equal(said, golden['said'])
+
+
+def test_old_dialect_gives_the_same(tmp_path):
+    """Published checkpoints stack the steps of a projection; they import to the same numbers."""
+    import shutil
+
+    import ml_dtypes  # noqa: F401  (bfloat16 for numpy)
+    from safetensors.numpy import load_file, save_file
+    config = released.multistream()
+    state, old = load_file(released.GOLDEN / 'kyutai' / 'model.safetensors'), {}
+    for key, value in state.items():
+        head, _, tail = key.partition('_projs.')
+        if tail in ('', '0.weight'):
+            parts = [state[f'{head}_projs.{s}.weight'] for s in range(4)
+                     if f'{head}_projs.{s}.weight' in state] if tail else [value]
+            suffix = '_proj_weight' if head.endswith('in') else '_proj.weight'
+            old[head + suffix if tail else key] = np.concatenate(parts)
+    assert 'depformer.layers.1.self_attn.in_proj_weight' in old
+    assert len(old) == len(state) - 2 * 2 * 3
+    save_file(old, tmp_path / 'model.safetensors')
+    shutil.copy(released.GOLDEN / 'kyutai' / 'config.json', tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, imported(config, 'kyutai'),
+                 export.import_params(config, str(tmp_path), 'kyutai'))
