@@ -301,7 +301,9 @@ def _read(path: str) -> tuple[dict, dict[str, np.ndarray], str]:
         tensors = load(blob)
         header = json.loads(blob[8:8 + int.from_bytes(blob[:8], 'little')])
         facts = json.loads(header['__metadata__']['jaxsd_codec'])
-        samples = _samples_per_frame(facts['frame_hz'], facts['sample_rate_hz'])
+        if facts['name'] not in ('kmeans', 'rvq') or facts['sample_rate_hz'] != SAMPLE_RATE_HZ:
+            raise ValueError(f'it says {facts}')
+        samples = _samples_per_frame(facts['frame_hz'], SAMPLE_RATE_HZ)
         stack, width = samples // _HOP * _MELS, tensors['basis'].shape[1]
         shapes = {'mel': (_MELS, _FFT // 2 + 1), 'mean': (stack,), 'basis': (stack, width),
                   'codebooks': (facts['codebooks'], facts['size'], width),
@@ -315,6 +317,17 @@ def _read(path: str) -> tuple[dict, dict[str, np.ndarray], str]:
                 or not np.isfinite(found).all():
             raise ValueError(f'codec: {path} is damaged: {key} should be finite float32 {shape}')
     return facts, tensors, hashlib.sha256(blob).hexdigest()
+
+
+def fitted(path: str) -> Codec:
+    """The codec of a file that `fit_kmeans` or `fit_rvq` wrote, whichever it is. Raises ValueError.
+
+    For pipelines, which take a file for what it is; a config states what it expects and uses
+    `kmeans` or `rvq`.
+    """
+    facts, _, _ = _read(path)
+    return _load(facts['name'], path, facts['frame_hz'], facts['codebooks'], facts['size'],
+                 facts['sample_rate_hz'])
 
 
 def _load(name: str, path: str, frame_hz: float, codebooks: int, size: int,
