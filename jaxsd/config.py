@@ -5,6 +5,7 @@ A mechanism's keyword-only signature is its schema: `bind` resolves `name='depth
 refuses an option that the function does not take, naming the legal ones. Nothing here wakes jax.
 """
 
+import ast
 import difflib
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import sys
 from typing import Any
 
@@ -161,3 +163,35 @@ def to_json(config) -> str:
 def fingerprint(config) -> str:
     """Twelve hex digits that change whenever anything in the resolved tree does."""
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]
+
+
+def override(config: mlc.ConfigDict, path: str, text: str) -> None:
+    """Sets `stages[0].lr` and the like to a Python literal (or a bare string), keeping its type.
+
+    Raises ConfigError for a path that does not exist, with the names that do, or another type.
+    """
+    *folders, last = [int(a[1:-1]) if a.startswith('[') else a
+                      for a in re.findall(r'\[\d+\]|[^.\[\]]+', path)] or ['']
+    at, where = config, ''
+    for i, key in enumerate([*folders, last]):
+        if isinstance(key, int):
+            if not isinstance(at, tuple | list) or key >= len(at):
+                raise ConfigError(f'--config.{path}: {where} has no item {key}')
+        elif not isinstance(at, mlc.ConfigDict | dict) or key not in at:
+            legal = list(at) if isinstance(at, mlc.ConfigDict | dict) else []
+            raise unknown(f'--config.{path}: {where or "the config"}', str(key), legal)
+        if i < len(folders):
+            where += f'[{key}]' if isinstance(key, int) else f'.{key}' if where else str(key)
+            at = at[key]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    old = at[last]
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if old is not None and value is not None and not isinstance(value, type(plain(old))):
+        raise ConfigError(f'--config.{path} takes {type(plain(old)).__name__}, got {text!r}')
+    if isinstance(at, tuple):
+        raise ConfigError(f'--config.{path}: items of a tuple cannot be set; set a name inside it')
+    at[last] = value

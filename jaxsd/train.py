@@ -8,6 +8,7 @@ and three small writers here (console, metrics.jsonl, TensorBoard).
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ import optax
 from flax import nnx
 
 from jaxsd import checkpoint, data, model, sharding
+from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, plain
 from jaxsd.stage import Stage, flatten
@@ -243,7 +245,7 @@ def _drop_after(path: str, stage: str, step: int):
                 continue
             if entry.get('stage') != stage or entry.get('step', 0) <= step:
                 kept.append(line if line.endswith('\n') else line + '\n')
-    checkpoint.write_atomic(path, ''.join(kept))
+    rundir.write_atomic(path, ''.join(kept))
 
 
 def _finite(x) -> float | None:
@@ -288,8 +290,8 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
         raise ConfigError(str(e)) from None
     v = model.make_vocab(config)
     for stage in which:     # every data error before any directory or array is made
-        data.check(config, stage, v)
-    checkpoint.open_run(workdir, config)
+        data.fingerprint(config, dataclasses.asdict(stage), v)
+    rundir.open_run(workdir, config)
     loss = None
     for stage in which:
         loss = _run_stage(config, stage, workdir, mesh, v,
@@ -313,45 +315,48 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps):
                                 sharding.placer(rules, mesh), config.seed),
                       donate_argnums=0,
                       out_shardings=(jax.tree.map(lambda x: x.sharding, target), None))
+    marks = data.fingerprint(config, dataclasses.asdict(stage), v)
     with checkpoint.Checkpoints(workdir, stage.name, config=config, keep=stage.keep) as saved:
         found = saved.resume(target)
         if found:
             state, meta = found
             begin = int(meta['step'])
-            data.check_state(config, stage, v, meta['data'])
+            data.resume(meta['data'], marks)
         else:
             state = fresh_state(config, stage, target, by_path,
                                 start_params(config, stage, workdir, target))
             begin = 0
         parameters = model.count(target['params'])
         trained = model.count(stages.split(target['params'], by_path)[0])
-        checkpoint.ledger(workdir, dict(
+        rundir.ledger(workdir, dict(
             event='resume' if found else 'start', stage=stage.name, step=begin,
             revision=_revision(), fingerprint=fingerprint(config), devices=mesh.size,
             device_kind=mesh.devices.flat[0].device_kind, processes=jax.process_count(),
             mesh={k: int(n) for k, n in mesh.shape.items() if n > 1},
             parameters=parameters, trained_parameters=trained,
-            dataset=data.describe(config)))
+            dataset=marks['dataset']))
         if begin >= stage.steps:
             log.info('stage %s is done (%d steps)', stage.name, stage.steps)
             return None
         log.info('stage %s: steps %d..%d, %.2f M parameters (%.2f M trained), mesh %s', stage.name,
                  begin, stage.steps, parameters / 1e6, trained / 1e6,
                  {k: int(n) for k, n in mesh.shape.items() if n > 1} or 'one device')
-        return _loop(config, stage, workdir, mesh, rows, v, step_fn, state, begin, saved, probe,
-                     profile_steps)
+        batches = data.batches(config, dataclasses.asdict(stage), v, start_step=begin,
+                               process_index=jax.process_index(),
+                               process_count=jax.process_count())
+        with contextlib.closing(batches):
+            return _loop(config, stage, workdir, mesh, rows, batches, marks, step_fn, state, begin,
+                         saved, probe, profile_steps)
 
 
-def _loop(config, stage, workdir, mesh, rows, v, step_fn, state, begin, saved, probe,
+def _loop(config, stage, workdir, mesh, rows, batches, marks, step_fn, state, begin, saved, probe,
           profile_steps):
-    batches = data.batches(config, stage, v, start_step=begin, process_index=jax.process_index(),
-                           process_count=jax.process_count())
     rate = stages.learning_rate(stage)
     tflops = model_tflops(config, stage.batch * config.columns) / mesh.size
     peak = peak_tflops(mesh.devices.flat[0])
     writers = _Writers(workdir, begin, stage.name)
     consumed = {}
-    for entry in checkpoint.read_ledger(workdir):       # resumed counts go on where they stopped
+    for entry in rundir.read_ledger(workdir):       # resumed counts go on where they stopped
         if entry.get('stage') == stage.name and entry.get('consumed_to', begin + 1) <= begin:
             consumed = entry['consumed']
     consumed = {s: dict(c) for s, c in consumed.items()}
@@ -398,8 +403,8 @@ def _loop(config, stage, workdir, mesh, rows, v, step_fn, state, begin, saved, p
         positions, since, since_step = 0, now, n
 
     def save(n):
-        saved.save(n, state, data_state=data.state(config, stage, v, n))
-        checkpoint.ledger(workdir, dict(event='consumed', stage=stage.name, consumed_to=n,
+        saved.save(n, state, data_state=dict(next_step=n, fingerprint=marks))
+        rundir.ledger(workdir, dict(event='consumed', stage=stage.name, consumed_to=n,
                                         consumed=consumed))
 
     with _asked_to_stop() as asked, contextlib.closing(writers):

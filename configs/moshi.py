@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moshi: full-duplex dialogue with an inner monologue (arXiv 2410.00037).
+
+One column per 80 ms frame: text, then 8 of my codes, then 8 of theirs. A temporal transformer runs
+over columns and a small depth transformer over the rows of one column.
+
+  look     python -m jaxsd show     --config configs/moshi.py:demo --source dialogue
+  smoke    python -m jaxsd train    --config configs/moshi.py:tiny --workdir runs/moshi_tiny
+  demo     python -m jaxsd train    --config configs/moshi.py:demo --workdir runs/moshi
+  train    python -m jaxsd train    --config configs/moshi.py --stage pretrain --workdir $WORKDIR
+Evidence   same logits as the released implementation with tiny random weights (tests/test_parity.py);
+           the demo (own codec, own corpus) is trained and judged by make quickstart. Trained by us at
+           scale: no.
+"""
+
+import ml_collections as mlc
+
+from configs import _parts as parts
+from jaxsd.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, tiny=False, demo=False, steps=0)
+    c = mlc.ConfigDict()
+    c.seed = 0
+    c.codec = dict(name='mimi', path='', codebooks=8, frame_hz=12.5, size=2048)
+    c.vocab = dict(name='streams', text_tokens=32_000, tokenizer='', speakers=('mine', 'theirs'),
+                   predicted=('mine', 'theirs'), multiple=128)  # both in training (§4.4)
+    c.columns = 3_750                                           # 300 s
+    c.layout = dict(name='duplex.columns', acoustic_delay_columns=1, weight_pad=0.5,
+                    weight_theirs=1.0)
+    c.frontend = dict(name='summed')
+    c.backbone = parts.helium_7b(window_columns=3_000)
+    c.head = dict(name='depth', width=1_024, layers=6, heads=16, mlp=2_816)
+    c.objective = dict(name='weighted_ce', terms=dict(text=('text',), audio=('mine', 'theirs')))
+    c.data = dict(path='', sources=dict(
+        mono=dict(select=('unsupervised',)), simulated=dict(select=('unsupervised',)),
+        fisher=dict(select=('fisher',)), instruct=dict(select=('instruct',)),
+        text=dict(select=('text',))))
+    mono = dict(name='duplex.columns', acoustic_delay_columns=2, weight_pad=0.5, theirs='none',
+                drop_text=0.3)
+    speeds = ('head/(inputs|tables|text_table|blocks|outs)/?.*',)
+
+    def at(temporal, depth):        # (regex, multiplier) pairs for rates given per part (Table 1)
+        return dict(lr=temporal, train=((speeds[0], depth / temporal), ('.*', 1.0)))
+    c.stages = (
+        dict(name='pretrain', steps=1_000_000, batch=192, data=dict(mono=1.0, text=1.0),
+             layout=mono, schedule='cosine', **at(3e-5, 2e-4)),
+        dict(name='posttrain', steps=100_000, batch=96, data=dict(simulated=0.9, text=0.1),
+             start='pretrain', **at(3e-6, 5e-5)),
+        dict(name='duplex', steps=10_000, batch=8, data=dict(fisher=1.0), start='posttrain',
+             **at(2e-6, 4e-6)),
+        dict(name='instruct', steps=30_000, batch=32, data=dict(instruct=1.0), start='duplex',
+             **at(2e-6, 2e-6)),
+        dict(name='adapt', steps=2_000, batch=16, data=dict(instruct=1.0), start='instruct',
+             lr=2e-6, lora=dict(rank=128, scale=2.0), warmup_steps=100,
+             train=(('.*/lora_[ab]', 1.0), ('.*', None))))
+    c.mesh = dict(fsdp=-1)
+    c.evals = dict()
+    if arg.demo or arg.tiny:
+        demo(c)
+    if arg.steps:
+        c.stages = tuple(dict(s) | dict(steps=arg.steps) for s in c.stages)
+    if arg.tiny:
+        c.backbone = parts.small(c.backbone, width=32, layers=2, heads=4, mlp=64)
+        c.head = dict(name='depth', width=16, layers=1, heads=2, mlp=32, fraction=0.5)
+        parts.tiny(c, columns=192)
+    return c
+
+
+def demo(c) -> None:
+    """The system on the demo corpus at a few million parameters; only my stream is spoken.
+
+    Beside dialogues the model hears stories on the user's stream and writes them down a little
+    late: streaming recognition by delay alone (§5.7), which teaches it to listen.
+    """
+    c.codec = parts.demo_codec()
+    c.vocab = dict(name='streams', predicted=('mine',), **parts.DEMO_TEXT)
+    c.columns = 256
+    c.layout = dict(name='duplex.columns', weight_pad=0.3, weight_epad=0.5, weight_semantic=20.0)
+    c.frontend = dict(name='summed', dtype='float32')
+    c.backbone = parts.small(c.backbone, width=256, layers=5, heads=4, mlp=640, window_columns=250)
+    c.head = dict(name='depth', width=96, layers=2, heads=2, mlp=256, fraction=0.25)
+    c.data = dict(path=parts.DEMO, sources=dict(
+        dialogue=dict(select=('dialogue',)),
+        listen=dict(select=('story',), layout=dict(
+            name='duplex.columns', mine='none', theirs=0, text='theirs', text_delay_columns=6,
+            weight_pad=0.3, weight_epad=0.5))))
+    c.stages = (dict(name='duplex', steps=800, batch=16, lr=2e-3, schedule='cosine',
+                     warmup_steps=40, final_lr=0.05, weight_decay=0.05,
+                     data=dict(dialogue=0.7, listen=0.3), save_steps=100, log_steps=10,
+                     probe_steps=100),)
+    c.evals = dict(likelihood=dict(name='likelihood', sources=('dialogue',)),
+                   answers=dict(name='answers', source='dialogue'))

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs. Each parses its flags and its config before jax is imported or a directory is made.
+
+Whatever a user can get wrong ends in one line on standard error and exit status 1 (2 for a wrong
+flag); a traceback means a bug. JAXSD_TRACEBACK=1 shows it for errors of the first kind too.
+"""
+
+import argparse
+import ctypes
+import logging
+import os
+import sys
+
+from jaxsd import config as configs
+from jaxsd.config import ConfigError
+
+log = logging.getLogger('jaxsd')
+
+EPILOG = """\
+A config is a Python file with get_config(arg): FILE.py is the published size, FILE.py:demo learns
+something on a laptop in minutes, FILE.py:tiny takes two steps. Any value can be overridden with
+--config.path=value, as in --config.stages[0].lr=1e-4 or --config.mesh.fsdp=4.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='jaxsd', description='Pretraining of spoken dialogue models in JAX.', epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
+
+    def verb(name, text, workdir=True):
+        p = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.',
+                             epilog=EPILOG, allow_abbrev=False,
+                             formatter_class=argparse.RawDescriptionHelpFormatter)
+        p.add_argument('--config', required=True, metavar='FILE.py[:arg]')
+        if workdir:
+            p.add_argument('--workdir', required=True, metavar='DIR', help='the run directory')
+        return p
+
+    p = verb('show', 'draw the grid of an example as the model will read it', workdir=False)
+    p.add_argument('--source', help='a source of config.data.sources (default: the first)')
+    p.add_argument('--split', default='train', help='split of the dataset (default: train)')
+    p.add_argument('--index', type=int, default=0, help='which record of the source')
+    p.add_argument('--columns', type=int, default=48, help='columns to draw at most')
+    p.add_argument('--png', metavar='OUT.png', help='draw a picture instead of text')
+
+    p = verb('train', 'train every stage, or one, resuming what the run directory holds')
+    p.add_argument('--stage', help='only this stage')
+    p.add_argument('--profile', metavar='FIRST,LAST',
+                   help='trace these steps with the profiler into WORKDIR/profile')
+
+    p = verb('evaluate', 'measure a trained model; results as JSON and a table')
+    p.add_argument('--stage', help='the stage to evaluate (default: the last)')
+    p.add_argument('--tasks', help='comma-separated names of config.evals (default: all)')
+    p.add_argument('--split', default='test', help='split of the dataset (default: test)')
+    p.add_argument('--limit', type=int, default=0, help='at most so many items per task')
+
+    p = verb('generate', 'speak or write with a trained model, from a file or the dataset')
+    p.add_argument('--stage', help='the stage to speak with (default: the last)')
+    p.add_argument('--task', required=True,
+                   choices=('asr', 'tts', 's2s', 't2t', 'duplex'),
+                   help='asr: speech to text; tts: text to speech; s2s, t2t: continuation; '
+                        'duplex: answer the other speaker')
+    p.add_argument('--input', help='a wav file, or text in quotes (default: examples of --split)')
+    p.add_argument('--output', required=True, metavar='OUT',
+                   help='a wav or txt file; with examples, a directory for them')
+    p.add_argument('--split', default='test', help='split of the dataset (default: test)')
+    p.add_argument('--count', type=int, default=4, help='how many examples')
+    p.add_argument('--temperature', type=float, default=None, help='0 is greedy')
+    p.add_argument('--top-k', type=int, default=None)
+    p.add_argument('--top-p', type=float, default=None)
+    p.add_argument('--seed', type=int, default=0)
+
+    p = verb('export', 'write a trained model in the format of another program')
+    p.add_argument('--stage', help='the stage to export (default: the last)')
+    p.add_argument('--format', required=True, choices=('hf', 'kyutai'))
+    p.add_argument('--out', required=True, metavar='DIR')
+
+    p = verb('import', 'make a run directory from weights in the format of another program')
+    p.add_argument('--stage', help='the stage the weights stand for (default: the last)')
+    p.add_argument('--format', required=True, choices=('hf', 'kyutai'))
+    p.add_argument('--source', required=True, metavar='DIR')
+
+    p = verbs.add_parser('report', help='one HTML page with curves, grids, tables and audio',
+                         description='One HTML page with curves, grids, tables and audio.')
+    p.add_argument('--workdir', required=True, action='append', metavar='DIR',
+                   help='a run directory; may be given several times')
+    p.add_argument('--out', required=True, metavar='OUT.html')
+    return parser
+
+
+def _split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Arguments without the --config.path=value ones, and those as (path, value)."""
+    rest, overrides = [], []
+    for a in argv:
+        if a.startswith('--config.'):
+            path, eq, value = a[len('--config.'):].partition('=')
+            if not eq:
+                raise ConfigError(f'{a}: write --config.{path}=value')
+            overrides.append((path, value))
+        else:
+            rest.append(a)
+    return rest, overrides
+
+
+def _keep_memory() -> None:
+    """Tells glibc to keep freed blocks: XLA on CPU otherwise maps, faults in and unmaps its
+    temporary buffer at every call, which costs about a third of a small training step."""
+    try:
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX
+            libc.mallopt(option, value)
+    except (OSError, AttributeError):
+        pass        # not glibc: nothing to tell
+
+
+def _quiet() -> None:
+    logging.basicConfig(format='%(message)s', level=logging.WARNING, stream=sys.stdout)
+    logging.getLogger('jaxsd').setLevel(logging.INFO)
+    logging.getLogger('jaxsd').propagate = True
+
+
+def _devices() -> None:
+    """Settings that must precede the first use of jax."""
+    _keep_memory()
+    cache = os.path.join(os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache')),
+                         'jaxsd', 'xla')
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', cache)
+    os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '1')
+    from jaxsd import train
+    train.connect()
+
+
+def _show(args, config):
+    from jaxsd import data, model
+    from jaxsd.layout import show
+    from jaxsd.vocab import Text
+    v = model.make_vocab(config)
+    source = args.source or next(iter(config.data.sources))
+    grid = data.grid(config, source, v, split=args.split, index=args.index)
+    piece = Text(v.tokenizer).piece if v.tokenizer else None
+    if args.png:
+        show.picture(grid, v, args.png, columns=(0, args.columns), pieces=piece)
+        print(f'{args.png}: {source} {args.index} of {args.split}')
+    else:
+        print(show.text(grid, v, columns=(0, args.columns), pieces=piece))
+
+
+def _train(args, config):
+    _devices()
+    from jaxsd import evaluate, train
+    profile = ()
+    if args.profile:
+        try:
+            profile = tuple(int(x) for x in args.profile.split(','))
+            first, last = profile
+        except ValueError:
+            raise ConfigError(f'--profile takes FIRST,LAST, got {args.profile!r}') from None
+        if not 0 <= first < last:
+            raise ConfigError(f'--profile: FIRST must come before LAST, got {args.profile}')
+    train.run(config, args.workdir, stage_name=args.stage,
+              probe_of=lambda stage: evaluate.probe(config, stage), profile_steps=profile)
+
+
+def _evaluate(args, config):
+    _devices()
+    from jaxsd import evaluate
+    tasks = tuple(filter(None, (args.tasks or '').split(',')))
+    evaluate.run(config, args.workdir, stage_name=args.stage, tasks=tasks, split=args.split,
+                 limit=args.limit or None)
+
+
+def _generate(args, config):
+    _devices()
+    from jaxsd import speak
+    speak.run(config, args.workdir, task=args.task, stage_name=args.stage, source=args.input,
+              out=args.output, split=args.split, count=args.count, temperature=args.temperature,
+              top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+
+
+def _export(args, config):
+    _devices()
+    from jaxsd import export
+    export.export_run(config, args.workdir, args.out, args.format, stage_name=args.stage)
+    print(f'{args.out}: written in the format {args.format}')
+
+
+def _import(args, config):
+    _devices()
+    from jaxsd import export
+    export.import_run(config, args.source, args.workdir, args.format, stage_name=args.stage)
+    print(f'{args.workdir}: a run made from {args.source}')
+
+
+def _report(args, _):
+    from jaxsd import report
+    report.write(args.workdir, args.out)
+    print(args.out)
+
+
+VERBS = dict(show=_show, train=_train, evaluate=_evaluate, generate=_generate, export=_export,
+             report=_report)
+VERBS['import'] = _import
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb. Returns the exit status: 0 only when the thing was done."""
+    _quiet()
+    try:
+        rest, overrides = _split_overrides(sys.argv[1:] if argv is None else list(argv))
+        args = _parser().parse_args(rest)
+        config = None
+        if args.verb != 'report':
+            config = configs.read(args.config)
+            for path, value in overrides:
+                configs.override(config, path, value)
+        elif overrides:
+            raise ConfigError('report takes no --config overrides')
+        VERBS[args.verb](args, config)
+        return 0
+    except (ValueError, OSError, RuntimeError) as e:    # ConfigError, CheckpointError, full disks
+        if os.environ.get('JAXSD_TRACEBACK') == '1':
+            raise
+        reason = ' '.join(str(e).split()) or type(e).__name__
+        print(f'jaxsd {sys.argv[1] if len(sys.argv) > 1 else ""}: {reason[:1000]}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130

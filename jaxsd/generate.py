@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming decode over columns: read a prompt, then speak one column after another.
+
+One engine serves every layout. A *plan* [B, K, T] of columns says what is known: a token where a
+cell is given (a prompt, the user's voice, an initial token), FREE where the model chooses. The
+prompt's columns go through the backbone at once, the others one by one through a ring of cached
+keys and values; each step samples the next column and overlays what the plan knows of it. So
+writing down speech, reading text aloud, continuing either, and holding a conversation are the same
+loop with different plans.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsd.types import NOTHING, Where
+from jaxsd.vocab import Vocab, initial
+
+FREE = -2
+"""In a plan: the model chooses this cell."""
+
+
+class Sampler(NamedTuple):
+    """How a token is drawn from logits. temperature 0 is argmax; top_k 0 and top_p 1 are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def draw(logits_BV, key, sampler: Sampler):
+    """int32 [B]: one id per row of float32 `logits_BV` (-inf where forbidden)."""
+    if sampler.temperature == 0.0:
+        return jnp.argmax(logits_BV, axis=-1)
+    logits = logits_BV / sampler.temperature
+    if 0 < sampler.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, sampler.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampler.top_p < 1.0:
+        ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+        p = jax.nn.softmax(ordered, axis=-1)
+        # Keep the smallest set whose mass reaches top_p: everything before it is passed.
+        kept = jnp.cumsum(p, axis=-1) - p < sampler.top_p
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1)
+
+
+class Speaker(NamedTuple):
+    """A model ready to decode: what `ready` makes of a graph definition, parameters and choices."""
+
+    graph: nnx.GraphDef
+    params: dict
+    rows: tuple
+    samplers: tuple[Sampler, ...]       # one per row
+    window_columns: int | None
+
+
+def ready(graph, params, vocab: Vocab, samplers, window_columns: int | None = None) -> Speaker:
+    """A Speaker. `samplers` maps the first word of a row's name ('text', 'mine', ...) to a Sampler."""
+    chosen = tuple(samplers.get(row.name.split()[0], Sampler()) for row in vocab.rows)
+    return Speaker(graph, params, vocab.rows, chosen, window_columns)
+
+
+def _pick(rows, samplers, allowed, plan_BK):
+    """Row k's choice: what the plan gives, else a draw among the allowed ids."""
+    def pick(k, logits_BV, key):
+        if allowed is not None and k == 0:
+            logits_BV = jnp.where(allowed, logits_BV, -jnp.inf)
+        chosen = draw(logits_BV, key, samplers[k])
+        known = plan_BK[:, k]
+        return jnp.where(known == FREE, chosen, known - rows[k].start)
+    return pick
+
+
+def _overlay(plan_BK, sampled_BK):
+    return jnp.where(plan_BK == FREE, sampled_BK, plan_BK)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(graph, rows, samplers, params, cache, tokens_BKT, where, plan_BK, allowed, key):
+    model = nnx.merge(graph, params)
+    sampled, cache = model.step(tokens_BKT, where, cache, key,
+                                _pick(rows, samplers, allowed, plan_BK))
+    return _overlay(plan_BK, sampled), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _advance(graph, rows, samplers, params, cache, column_BK, position_B, plan_NBK, allowed, keys):
+    """N columns after `column_BK`: ([N, B, K], the new cache)."""
+    model = nnx.merge(graph, params)
+
+    def step(carry, now):
+        cache, column, position = carry
+        plan, key = now
+        where = Where(position[:, None], jnp.ones_like(position)[:, None])
+        sampled, cache = model.step(column[:, :, None], where, cache, key,
+                                    _pick(rows, samplers, allowed, plan))
+        column = _overlay(plan, sampled).astype(jnp.int32)
+        return (cache, column, position + 1), column
+    (cache, _, _), out = jax.lax.scan(step, (cache, column_BK.astype(jnp.int32), position_B),
+                                      (plan_NBK, keys))
+    return out, cache
+
+
+class Stream:
+    """A batch of sequences being decoded. `first` reads the prompts, `more` goes on from there.
+
+    Prompts of different lengths stand at the right edge, with columns of segment 0 before them.
+    """
+
+    def __init__(self, speaker: Speaker, *, rows: int, columns: int, key):
+        model = nnx.eval_shape(lambda p: nnx.merge(speaker.graph, p), speaker.params)
+        dtype = jnp.dtype(model.frontend.dtype)
+        self._speaker, self._key, self._step = speaker, key, 0
+        self._cache = model.backbone.empty_cache(rows, columns, dtype)
+
+    def _keys(self, n: int):
+        keys = jax.vmap(lambda i: jax.random.fold_in(self._key, i))(self._step + jnp.arange(n))
+        self._step += n
+        return keys
+
+    def first(self, prompts: list[np.ndarray], plan_BK, allowed=None, multiple: int = 1):
+        """Reads `prompts` (each [K, T_i]) and returns the first decoded column [B, K].
+
+        The longest is padded to a `multiple` of columns, so that few programs are compiled.
+        """
+        longest = _round_up(max(p.shape[1] for p in prompts), multiple)
+        tokens = np.full((len(prompts), len(self._speaker.rows), longest), NOTHING, np.int32)
+        position = np.zeros((len(prompts), longest), np.int32)
+        segment = np.zeros((len(prompts), longest), np.int32)
+        for i, p in enumerate(prompts):
+            n = p.shape[1]
+            tokens[i, :, longest - n:] = p
+            position[i, longest - n:] = np.arange(n)
+            segment[i, longest - n:] = 1
+        s = self._speaker
+        self._column, self._cache = _prefill(
+            s.graph, s.rows, s.samplers, s.params, self._cache, tokens,
+            Where(jnp.asarray(position), jnp.asarray(segment)), jnp.asarray(plan_BK), allowed,
+            self._keys(1)[0])
+        self._position = jnp.asarray([p.shape[1] for p in prompts], jnp.int32)
+        return self._column
+
+    def more(self, plan_NBK, allowed=None):
+        """The N columns after the last one: [N, B, K], where the plan leaves cells FREE decoded."""
+        s = self._speaker
+        n = plan_NBK.shape[0]
+        out, self._cache = _advance(s.graph, s.rows, s.samplers, s.params, self._cache,
+                                    self._column, self._position, jnp.asarray(plan_NBK), allowed,
+                                    self._keys(n))
+        self._column, self._position = out[-1], self._position + n
+        return out
+
+
+# One row: prompts continued until a stop token.
+
+def allowed_ids(vocab: Vocab, kind: str) -> np.ndarray:
+    """bool [V]: what may be said in a stretch of 'text' or 'speech', and EOS (markers never).
+
+    The released Spirit-LM decodes so: both markers banned, and the other modality's ids
+    (spiritlm get_forbidden_tokens).
+    """
+    start, size = vocab.ranges['text' if kind == 'text' else 'units']
+    out = np.zeros(vocab.rows[0].predicted, bool)
+    out[start:start + size] = True
+    out[vocab.specials['bos']] = False
+    out[vocab.specials['eos']] = True
+    return out
+
+
+def continue_prompts(speaker: Speaker, prompts: list[np.ndarray], vocab: Vocab, *, kind: str,
+                     most_tokens: int, key=None, chunk: int = 16) -> list[np.ndarray]:
+    """What follows each one-row prompt (ids [T_i]): ids of `kind` up to EOS or `most_tokens`.
+
+    Decodes `chunk` columns per dispatch and stops when every sequence has ended.
+    """
+    key = jax.random.key(0) if key is None else key
+    rows = len(prompts)
+    padded = -(-rows // 8) * 8          # few shapes, few compilations
+    prompts = prompts + [prompts[-1]] * (padded - rows)
+    longest = _round_up(max(len(p) for p in prompts), 32)
+    stream = Stream(speaker, rows=padded, columns=longest + most_tokens + chunk, key=key)
+    allowed = jnp.asarray(allowed_ids(vocab, kind))
+    free = np.full((padded, 1), FREE, np.int32)
+    out = [np.asarray(stream.first([p[None] for p in prompts], free, allowed, multiple=32))[None]]
+    eos = vocab.specials['eos']
+    while sum(len(x) for x in out) < most_tokens:
+        ended = (np.concatenate(out)[:, :, 0] == eos).any(0)
+        if ended[:rows].all():
+            break
+        plan = np.full((chunk, padded, 1), FREE, np.int32)
+        out.append(np.asarray(stream.more(plan, allowed)))
+    tokens = np.concatenate(out)[:most_tokens, :, 0].T[:rows]
+    return [t[:np.argmax(t == eos)] if (t == eos).any() else t for t in tokens]
+
+
+# Many rows: a conversation on one clock.
+
+def conversation_plan(vocab: Vocab, heard_KT: np.ndarray, late: tuple[int, ...],
+                      speaker: str = 'theirs') -> np.ndarray:
+    """[K, T + 1]: the other speaker's codes given (delays applied), everything of mine FREE.
+
+    Column 0 and the first `late[k]` columns after it hold each row's initial token, as in training.
+    """
+    frames = heard_KT.shape[1]
+    plan = np.full((len(vocab.rows), frames + 1), FREE, np.int32)
+    book = 0
+    for k, row in enumerate(vocab.rows):
+        if row.name.startswith(speaker):
+            kept = max(0, frames - late[k])
+            plan[k, 1 + late[k]:] = vocab.encode(row.name, heard_KT[book, :kept])
+            book += 1
+        plan[k, :1 + late[k]] = initial(row)
+    return plan
+
+
+def converse(speaker: Speaker, plans: list[np.ndarray], *, key=None) -> list[np.ndarray]:
+    """Fills the FREE cells of `plans` (each [K, T_i + 1]), all at once, column by column.
+
+    The ring holds the backbone's window, so memory does not grow with the conversation.
+    """
+    key = jax.random.key(0) if key is None else key
+    longest = _round_up(max(p.shape[1] for p in plans), 64)
+    batch = np.full((len(plans), plans[0].shape[0], longest), NOTHING, np.int32)
+    for i, p in enumerate(plans):
+        batch[i, :, :p.shape[1]] = p
+    ring = min(longest, speaker.window_columns or longest)
+    stream = Stream(speaker, rows=len(plans), columns=ring, key=key)
+    first = stream.first([b[:, :1] for b in batch], batch[:, :, 1])
+    rest = stream.more(np.moveaxis(batch[:, :, 2:], 2, 0))
+    filled = np.concatenate([batch[:, :, :1], np.asarray(first)[:, :, None],
+                             np.moveaxis(np.asarray(rest), 0, 2)], axis=2)
+    return [filled[i, :, :p.shape[1]] for i, p in enumerate(plans)]
