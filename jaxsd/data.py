@@ -95,10 +95,10 @@ def _mixture(config, stage) -> dict[str, float]:
 
 
 def _tokenizer(vocab: Vocab) -> Callable[[Record], Record]:
-    """A function that fills in the ids of a record's words; each distinct word is encoded once."""
+    """A function that fills in the ids of a record's words; it remembers those of common words."""
     if not vocab.tokenizer:
         return lambda record: record
-    encode = functools.cache(Text(vocab.tokenizer).encode)
+    encode = functools.lru_cache(1 << 18)(Text(vocab.tokenizer).encode)
 
     def fill(record: Record) -> Record:
         words = tuple(Word(*word[:4], encode(word.text)) for word in record.words)
