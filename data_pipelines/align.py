@@ -19,7 +19,7 @@ from data_pipelines.judge import SAMPLE_RATE_HZ, to_int16, words_of
 # more and a third of a second of it on both sides cure that; wider beams than the default do not.
 _NOISE, _PAD_S = 20.0, 0.3
 _FRAME_S = 0.01
-_PHONES = ('AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH '
+PHONES = ('AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH '
            'UW V W Y Z ZH').split()
 MAX_S = 300.0           # longer utterances are refused: time and memory grow with length x words
 
@@ -41,8 +41,8 @@ def identity() -> dict:
 def _decoder():
     import pocketsphinx
     decoder = pocketsphinx.Decoder(lm=None, samprate=float(SAMPLE_RATE_HZ), loglevel='FATAL')
-    for i, phone in enumerate(_PHONES):     # every phone is also a word: see `align`
-        decoder.add_word(f'@{phone.lower()}', phone, i == len(_PHONES) - 1)
+    for i, phone in enumerate(PHONES):     # every phone is also a word: see `align`
+        decoder.add_word(f'@{phone.lower()}', phone, i == len(PHONES) - 1)
     return decoder
 
 
