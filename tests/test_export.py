@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     for name in ('llama', 'qwen2', 'kyutai'):
         config, format = CASES[name]
         out[name] = tmp_path_factory.mktemp('good') / name
-        export.export_run(config, released.random_params(config, 3), str(out[name]), format)
+        export.save(config, released.random_params(config, 3), str(out[name]), format)
     return out
 
 
@@ -53,11 +53,11 @@ def test_there_and_back(name, tmp_path):
     config, format = CASES[name]
     params = released.random_params(config, 1)
     out = str(tmp_path / 'out')
-    made = export.export_run(config, params, out, format)
+    made = export.save(config, params, out, format)
     assert made['bytes'] == 4 * sum(x.size for x in jax.tree.leaves(params))
     back = export.import_params(config, out, format)
     equal(params, back)
-    again = export.export_run(config, back, str(tmp_path / 'again'), format)
+    again = export.save(config, back, str(tmp_path / 'again'), format)
     assert again == made
     assert ((tmp_path / 'again' / 'model.safetensors').read_bytes()
             == (tmp_path / 'out' / 'model.safetensors').read_bytes())
@@ -68,7 +68,7 @@ def test_released_files_come_back(name, tmp_path):
     """Export of an imported golden: the peer's own keys, shapes and numbers, none more."""
     config, format = CASES[name]
     params = export.import_params(config, str(released.GOLDEN / name), format)
-    export.export_run(config, params, str(tmp_path / 'out'), format)
+    export.save(config, params, str(tmp_path / 'out'), format)
     theirs = load_file(released.GOLDEN / name / 'model.safetensors')
     ours = load_file(tmp_path / 'out' / 'model.safetensors')
     assert set(ours) == set(theirs)
@@ -105,7 +105,7 @@ def test_packed_rows_lie_behind_one_another():
 def test_shards_and_index(tmp_path):
     config, format = CASES['llama']
     params = released.random_params(config, 2)
-    made = export.export_run(config, params, str(tmp_path / 'out'), format, shard_bytes=100_000)
+    made = export.save(config, params, str(tmp_path / 'out'), format, shard_bytes=100_000)
     shards = [name for name in made['files'] if name.startswith('model-')]
     assert len(shards) > 2 and 'model.safetensors' not in made['files']
     index = json.loads((tmp_path / 'out' / 'model.safetensors.index.json').read_text())
@@ -129,11 +129,11 @@ def test_tokenizer_travels(tmp_path):
     (tmp_path / 'text.model').write_bytes(b'pieces')
     config, format = released.decoder('llama'), 'hf'
     config.vocab.tokenizer = str(tmp_path / 'text.model')
-    export.export_run(config, released.random_params(config, 1), str(tmp_path / 'out'), format)
+    export.save(config, released.random_params(config, 1), str(tmp_path / 'out'), format)
     assert (tmp_path / 'out' / 'tokenizer.model').read_bytes() == b'pieces'
     (tmp_path / 'text.model').unlink()
     with pytest.raises(ConfigError, match='vocab.tokenizer: cannot copy'):
-        export.export_run(config, released.random_params(config, 1), str(tmp_path / 'two'), format)
+        export.save(config, released.random_params(config, 1), str(tmp_path / 'two'), format)
     assert os.listdir(tmp_path) == ['out']       # nothing half-written, no partial folder
 
 
@@ -153,11 +153,11 @@ def test_low_rank_terms_are_folded(tmp_path):
         product = (a.reshape(*a.shape[:lead], -1, 2) @ b.reshape(*b.shape[:lead], 2, -1))
         np.testing.assert_allclose(folded[f'{path}/kernel'], w + .5 * product.reshape(w.shape),
                                    rtol=1e-5, atol=1e-6)
-    export.export_run(config, params, str(tmp_path / 'out'), 'kyutai', lora_scale=.5)
+    export.save(config, params, str(tmp_path / 'out'), 'kyutai', lora_scale=.5)
     back = export.flatten(export.import_params(config, str(tmp_path / 'out'), 'kyutai'))
     equal({k: np.asarray(v) for k, v in folded.items()}, back)
     with pytest.raises(ValueError, match='lora scale'):
-        export.export_run(config, params, str(tmp_path / 'two'), 'kyutai')
+        export.save(config, params, str(tmp_path / 'two'), 'kyutai')
 
 
 @pytest.mark.parametrize('spec, format', [('configs/spirit_lm.py:tiny', 'hf'),
@@ -167,7 +167,7 @@ def test_every_demo_system_can_leave(spec, format, tmp_path):
     config = read(f'{root}/{spec}')
     config.vocab.tokenizer = ''
     params = released.random_params(config, 1)
-    export.export_run(config, params, str(tmp_path / 'out'), format)
+    export.save(config, params, str(tmp_path / 'out'), format)
     equal(params, export.import_params(config, str(tmp_path / 'out'), format))
 
 
@@ -178,7 +178,7 @@ def test_padding_rows_of_the_line_stay_home(tmp_path):
     used = vocab.rows[-1].start + vocab.rows[-1].size
     assert vocab.size > used
     params = released.random_params(config, 1)
-    export.export_run(config, params, str(tmp_path / 'out'), 'kyutai')
+    export.save(config, params, str(tmp_path / 'out'), 'kyutai')
     back = export.import_params(config, str(tmp_path / 'out'), 'kyutai')
     params['frontend']['table'][used:] = 0
     equal(params, back)
@@ -318,7 +318,7 @@ def test_bad_index(folder, tmp_path, index, match):
 def test_index_that_promises_too_much(tmp_path):
     config, format = CASES['llama']
     out = str(tmp_path / 'out')
-    export.export_run(config, released.random_params(config, 2), out, format, shard_bytes=100_000)
+    export.save(config, released.random_params(config, 2), out, format, shard_bytes=100_000)
     path = os.path.join(out, 'model.safetensors.index.json')
     with open(path) as f:
         index = json.load(f)
@@ -346,7 +346,7 @@ def test_both_dialects_at_once(folder, tmp_path):
 ])
 def test_what_a_format_cannot_say(config, format, match, tmp_path):
     with pytest.raises(ConfigError, match=match):
-        export.export_run(config, {}, str(tmp_path / 'out'), format)
+        export.save(config, {}, str(tmp_path / 'out'), format)
     assert os.listdir(tmp_path) == []
 
 
@@ -356,9 +356,9 @@ def test_export_never_overwrites(tmp_path):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'mine.txt').write_text('keep')
     with pytest.raises(ValueError, match='not an empty folder'):
-        export.export_run(config, params, str(tmp_path / 'out'), format)
+        export.save(config, params, str(tmp_path / 'out'), format)
     with pytest.raises(ValueError, match='not those of the config'):
-        export.export_run(released.decoder('llama', mlp=80), params, str(tmp_path / 'new'), format)
+        export.save(released.decoder('llama', mlp=80), params, str(tmp_path / 'new'), format)
     assert sorted(os.listdir(tmp_path)) == ['out'] and os.listdir(tmp_path / 'out') == ['mine.txt']
 
 
@@ -368,3 +368,63 @@ def test_import_wants_a_source(tmp_path):
     (tmp_path / 'empty').mkdir()
     shutil.copy(released.GOLDEN / 'llama' / 'config.json', tmp_path / 'empty')
     refuse(CASES['llama'][0], str(tmp_path / 'empty'), 'hf', 'found none')
+
+
+# Run directories ---------------------------------------------------------------------------------
+
+def run_config(name):
+    """A golden's config with two stages, whose dataset is nowhere."""
+    config = CASES[name][0].copy_and_resolve_references()
+    config.data = dict(path='/nowhere', sources=dict(all=dict(select=('story',))))
+    stage = dict(steps=2, batch=2, data=dict(all=1.0), lr=1e-3)
+    config.stages = (dict(name='first', **stage), dict(name='last', start='first', **stage))
+    return config
+
+
+@pytest.mark.parametrize('name', ['llama', 'kyutai'])
+def test_a_run_from_a_checkpoint_and_back(name, folder, tmp_path, caplog):
+    config, format = run_config(name), CASES[name][1]
+    run, out = str(tmp_path / 'run'), str(tmp_path / 'out')
+    export.import_run(config, str(folder[name]), run, format, stage_name='first')
+    assert 'no dataset' in caplog.text or 'nowhere' in caplog.text
+    made = export.export_run(config, run, out, format, stage_name='first')
+    assert ((tmp_path / 'out' / 'model.safetensors').read_bytes()
+            == (folder[name] / 'model.safetensors').read_bytes())
+    assert made['tensors'] == len(load_file(folder[name] / 'model.safetensors'))
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert fingerprint(config) in card and '| stage | first |' in card and '| step | 0 |' in card
+    with pytest.raises(ConfigError, match='already has checkpoints of stage first'):
+        export.import_run(config, str(folder[name]), run, format, stage_name='first')
+    with pytest.raises(ValueError, match='no checkpoint'):
+        export.export_run(config, run, str(tmp_path / 'two'), format)
+    other = run_config(name)
+    other.seed = 7
+    with pytest.raises(ConfigError, match='another run: seed'):
+        export.export_run(other, run, str(tmp_path / 'two'), format, stage_name='first')
+
+
+def test_import_makes_no_run_of_a_bad_checkpoint(folder, tmp_path):
+    bad = copied(folder, tmp_path, 'llama')
+    change_tensors(bad, lambda s: s.pop('model.norm.weight'))
+    with pytest.raises(ValueError, match='lacks model.norm.weight'):
+        export.import_run(run_config('llama'), bad, str(tmp_path / 'run'), 'hf')
+    with pytest.raises(ConfigError, match='holds no run'):
+        export.export_run(run_config('llama'), str(tmp_path / 'run'), str(tmp_path / 'o'), 'hf')
+    assert os.listdir(tmp_path) == ['bad']
+
+
+def test_a_stage_has_its_own_delays(folder, tmp_path):
+    """The delays that a stage trained with are those that its checkpoint states."""
+    config = run_config('kyutai')
+    layout = dict(name='duplex.columns', acoustic_delay_columns=2)
+    config.stages = tuple(dict(s) | (dict(layout=layout) if s['name'] == 'first' else {})
+                          for s in config.stages)
+    bad = copied(folder, tmp_path, 'kyutai')
+    with pytest.raises(ConfigError, match='layout.delays'):
+        export.import_run(config, bad, str(tmp_path / 'run'), 'kyutai', stage_name='first')
+    edited(bad, delays=[0, 0, 2, 2, 2, 0, 2, 2, 2])
+    export.import_run(config, bad, str(tmp_path / 'run'), 'kyutai', stage_name='first')
+    export.export_run(config, str(tmp_path / 'run'), str(tmp_path / 'out'), 'kyutai',
+                      stage_name='first')
+    spelled = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert spelled['delays'] == [0, 0, 2, 2, 2, 0, 2, 2, 2]

@@ -7,28 +7,108 @@ rules is read in both directions, so import(export(x)) is x to the bit. Paramete
 of arrays in the shapes of `model.abstract(config)`.
 """
 
+import copy
+import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
-from jaxsd import model
+from jaxsd import checkpoint, data, model
+from jaxsd import run as rundir
+from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, plain, unknown
 from jaxsd.export import rules, safetensors
 from jaxsd.export.families import FAMILIES, Family, disagreements, facts
 from jaxsd.stage import flatten, unflatten
+
+log = logging.getLogger('jaxsd')
 
 FORMATS = tuple(FAMILIES)
 SHARD_BYTES = 4 << 30
 LISTED = 8          # how many tensors an error names before it counts the rest
 
 
-def export_run(config, params, out: str, format: str, *, lora_scale: float = 0.0,
-               notes: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES) -> dict:
+def export_run(config, workdir: str, out: str, format: str, *,
+               stage_name: str | None = None) -> dict:
+    """Writes the newest checkpoint of a stage (default: the last) of run `workdir` to folder `out`.
+
+    As `save`, with what the ledger says of the stage's training in the model card.
+    """
+    chosen, at = stages.find(config, stage_name), _one_device()
+    stored = rundir.read_run(workdir)
+    if stored['fingerprint'] != fingerprint(config):
+        raise ConfigError(f'--workdir {workdir} holds another run: '
+                          f'{rundir.differences(stored["config"], config)}')
+    shapes = model.abstract(config, chosen.lora)[1]
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes)
+    params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, chosen.name), target)
+    notes = {'config fingerprint': fingerprint(config), 'stage': chosen.name,
+             'step': str(meta['step'])}
+    for entry in rundir.read_ledger(workdir):
+        if entry.get('stage') == chosen.name and entry.get('consumed_to') == meta['step']:
+            for source, c in sorted(entry['consumed'].items()):
+                notes[f'trained on {source}'] = (f'{c["tokens"]:,} tokens, '
+                                                 f'{c["audio_s"] / 3600:.2f} h of audio')
+    return save(of_stage(config, chosen), params, out, format, notes=notes,
+                lora_scale=chosen.lora.get('scale', 0.0))
+
+
+def import_run(config, source: str, workdir: str, format: str, *,
+               stage_name: str | None = None) -> None:
+    """Makes `workdir` a run whose stage (default: the last) stands at step 0 with these weights.
+
+    Every verb accepts it; `train` goes on from there. Where the config's dataset is not at hand,
+    only training in this workdir is refused; naming the checkpoint as a stage's `start` is not.
+    """
+    chosen = stages.find(config, stage_name)
+    if chosen.lora:
+        raise ConfigError(f'stage {chosen.name} adds low-rank terms to earlier weights; import '
+                          'into the stage before it with --stage')
+    if os.path.exists(checkpoint.folder_of(workdir, chosen.name)):
+        raise ConfigError(f'--workdir {workdir} already has checkpoints of stage {chosen.name}; '
+                          'name a new directory')
+    params = unflatten({path: jax.device_put(x, _one_device()) for path, x in
+                        stream(of_stage(config, chosen), source, format)})
+    by_path = stages.multipliers(chosen, flatten(params))
+    opt = jax.jit(stages.optimizer(chosen, by_path).init)(stages.split(params, by_path)[0])
+    state = dict(params=params, opt=opt, step=jax.numpy.int32(0), bad_steps=jax.numpy.int32(0),
+                 skipped_steps=jax.numpy.int32(0))
+    vocab = model.make_vocab(config)
+    try:
+        marks = data.fingerprint(config, dataclasses.asdict(chosen), vocab)
+    except ValueError as e:
+        log.warning('training cannot go on in %s until it is imported with the dataset at hand: %s',
+                    workdir, e)
+        marks = {}
+    rundir.open_run(workdir, config)
+    rundir.ledger(workdir, dict(event='import', stage=chosen.name, step=0, format=format,
+                                source=os.path.abspath(source), fingerprint=fingerprint(config)))
+    with checkpoint.Checkpoints(workdir, chosen.name, config=config, keep=chosen.keep) as saved:
+        saved.save(0, state, data_state=dict(next_step=0, fingerprint=marks), wait=True)
+
+
+def of_stage(config, stage):
+    """`config` with the layout that the stage trains with: its delays are part of the weights."""
+    if not stage.layout:
+        return config
+    out = copy.deepcopy(config)
+    out.layout = stage.layout
+    return out
+
+
+def _one_device():
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
+         notes: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES) -> dict:
     """Writes `params` of `config` to the new folder `out` in the files that `format` prescribes.
 
     config.json, float32 safetensors, generation_config.json, the text tokenizer where the config
@@ -42,7 +122,7 @@ def export_run(config, params, out: str, format: str, *, lora_scale: float = 0.0
     have = facts(config)
     family.check(have)
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
-    ours = fold_lora(flatten(params), lora_scale)
+    ours = {path: np.asarray(x) for path, x in fold_lora(flatten(params), lora_scale).items()}
     if {path: tuple(leaf.shape) for path, leaf in ours.items()} != shapes:
         odd = sorted(set(ours) ^ set(shapes)) or [p for p in shapes if ours[p].shape != shapes[p]]
         raise ValueError(f'the parameters are not those of the config: {_some(odd)}')
@@ -72,8 +152,7 @@ def export_run(config, params, out: str, format: str, *, lora_scale: float = 0.0
                '_from_model_config': True})
         _json(partial, 'vocabulary.json',
               {'ranges': {k: {'start': a, 'size': n} for k, (a, n) in vocab.ranges.items()},
-               'specials': vocab.specials, 'size': vocab.size,
-               'config_fingerprint': fingerprint(config)})
+               'specials': vocab.specials, 'size': vocab.size})
         if vocab.tokenizer:
             try:
                 shutil.copyfile(vocab.tokenizer, os.path.join(partial, 'tokenizer.model'))
