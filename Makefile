@@ -39,14 +39,14 @@ test: env
 test-all: env
 	'$(VENV)/bin/python' -m pytest -m 'not peers'
 
-# moshi pins older torch and numpy than it needs, hence --no-deps and its few requirements by hand.
+# moshi pins older torch and numpy than it needs, hence --no-deps, last, and its needs by hand.
 $(PEERS)/.complete: setup.py Makefile $(VENV)/.complete
 	@echo 'environment: installing the peers into $(PEERS)'
 	@'$(VENV)/bin/python' -m venv '$(PEERS)'
 	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check $(TORCH)
-	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check --no-deps moshi==0.2.13
 	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check -e '.[test]' \
 		einops huggingface_hub sphn 'transformers>=5.23,<6' 'numpy<2.5'
+	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check --no-deps moshi==0.2.13
 	@touch $@
 
 test-peers: $(PEERS)/.complete
