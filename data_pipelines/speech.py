@@ -371,7 +371,7 @@ class Report:
 
 def _accepted(manifests: Iterable[str], report: Report, seen: dict[str, str],
               max_s: float) -> list[Row]:
-    """Rows whose line and whose sound's header are good, so that a split is not cut from bad ones."""
+    """Rows whose line and sound header are good, so that no split is cut from bad ones."""
     rows = []
     for manifest in manifests:
         for line, row in rows_of(manifest):

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -377,52 +378,94 @@ def rvq(*, path: str, frame_hz: float, codebooks: int, size: int,
     return _load('rvq', path, frame_hz, codebooks, size, sample_rate_hz)
 
 
+_KYUTAI = tuple((re.compile(a), b) for a, b in (    # kyutai's names, in order, to transformers'
+    (r'^((?:en|de)coder)\.model\.', r'\1.layers.'),
+    (r'^(down|up)sample\.conv(?:tr)?\.conv(?:tr)?\.conv(?:tr)?\.', r'\1sample.conv.'),
+    (r'\.conv(?:tr)?\.conv(?:tr)?\.', '.conv.'),
+    (r'_transformer\.transformer\.', '_transformer.'),
+    (r'\.self_attn\.(?:out_projs\.0|out_proj)\.', '.self_attn.o_proj.'),
+    (r'\.self_attn\.(?:in_projs\.0\.weight|in_proj_weight)$', '.self_attn.qkv'),
+    (r'\.linear([12])\.', r'.mlp.fc\1.'),
+    (r'\.norm1\.', '.input_layernorm.'), (r'\.norm2\.', '.post_attention_layernorm.'),
+    (r'\.layer_scale_1\.', '.self_attn_layer_scale.'), (r'\.layer_scale_2\.', '.mlp_layer_scale.'),
+    (r'\.rvq_first\.', '.semantic_residual_vector_quantizer.'),
+    (r'\.rvq_rest\.', '.acoustic_residual_vector_quantizer.'),
+    (r'\.vq\.layers\.(\d+)\._codebook\.', r'.layers.\1.codebook.'),
+    (r'\.embedding_sum$', '.embed_sum'), (r'\._initialized$', '.initialized')))
+
+
+def _from_kyutai(tensors: dict, heads: int) -> dict:
+    """Mimi's tensors under kyutai's names, as transformers names and lays them out.
+
+    kyutai turns neighbouring channels of a head together, transformers turns halves (rotary).
+    """
+    out = {}
+    for key, value in tensors.items():
+        for pattern, name in _KYUTAI:
+            key = pattern.sub(name, key)
+        if not key.endswith('.qkv'):
+            out[key] = value
+            continue
+        for letter, part in zip('qkv', value.chunk(3), strict=True):
+            if letter != 'v':
+                part = part.reshape(heads, -1, 2, part.shape[1]).transpose(1, 2).reshape(part.shape)
+            out[f'{key.removesuffix("qkv")}{letter}_proj.weight'] = part.contiguous()
+    return out
+
+
+def _mimi_model(path: str):
+    """transformers' model with the weights at `path`, complete. Raises whatever goes wrong."""
+    from transformers import MimiConfig, MimiModel
+    given = dict(output_loading_info=True)
+    if os.path.isdir(path):
+        model, info = MimiModel.from_pretrained(path, local_files_only=True, **given)
+    else:
+        from safetensors.torch import load_file
+        config = MimiConfig()
+        state = _from_kyutai(load_file(path), config.num_attention_heads)
+        model, info = MimiModel.from_pretrained(None, config=config, state_dict=state, **given)
+    for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
+        if info.get(kind):
+            raise ValueError(f'{len(info[kind])} {kind.replace("_", " ")}, first '
+                             f'{sorted(map(str, info[kind]))[0]}')
+    return model
+
+
 def mimi(*, path: str, codebooks: int = 8, frame_hz: float = 12.5, size: int = 2048,
          sample_rate_hz: int = 24000) -> Codec:
-    """The released Mimi (arXiv 2410.00037 section 3.3) with weights at the local `path`.
+    """The released Mimi (arXiv 2410.00037 section 3.3), run by package `transformers`.
 
-    A file is read by package `moshi` (kyutai's safetensors), a directory by `transformers`
-    (`config.json` and `model.safetensors`); both give the same codes, as waves are padded with
-    zeros to whole frames first. Runs on an accelerator when torch sees one.
-    Raises ValueError when a package or the weights are missing or damaged, or are another codec's.
+    path: kyutai's safetensors file, or a directory of `config.json` and `model.safetensors`. Waves
+    are padded with zeros to whole frames, which keeps the codes equal to kyutai's own. Runs on an
+    accelerator when torch sees one. Raises ValueError when the packages or the weights are missing,
+    damaged, incomplete or another model's.
     """
-    folder = os.path.isdir(path)
-    weights = os.path.join(path, 'model.safetensors') if folder else path
+    weights = os.path.join(path, 'model.safetensors') if os.path.isdir(path) else path
     if not os.path.isfile(weights):
         raise ValueError(f'codec: no Mimi weights at {weights}')
-    package = 'transformers' if folder else 'moshi'
     try:
         import torch
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        if folder:
-            from transformers import MimiModel
-        else:
-            from moshi.models import loaders
+        import transformers  # noqa: F401
     except ImportError as e:
-        raise ValueError(f'codec: mimi needs torch and {package} to read {path} ({e}); '
+        raise ValueError(f'codec: mimi needs torch and transformers ({e}); '
                          'install jaxsd[mimi]') from e
     try:
-        if folder:
-            model = MimiModel.from_pretrained(path, local_files_only=True).to(device).eval()
-            config = model.config
-            found = (config.frame_rate, config.codebook_size, config.sampling_rate)
-            most = config.num_quantizers
-        else:
-            model = loaders.get_mimi(weights, device=device, num_codebooks=codebooks).eval()
-            found = (model.frame_rate, model.cardinality, model.sample_rate)
-            most = model.total_codebooks
-    except Exception as e:      # each package has its own many errors for a damaged file
-        said = str(e).split('\n')[0]
-        raise ValueError(f'codec: {path} is not a Mimi that {package} can read '
+        model = _mimi_model(path)
+    except Exception as e:      # torch, safetensors and transformers each fail in their own ways
+        said = (str(e).splitlines() or [''])[0]
+        raise ValueError(f'codec: no Mimi can be read from {path} '
                          f'({type(e).__name__}: {said})') from e
-    for key, asked, has in zip(('frame_hz', 'size', 'sample_rate_hz'),
-                               (frame_hz, size, sample_rate_hz), found, strict=True):
-        if asked != has:
-            raise ValueError(f'codec: Mimi at {path} has {key}={has}, '
-                             f'the config says {key}={asked}')
-    if not 1 <= codebooks <= most:
-        raise ValueError(f'codec: Mimi at {path} has {most} codebooks, '
+    has = model.config
+    for key, asked, found in (('frame_hz', frame_hz, has.frame_rate),
+                              ('size', size, has.codebook_size),
+                              ('sample_rate_hz', sample_rate_hz, has.sampling_rate)):
+        if asked != found:
+            raise ValueError(f'codec: {path} has {key}={found}, the config says {key}={asked}')
+    if not 1 <= codebooks <= has.num_quantizers:
+        raise ValueError(f'codec: {path} has {has.num_quantizers} codebooks, '
                          f'the config says codebooks={codebooks}')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    model = model.to(device).eval()
     samples = _samples_per_frame(frame_hz, sample_rate_hz)
 
     def encode(wav: np.ndarray) -> np.ndarray:
@@ -431,23 +474,19 @@ def mimi(*, path: str, codebooks: int = 8, frame_hz: float = 12.5, size: int = 2
             return np.zeros((codebooks, 0), np.int16)
         x = torch.from_numpy(np.pad(wav, (0, -wav.size % samples)))[None, None].to(device)
         with torch.no_grad():
-            codes = (model.encode(x, num_quantizers=codebooks).audio_codes if folder
-                     else model.encode(x))
+            codes = model.encode(x, num_quantizers=codebooks).audio_codes
         return codes[0].cpu().numpy().astype(np.int16)
 
     def decode(codes: np.ndarray) -> np.ndarray:
         codes = _checked_codes(codes, codebooks, size)
         if not codes.size:
             return np.zeros(0, np.float32)
-        x = torch.from_numpy(codes)[None].to(device)
         with torch.no_grad():
-            wav = model.decode(x).audio_values if folder else model.decode(x)
+            wav = model.decode(torch.from_numpy(codes)[None].to(device)).audio_values
         return wav[0, 0].float().cpu().numpy()
 
-    digest = hashlib.sha256()
-    with open(weights, 'rb') as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
     identity = {'name': 'mimi', 'frame_hz': frame_hz, 'codebooks': codebooks, 'size': size,
-                'sample_rate_hz': sample_rate_hz, 'sha256': digest.hexdigest()}
+                'sample_rate_hz': sample_rate_hz}
+    with open(weights, 'rb') as f:
+        identity['sha256'] = hashlib.file_digest(f, 'sha256').hexdigest()
     return Codec(identity, encode, decode)
