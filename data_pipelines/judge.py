@@ -112,6 +112,7 @@ def _start(folder: str) -> None:
 
 def _hear(job: tuple[int, np.ndarray]) -> str:
     index, wav = job
+    _decoder.reinit_feat()      # else its noise estimate, and so the words, depend on the last clip
     _decoder.start_utt()
     _decoder.process_raw(to_int16(wav, index).tobytes(), False, True)
     _decoder.end_utt()
