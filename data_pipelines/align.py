@@ -54,7 +54,7 @@ def unknown(words: Sequence[str]) -> list[str]:
 
 def _pass(decoder, sound: bytes, words: Sequence[str]) -> list[tuple[str, int, int]]:
     """(word, first frame, frame after the last) of an alignment; pauses and noises left out."""
-    decoder.reinit_feat()       # else its noise estimate, and so the times, depend on the last sound
+    decoder.reinit_feat()       # else its noise estimate, and so times, depend on the last sound
     # Without a pause to end in, the path often stops short of the last word or phone.
     decoder.set_align_text(' '.join([*words, '<sil>']))
     decoder.start_utt()

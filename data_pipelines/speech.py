@@ -133,8 +133,11 @@ def sound(row: Row, max_s: float, *, load: bool = True) -> tuple[np.ndarray, int
             if channels != want:
                 raise BadRow('wrong channel count', f'{row.path} has {channels} channels, ' + (
                     'a dialogue has 2' if want == 2 else 'speech with a "text" has 1'))
-            if frames <= 0 or rate <= 0:
+            if frames <= 0:
                 raise BadRow('zero-length audio', f'{row.path} holds no sound')
+            if not 4000 <= rate <= 192_000:     # also bounds what a lying header may allocate
+                raise BadRow('unreadable audio', f'{row.path} claims {rate} samples a second, not '
+                                                 '4000..192000')
             seconds = frames / rate
             if row.duration_s is not None and abs(row.duration_s - seconds) > SLACK_S:
                 raise BadRow('wrong duration', f'{row.path} lasts {seconds:.3f} s, the row says '

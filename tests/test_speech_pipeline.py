@@ -137,6 +137,7 @@ def _broken(good, folder):
     nan[5] = np.nan
     soundfile.write(folder / 'nan.wav', nan, RATE_HZ, subtype='FLOAT')
     soundfile.write(folder / 'long.wav', np.zeros(RATE_HZ * 31), RATE_HZ, format='FLAC')
+    soundfile.write(folder / 'fast.wav', np.zeros(800), 4_000_000)
     soundfile.write(folder / 'hush.wav', np.zeros(RATE_HZ), RATE_HZ)
 
     def with_words(i, sidecar):
@@ -164,6 +165,7 @@ def _broken(good, folder):
         ({'path': 'noise.wav', **text}, 'unreadable audio'),
         ({'path': 'cut.flac', **text}, 'unreadable audio'),
         ({'path': 'nan.wav', **text}, 'unreadable audio'),
+        ({'path': 'fast.wav', **text}, 'unreadable audio'),
         ({'path': 'none.wav', **text}, 'zero-length audio'),
         ({'path': 'three.wav', 'duration': 0.05}, 'wrong channel count'),
         ({'path': 'c.wav'}, 'wrong channel count'),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mimi by name against kyutai's own implementation, with random weights: the same codes and sound."""
+"""Mimi by name against kyutai's own implementation, random weights: the same codes and sound."""
 
 import numpy as np
 import pytest
