@@ -182,8 +182,8 @@ def _number(x) -> str:
     return f'{x:.4g}'
 
 
-def _unit(x, unit: str) -> str:
-    return f'{_number(float(x))} <small>{unit}</small>'
+def _unit(x: float, unit: str) -> str:
+    return f'{x:.3g} <small>{unit}</small>' if abs(x) < 1e3 else f'{x:,.0f} <small>{unit}</small>'
 
 
 def _short(value, depth: int = 0) -> str:
@@ -229,15 +229,23 @@ def _names(rows: list[dict], group: str) -> list[str]:
     return sorted({str(k) for row in rows if isinstance(row.get(group), dict) for k in row[group]})
 
 
+def _curve(rows, name: str, color: str, group: str, key: str):
+    """(name, color, x, y, held-out points): `key` of `group` in every line, '' for the line itself.
+
+    Held-out values of the same name as a training value belong to its curve.
+    """
+    def value(row):
+        return _inner(row, group, key) if group else row.get(key)
+    held = ([], []) if group == 'held_out' else _xy(rows, lambda r: _inner(r, 'held_out', key))
+    return (name, color, *draw.thin(*_xy(rows, value)), held)
+
+
 def _loss_curves(rows):
-    """(name, color, x, y, held-out points) for the total and its terms, the total first."""
+    """The total and its terms, the total first; a single term is the total and left out."""
     terms = _names(rows, 'terms')
-    curves = [('loss', draw.INK, lambda r: r.get('loss'))]
-    curves += [(name, color, lambda r, name=name: _inner(r, 'terms', name))
-               for name, color in zip(terms, draw.SERIES, strict=False)]
-    return [(name, color, *draw.thin(*_xy(rows, value)),
-             _xy(rows, lambda r, name=name: _inner(r, 'held_out', name)))
-            for name, color, value in curves]
+    return [_curve(rows, 'loss', draw.INK, '', 'loss')] + [
+        _curve(rows, term, color, 'terms', term)
+        for term, color in zip(terms if len(terms) > 1 else (), draw.SERIES, strict=False)]
 
 
 def _figure(title: str, svg: str, caption: str = '') -> str:
@@ -303,52 +311,62 @@ def _tiles(run: dict) -> str:
         for name, value in tiles) + '</div>')
 
 
+def _panel(title: str, curves, caption: str, note: str = '') -> str:
+    """A drawing of `curves` beside the table that is its legend; '' if they hold no points."""
+    curves = [c for c in curves if c[2] or c[4][0]]
+    if not curves:
+        return ''
+    keys = {draw.INK: 'var(--ink)'} | {c: f'var(--s{i})' for i, c in enumerate(draw.SERIES)}
+    held = any(c[4][0] for c in curves)
+    rows = []
+    for name, color, _, y, (_, later) in curves:
+        mark = f'<span class="key" style="background:{keys[color]}"></span>' if color else ''
+        rows.append((mark + _e(name), _number(y[0] if y else None), _number(y[-1] if y else None),
+                     *([_number(later[-1] if later else None)] if held else [])))
+    table = _table(('', 'first', 'last', *(['held out'] if held else [])), rows[:60], words=(0,))
+    svg = draw.curves([c for c in curves if c[1]], f'{title}: {caption}', height=2.7)
+    caption += ' Circles: held-out records.' if held else ''
+    return f'<div class="pair">{_figure(_e(title), svg, _e(caption))}<div>{table}{note}</div></div>'
+
+
+def _colored(rows, group: str, keys: list[str], prefix: str = ''):
+    """Curves of `keys`, as many in color as can be told apart; the others only have numbers."""
+    colors = itertools.chain(draw.SERIES, itertools.repeat(''))
+    return [_curve(rows, key.removeprefix(prefix), color, group, key)
+            for key, color in zip(keys, colors, strict=False)]
+
+
 def _learning(stage: str, rows: list[dict]) -> str:
-    curves = [c for c in _loss_curves(rows) if c[2] or c[4][0]]
     name = f'stage {stage}' if stage else 'training'
-    figures, more, table = [], [], ''
-    if curves:
-        figures.append(_figure('Loss', draw.curves(curves, f'Loss over steps, {name}', height=2.7),
-                               'Lines: training batches.' + (
-                                   ' Circles: held-out records.' if any(c[4][0] for c in curves)
-                                   else ' No held-out points were written.')))
-        keys = {draw.INK: 'var(--ink)'} | {c: f'var(--s{i})' for i, c in enumerate(draw.SERIES)}
-        lines = [(f'<span class="key" style="background:{keys[color]}"></span>{_e(term)}',
-                  _number(y[0] if y else None), _number(y[-1] if y else None),
-                  _number(held[1][-1] if held[1] else None))
-                 for term, color, x, y, held in curves]
-        drawn = {c[0] for c in curves}
-        for group, what in (('terms', ''), ('metrics', ''), ('held_out', ' (held out)')):
-            for term in _names(rows, group):
-                if group != 'metrics' and term in drawn:
-                    continue
-                y = _xy(rows, lambda r, g=group, t=term: _inner(r, g, t))[1]
-                first, final = (y[0], y[-1]) if y else (None, None)
-                lines.append((_e(term) + what, *((_number(first), _number(final), '–')
-                                                 if group != 'held_out' else
-                                                 ('–', '–', _number(final)))))
-        table = _table(('', 'first', 'last', 'held out'), lines[:60], words=(0,))
+    head = f'<h4>{_e(name.capitalize())}</h4>'
     bad = sum(1 for r in rows if 'loss' in r and not _finite(r['loss']))
-    if bad:
-        table += (f'<p class="soft small">{_number(bad)} of {_number(len(rows))} lines have a loss '
-                  'that is not a finite number; they are left out of the curve.</p>')
-    small = (('lr', 'Learning rate', False, 1), ('grad_norm', 'Gradient norm', False, 1),
-             ('tokens_per_s', 'Tokens per second', True, 1),
-             ('audio_hours_per_h', 'Audio hours per hour', True, 1),
-             ('data_wait_fraction', 'Waiting for data, %', True, 100))
-    for key, title, zero, scale in small:
+    note = (f'<p class="soft small">{_number(bad)} of {_number(len(rows))} lines have a loss that '
+            'is not a finite number; they are left out of the curve.</p>') if bad else ''
+    out = _panel('Loss', _loss_curves(rows), f'Training batches, {name}.', note)
+    if not out:
+        out = f'<p class="soft">The losses of {_e(name)} hold no finite numbers.</p>'
+    drawn = {'loss', *_names(rows, 'terms')}
+    held = [n for n in _names(rows, 'held_out') if n not in drawn]
+    out += _panel('Held out', _colored(rows, 'held_out', held), f'Records kept apart, {name}.')
+    more = ''
+    names = _names(rows, 'metrics')
+    for kind in dict.fromkeys(n.partition('/')[0] for n in names):
+        keys = [n for n in names if n.partition('/')[0] == kind]
+        more += _panel(kind, _colored(rows, 'metrics', keys, f'{kind}/'), f'{name}.'.capitalize())
+    small = []
+    for key, title, zero, scale in (
+            ('lr', 'Learning rate', False, 1), ('grad_norm', 'Gradient norm', False, 1),
+            ('tokens_per_s', 'Tokens per second', True, 1),
+            ('audio_hours_per_h', 'Audio hours per hour', True, 1),
+            ('data_wait_fraction', 'Waiting for data, %', True, 100)):
         x, y = draw.thin(*_xy(rows, lambda r, k=key: r.get(k)))
         if x:
-            y = [scale * v for v in y]
-            more.append(_figure(title, draw.curves([(key, draw.SERIES[0], x, y, ([], []))],
-                                                   f'{title}, {name}', zero=zero)))
-    head = f'<h4>{_e(name.capitalize())}</h4>'
-    if not figures and not more:
-        return f'{head}<p class="soft">The metrics of {_e(name)} hold no finite numbers.</p>{table}'
-    figures.append(f'<div>{table}</div>')
-    rest = ('<details><summary>Learning rate, gradients and speed</summary><div class="wide">'
-            f'{"".join(more)}</div></details>') if more else ''
-    return f'{head}<div class="pair">{"".join(figures)}</div>{rest}'
+            line = (key, draw.SERIES[0], x, [scale * v for v in y], ([], []))
+            small.append(_figure(title, draw.curves([line], f'{title}, {name}', zero=zero)))
+    more += f'<div class="wide">{"".join(small)}</div>' if small else ''
+    rest = ('<details><summary>By stream; learning rate, gradients and speed</summary>'
+            f'{more}</details>') if more else ''
+    return head + out + rest
 
 
 def _evaluation(run: dict) -> str:
@@ -507,28 +525,21 @@ def _ledger(run: dict) -> str:
     out = [head]
     if rows:
         out.append(_table(('stage', 'source', 'hours', 'tokens', 'records'), rows, words=(0, 1)))
-    first = ('time_s', 'event', 'kind', 'stage', 'step', 'revision', 'code', 'devices',
-             'device_kind', 'processes', 'mesh')
-    entries = [e for e in run['ledger'] if e.get('event') != 'consumed']
-    keys = list(dict.fromkeys(k for e in entries for k in e))
-    keys = [k for k in first if k in keys] + [k for k in keys if k not in first]
-    shown = [k for k in keys if k in first or all(
-        len(_short(e.get(k))) <= 40 for e in entries)][:10]
+    begun = [e for e in run['ledger'] if e.get('event') not in ('consumed', 'checkpoint')]
+    keys = [k for k in ('time_s', 'event', 'stage', 'step', 'revision', 'devices', 'device_kind',
+                        'processes', 'mesh', 'dataset') if any(e.get(k) for e in begun)]
     rows = []
-    for entry in entries[-40:]:
-        cells = []
-        for key in shown:
-            value = entry.get(key)
-            if key == 'time_s' and _finite(value) and 0 <= value < 4e9:
-                when = datetime.datetime.fromtimestamp(value)
-                cells.append(when.strftime('%Y-%m-%d %H:%M:%S'))
-            else:
-                cells.append('' if value is None else _e(_short(value)[:120]))
-        rows.append(cells)
-    out.append(_table([_e('time' if k == 'time_s' else k.replace('_', ' ')) for k in shown], rows,
-                      words=range(len(shown))))
-    if len(entries) > 40:
-        out.append(f'<p class="soft small">The last 40 of {len(entries)} entries.</p>')
+    for entry in begun[-40:]:
+        when = entry.get('time_s')
+        if _finite(when) and 0 <= when < 4e9:
+            entry = entry | {'time_s': f'{datetime.datetime.fromtimestamp(when):%Y-%m-%d %H:%M}'}
+        rows.append(['' if entry.get(k) is None else _e(_short(entry[k])[:120]) for k in keys])
+    if rows:
+        out.append('<h4>Starts and resumes</h4>' + _table(
+            ['time' if k == 'time_s' else k.replace('_', ' ') for k in keys], rows,
+            words=range(len(keys))))
+    if len(begun) > 40:
+        out.append(f'<p class="soft small">The last 40 of {len(begun)} entries.</p>')
     whole = '\n'.join(json.dumps(e) for e in run['ledger'][-40:])[:200_000]
     out.append(f'<details><summary>The ledger as written</summary><div class="scroll"><pre>'
                f'{_e(whole)}</pre></div></details>')

@@ -39,13 +39,15 @@ def lines(steps: int, stage: str, terms=('text', 'semantic', 'acoustic')):
     for step in range(10, steps + 1, 10):
         loss = 1.2 + 3 * math.exp(-step / 80) + .03 * math.sin(step)
         yield dict(stage=stage, step=step, loss=loss, terms={
-            t: loss * (.5 + .4 * i) for i, t in enumerate(terms)}, metrics={'accuracy': 1 / loss},
+            t: loss * (.5 + .4 * i) for i, t in enumerate(terms)}, metrics={
+                'nats/text': loss / 2, 'accuracy/text': 1 / loss},
             lr=1e-3 * min(1, step / 50), grad_norm=1 + 1 / step, skipped_steps=0, step_s=.31,
             data_wait_fraction=.004, dispatch_fraction=.002, tokens_per_s=5200.5,
             audio_hours_per_h=410.2, tokens=step * 1600, audio_hours=step / 100,
             time_s=1.79e9 + step)
         if step % 50 == 0:
-            yield dict(stage=stage, step=step, held_out={'loss': loss + .1, 'text': loss * .55},
+            yield dict(stage=stage, step=step, held_out={
+                'loss': loss + .1, 'text': loss * .55, 'dialogue': loss + .2},
                        time_s=1.79e9 + step)
 
 
@@ -138,14 +140,14 @@ def test_a_complete_run_is_shown(run, tmp_path):
                  'none of it is real; this is the second line.', 'abc123def456', 'Stage learn',
                  'Stage adapt', '0.0214', '0.0731', 'Closed vocabulary.', 'latency_frames',
                  'What is two plus three?', 'It is five.', 'mine', 'theirs', 'unlisted', '1234abc',
-                 'BOS', 'model.safetensors', 'duplex.columns', 'semantic', '410.2 ×', 'real time',
+                 'BOS', 'model.safetensors', 'duplex.columns', 'semantic', '410 ×', 'real time',
                  '0.4 %'):
         assert said in page.words, said
     row = re.search(r'learn dialogue (\S+) (\S+) (\S+)', page.words)
     assert row.groups() == ('2.5', '250,000', '123')     # the last count, not the sum of counts
     assert page.tags.count('audio') == 2
     assert 'x.safetensors' not in page.words            # checkpoints are not exports
-    assert page.tags.count('svg') == 2 * 6 + 1          # per stage six drawings, and a histogram
+    assert page.tags.count('svg') == 2 * 9 + 1          # per stage nine drawings, and a histogram
 
 
 def test_nothing_is_asked_of_a_network(run, tmp_path):
@@ -236,7 +238,7 @@ def test_what_is_not_finite_is_said(run, tmp_path):
     assert '4 of 6 lines have a loss that is not a finite number' in page.words
     assert 'not finite' in page.words and 'holds no finite values' in page.words
     (run / 'metrics.jsonl').write_text('{"stage": "learn", "step": 3, "loss": NaN}\n')
-    assert 'hold no finite numbers' in page_of(run, out=tmp_path).words
+    assert 'losses of stage learn hold no finite numbers' in page_of(run, out=tmp_path).words
 
 
 def test_size_is_bounded(run, tmp_path, monkeypatch):
