@@ -13,9 +13,9 @@ import ml_collections as mlc
 import numpy as np
 from flax import nnx
 
-from jaxsd import model
+from jaxsd import generate, model
 from jaxsd.layout import duplex
-from jaxsd.types import NOTHING, Where
+from jaxsd.types import NOTHING
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / 'golden'
 
@@ -62,7 +62,8 @@ def random_params(config, seed: int, lora: dict | None = None) -> dict:
 
     def draw(path, leaf):
         center = 1.0 if 'norm' in str(path) else 0.0
-        return (center + .25 * rng.standard_normal(leaf.shape)).astype(np.float32)
+        scale = .06 if 'outs' in str(path) else .25     # behind no norm: logits of a few units
+        return (center + scale * rng.standard_normal(leaf.shape)).astype(np.float32)
     return jax.tree_util.tree_map_with_path(draw, model.abstract(config, lora)[1])
 
 
@@ -128,35 +129,19 @@ def aligned_scores(config, params, codes: np.ndarray) -> tuple[np.ndarray, np.nd
     return text[:, None, :T], np.stack(out, 1)
 
 
-def stream(config, params, heard: np.ndarray) -> np.ndarray:
-    """What the model says greedily, column by column with a cache, while it hears `heard`.
+def spoken(config, params, heard) -> np.ndarray:
+    """What our streaming engine says greedily while it hears `heard`, as moshi's LMGen gives it.
 
-    heard [B, user rows, steps] -> said [B, 1 + own rows, steps - max delay], both in the order and
-    alignment of moshi's LMGen: the frame given at step s stands in column s (+ its row's delay).
+    heard [B, user rows, steps] -> [B, 1 + own rows, steps - max delay], local ids. LMGen puts the
+    frame given at step s into column s (+ its row's delay), so it never sees that of step 0; and
+    the last column is only spoken, not heard.
     """
-    rows, delays = model.make_vocab(config).rows, late(config)
-    B, users, steps = heard.shape
-    own = len(rows) - users
-    start = np.array([row.start for row in rows])
-    columns = np.repeat((start + [row.size - 1 for row in rows])[None, :, None], steps + 1, 2)
-    columns = np.tile(columns, (B, 1, 1)).astype(np.int32)
-    for k in range(own, len(rows)):
-        for c in range(delays[k] + 1, steps):
-            columns[:, k, c] = heard[:, k - own, c - delays[k]] + start[k]
-    said = np.zeros((B, own, steps), np.int32)
-    cache = bound(config, params).backbone.empty_cache(B, 16, np.float32)
-
-    @jax.jit
-    def step(params, column, position, cache):
-        where = Where(np.full((B, 1), 0) + position, np.ones((B, 1), np.int32))
-        return bound(config, params).step(column, where, cache, jax.random.key(0),
-                                          lambda k, logits, key: logits.argmax(-1))
-
-    for s in range(steps):
-        column, cache = step(params, columns[:, :, s:s + 1], np.int32(s), cache)
-        said[:, :, s] = np.asarray(column)[:, :own] - start[:own]
-        for k in range(own):
-            if s + 1 > delays[k]:
-                columns[:, k, s + 1] = said[:, k, s] + start[k]
-    length = steps - max(delays)
-    return np.stack([said[:, k, d:d + length] for k, d in enumerate(delays[:own])], 1)
+    v, delays = model.make_vocab(config), late(config)
+    graph, _, _ = model.abstract(config)
+    speaker = generate.ready(graph, params, v, {}, config.backbone.window_columns)
+    own = len(v.rows) - heard.shape[1]
+    frames = np.concatenate([heard[:, :, 1:], np.zeros_like(heard[:, :, :1])], -1)
+    plans = [generate.conversation_plan(v, f, delays) for f in frames]
+    said = np.stack(generate.converse(speaker, plans))
+    said = duplex.undelay(said, delays)[:, :own, :heard.shape[-1] - max(delays)]
+    return said - np.array([row.start for row in v.rows[:own]])[:, None]

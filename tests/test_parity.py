@@ -79,7 +79,7 @@ def test_a_broken_multistream_convention_shows(change):
 def test_multistream_stream():
     """Frame by frame with the user's codes coming in: the tokens that the peer's LMGen chose."""
     config, golden = released.multistream(), arrays('kyutai')
-    said = released.stream(config, imported(config, 'kyutai'), golden['heard'])
+    said = released.spoken(config, imported(config, 'kyutai'), golden['heard'])
     np.testing.assert_array_equal(said, golden['said'])
 
 

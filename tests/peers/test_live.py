@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The released implementations and ours in one process: the same weights say the same.
+
+Runs in an environment of its own (`make test-peers`), which holds PyTorch, transformers and moshi
+beside jax. Weights are random and go both ways: what a peer saves we import, what we export a peer
+loads with its own loader.
+"""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import released
+
+from jaxsd import export, generate, model
+
+pytestmark = pytest.mark.peers
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope='module')
+def torch():
+    os.environ['NO_TORCH_COMPILE'] = '1'
+    import torch
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    return torch
+
+
+@pytest.fixture(scope='module')
+def peers(torch):
+    """tests/peers/make_goldens.py, which makes peers with random weights."""
+    import make_goldens
+    return make_goldens
+
+
+@pytest.fixture(scope='module')
+def show():
+    """Prints what was measured, for whoever runs with -s or reads the end of the log."""
+    figures = {}
+    yield figures.__setitem__
+    print()
+    for name, value in figures.items():
+        print(f'max |difference| of logits, {name}: {value:.1e}')
+
+
+def far(a, b, at_most=TOLERANCE) -> float:
+    np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+    worst = float(np.nanmax(np.abs(a - b)))
+    assert worst <= at_most
+    return worst
+
+
+def tokens_for(config, seed: int, columns: int = 40) -> np.ndarray:
+    size = model.make_vocab(config).size
+    return np.random.default_rng(seed).integers(0, size, (2, columns)).astype(np.int32)
+
+
+def greedy(config, params, prompt, steps: int):
+    """Greedy continuation by our streaming engine, [B, steps]."""
+    v = model.make_vocab(config)
+    graph, _, _ = model.abstract(config)
+    stream = generate.Stream(generate.ready(graph, params, v, {}), rows=len(prompt),
+                             columns=prompt.shape[1] + steps, key=released.jax.random.key(0))
+    free = np.full((len(prompt), 1), generate.FREE, np.int32)
+    first = stream.first([p[None] for p in prompt], free)
+    rest = stream.more(np.full((steps - 1, len(prompt), 1), generate.FREE, np.int32))
+    return np.concatenate([np.asarray(first), np.asarray(rest)[:, :, 0].T], 1)
+
+
+SHAPES = {      # another shape than the goldens', so that no size can be mistaken for another
+    'llama': dict(hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=6,
+                  num_key_value_heads=3, head_dim=24, rope_theta=1e5, rms_norm_eps=1e-6),
+    'mistral': dict(hidden_size=64, num_hidden_layers=3, sliding_window=7, num_key_value_heads=2),
+    'qwen2': dict(hidden_size=96, num_key_value_heads=1, tie_word_embeddings=False),
+    'qwen2 window': dict(use_sliding_window=True, sliding_window=6, max_window_layers=0),
+}
+
+
+def our_config(path: str, name: str):
+    """A config of ours from what a peer's config.json says."""
+    with open(os.path.join(path, 'config.json')) as f:
+        said = export.FAMILIES['hf'].read(json.load(f), path)
+    config = released.decoder(name)
+    config.backbone = dict(name='decoder', remat='none') | {
+        k.split('.')[1]: v for k, v in said.items() if k.startswith('backbone.')}
+    config.head = dict(name=said['head.name'])
+    return config
+
+
+@pytest.mark.parametrize('case', SHAPES)
+def test_decoder_from_peer(case, torch, peers, show, tmp_path):
+    name = case.split()[0]
+    peer = peers.decoder(name, 31, **SHAPES[case])
+    peer.save_pretrained(tmp_path, max_shard_size='60kB')
+    assert len(list(tmp_path.glob('*.safetensors'))) > 2      # read through the index
+    config = our_config(str(tmp_path), name)
+    params = export.import_params(config, str(tmp_path), 'hf')
+    tokens = tokens_for(config, 1)
+    theirs = peer(torch.tensor(tokens).long()).logits.numpy()
+    assert theirs.std() > .5
+    ours, = released.scores(config, params, tokens[:, None])
+    show(f'{case} to us', far(ours, theirs))
+    export.save(config, params, str(tmp_path / 'back'), 'hf')
+    again = export.import_params(config, str(tmp_path / 'back'), 'hf')
+    for a, b in zip(released.jax.tree.leaves(params), released.jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('case, config', {
+    'llama': released.decoder('llama', head_dim=32),
+    'mistral': released.decoder('mistral', window_columns=9),
+    'qwen2': released.decoder('qwen2'),
+    'qwen2 window': released.decoder('qwen2', window_columns=6),
+    'interleaved pairs': released.decoder('llama', pairs='interleaved'),
+    'interleaved biases': released.decoder('qwen2', pairs='interleaved'),
+}.items())
+def test_decoder_to_peer(case, config, torch, show, tmp_path):
+    import transformers
+    params = released.random_params(config, 4)
+    export.save(config, params, str(tmp_path / 'out'), 'hf', shard_bytes=100_000)
+    peer, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / 'out', output_loading_info=True)
+    assert not any(info.values()), info
+    assert peer.dtype == torch.float32
+    assert (peer.generation_config.bos_token_id, peer.generation_config.eos_token_id) == (1, 2)
+    assert type(peer).__name__.startswith({'i': 'Qwen2' if 'b' in case[4:] else 'Llama'}.get(
+        case[0], case.split()[0].capitalize()))
+    tokens = tokens_for(config, 2)
+    theirs = peer(torch.tensor(tokens).long()).logits.numpy()
+    ours, = released.scores(config, params, tokens[:, None])
+    show(f'{case} to the peer', far(ours, theirs))
+    said = peer.generate(torch.tensor(tokens[:, :8]).long(), do_sample=False, max_new_tokens=16,
+                         eos_token_id=None, pad_token_id=0)[:, 8:].numpy()
+    np.testing.assert_array_equal(greedy(config, params, tokens[:, :8], 16), said)
+
+
+MULTISTREAM = {     # what changes in the peer's config.json, what changes in ours
+    'kyutai': ({}, {}),
+    'kyutai grouped keys': (dict(kv_repeat=2, depformer_kv_repeat=1), dict(kv_heads=2)),
+    'kyutai half pairs': (dict(positional_embedding='rope_concat', context=9),
+                          dict(pairs='half', window_columns=9)),
+    'kyutai shared steps': (dict(depformer_weights_per_step=False, depformer_multi_linear=False),
+                            dict(head=dict(step_weights='shared'))),
+    'kyutai delays': (dict(delays=[0, 0, 3, 3, 3, 0, 3, 3, 3], num_layers=3, max_period=10000.,
+                           norm='rms_norm', depformer_num_layers=1, hidden_scale=4),
+                      dict(layers=3, theta=1e4, norm_eps=1e-5, mlp=168,
+                           head=dict(norm_eps=1e-5, layers=1))),
+}
+
+
+def multistream(case):
+    config = released.multistream(**MULTISTREAM[case][1])
+    if case == 'kyutai delays':
+        config.layout.acoustic_delay_columns = 3
+    return config
+
+
+@pytest.mark.parametrize('case', MULTISTREAM)
+def test_multistream_from_peer(case, torch, peers, show, tmp_path):
+    import safetensors.torch
+    values = peers.KYUTAI | MULTISTREAM[case][0]
+    peer = peers.lm_model(42, **values)
+    safetensors.torch.save_model(peer, str(tmp_path / 'model.safetensors'))
+    (tmp_path / 'config.json').write_text(json.dumps(values))
+    config = multistream(case)
+    params = export.import_params(config, str(tmp_path), 'kyutai')
+    codes = peers.codes_for(values, seed=5, batch=2, frames=20)
+    out = peer(torch.tensor(codes).long())
+    text, audio = released.aligned_scores(config, params, codes)
+    assert out.logits.numpy()[out.mask.numpy()].std() > .5
+    show(f'{case} to us', max(far(text, out.text_logits.numpy()), far(audio, out.logits.numpy())))
+    if not values['depformer_weights_per_step']:
+        return      # the peer's own streaming refuses: its depth cache has no capacity then
+    heard = np.random.default_rng(6).integers(0, values['card'], (2, 4, 20)).astype(np.int32)
+    said, gap = peers.stream(peer, heard)
+    assert gap > TOLERANCE, f'{case}: a greedy choice hangs on {gap}; take another seed'
+    np.testing.assert_array_equal(released.spoken(config, params, heard), said)
+
+
+@pytest.mark.parametrize('case', [*MULTISTREAM, 'kyutai both'])
+def test_multistream_to_peer(case, torch, peers, show, tmp_path):
+    from moshi.models import loaders
+    config = (released.multistream(vocab=dict(predicted=('mine', 'theirs')))
+              if case == 'kyutai both' else multistream(case))
+    params = released.random_params(config, 8)
+    export.save(config, params, str(tmp_path / 'out'), 'kyutai')
+    peer = loaders.CheckpointInfo.from_hf_repo(
+        'nowhere/local', moshi_weights=tmp_path / 'out' / 'model.safetensors',
+        mimi_weights=tmp_path / 'none', tokenizer=tmp_path / 'none',
+        config_path=tmp_path / 'out' / 'config.json').get_moshi(dtype=torch.float32).eval()
+    codes = peers.codes_for(peers.KYUTAI, seed=9, batch=2, frames=20)
+    out = peer(torch.tensor(codes).long())
+    text, audio = released.aligned_scores(config, params, codes)
+    assert out.logits.numpy()[out.mask.numpy()].std() > .5
+    show(f'{case} to the peer',
+         max(far(text, out.text_logits.numpy()), far(audio, out.logits.numpy())))
+
+
+def test_goldens_are_what_the_peers_say(torch, peers):
+    """The committed arrays, made anew from the committed weights by the installed peers."""
+    import transformers
+    from moshi.models import loaders
+    for name in ('llama', 'mistral', 'qwen2'):
+        golden = dict(np.load(released.GOLDEN / name / 'arrays.npz'))
+        peer = transformers.AutoModelForCausalLM.from_pretrained(
+            released.GOLDEN / name, dtype=torch.float32)
+        far(peer(torch.tensor(golden['tokens']).long()).logits.numpy(), golden['logits'], 5e-5)
+    golden = dict(np.load(released.GOLDEN / 'kyutai' / 'arrays.npz'))
+    values = json.loads((released.GOLDEN / 'kyutai' / 'config.json').read_text())
+    peer = loaders.get_moshi_lm(released.GOLDEN / 'kyutai' / 'model.safetensors', values,
+                                dtype=torch.float32).eval()
+    out = peer(torch.tensor(golden['codes']).long())
+    far(out.logits.numpy(), golden['logits'], 5e-5)
+    far(out.text_logits.numpy(), golden['text_logits'], 5e-5)
+    np.testing.assert_array_equal(peers.stream(peer, golden['heard'])[0], golden['said'])
