@@ -13,6 +13,7 @@ were fitted on, and stand in for HuBERT units or Mimi only in being real, learne
 Nothing here imports jax; scipy and scikit-learn are imported by the functions that need them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -53,7 +54,10 @@ class Codec:
 
 @functools.lru_cache
 def _threads():
-    import threadpoolctl
+    try:
+        import threadpoolctl            # comes with scikit-learn
+    except ImportError:
+        return None
     return threadpoolctl.ThreadpoolController()
 
 
@@ -63,7 +67,7 @@ def _one_thread():
     The products here are small: on a busy machine its threads made encoding ten times slower, and
     they sum in another order. Work is spread over processes instead.
     """
-    return _threads().limit(limits=1)
+    return _threads().limit(limits=1) if _threads() else contextlib.nullcontext()
 
 
 def _samples_per_frame(frame_hz: float, sample_rate_hz: int) -> int:
@@ -217,9 +221,13 @@ def _decoder(quantised: Iterable[np.ndarray], frames: Iterable[np.ndarray]) -> n
 
 def _fit(name: str, wavs: Iterable[np.ndarray], path: str, frame_hz: float, codebooks: int,
          size: int, seed: int) -> Codec:
-    import librosa
-    import sklearn.cluster  # noqa: F401 - loaded before the limit, which holds for what is loaded
-    import threadpoolctl
+    try:
+        import librosa
+        import sklearn.cluster  # noqa: F401 - before the limit, which holds for what is loaded
+        import threadpoolctl
+    except ImportError as e:
+        raise ValueError(f'codec: fitting needs librosa and scikit-learn ({e}); '
+                         'install jaxsd[audio]') from e
     samples = _samples_per_frame(frame_hz, SAMPLE_RATE_HZ)
     if samples % _HOP:
         raise ValueError(f'codec: frame_hz={frame_hz} is not a whole number of 10 ms frames; '

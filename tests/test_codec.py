@@ -218,6 +218,9 @@ def test_the_missing_package_is_named(tmp_path, monkeypatch):
         codec.mimi(path=str(tmp_path / 'weights'))
     with pytest.raises(ValueError, match='no Mimi weights at'):
         codec.mimi(path=str(tmp_path / 'absent'))
+    monkeypatch.setitem(sys.modules, 'sklearn.cluster', None)
+    with pytest.raises(ValueError, match=r'librosa and scikit-learn.*jaxsd\[audio\]'):
+        codec.fit_kmeans([], path=str(tmp_path / 'x'), **UNITS)
 
 
 def test_speaking_wakes_neither_jax_nor_scikit_learn(files):
