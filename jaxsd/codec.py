@@ -55,7 +55,7 @@ class Codec:
 @functools.lru_cache
 def _threads():
     try:
-        import threadpoolctl            # comes with scikit-learn
+        import threadpoolctl  # comes with scikit-learn
     except ImportError:
         return None
     return threadpoolctl.ThreadpoolController()
