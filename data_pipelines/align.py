@@ -2,7 +2,7 @@
 """When was each word said? Forced alignment of speech with its transcript, by pocketsphinx.
 
 Its English acoustic model and a dictionary of 134,860 words come inside the wheel. A first pass
-finds the words on a grid of 10 ms, a second one the phones. On synthesised speech, whose own
+finds the words on a grid of 10 ms, a second one the phones. On synthesized speech, whose own
 events tell the truth, word onsets are 11 to 15 ms off on average.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipelines.judge import SAMPLE_RATE_HZ, to_int16, words_of
 
-# Clean synthesised speech does not align at all: its silence is all zeros. Noise of five steps or
+# Clean synthesized speech does not align at all: its silence is all zeros. Noise of five steps or
 # more and a third of a second of it on both sides cure that; wider beams than the default do not.
 _NOISE, _PAD_S = 20.0, 0.3
 _FRAME_S = 0.01

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recogniser as a judge: did the intended words come out of the speaker?
+"""A recognizer as a judge: did the intended words come out of the speaker?
 
 Pocketsphinx listens to 16 kHz speech with a bigram made from the task's own sentences, and its word
-error rate is printed beside a ceiling (the same words resynthesised from true units) and floors
+error rate is printed beside a ceiling (the same words resynthesized from true units) and floors
 (the wrong sentences, white noise). The language model carries much of the accuracy, so a figure
 means something only next to its floors, and is never an open-vocabulary word error rate::
 
@@ -90,7 +90,7 @@ def dictionary(words, pronunciations: Mapping[str, str] = {}) -> dict[str, list[
 
 def to_int16(wav: np.ndarray, seed: int, *, noise: float = NOISE, pad_s: float = PAD_S,
              level: float | None = LEVEL) -> np.ndarray:
-    """A wave in -1..1 as the recogniser likes it: `level` rms, padded, with a little noise."""
+    """A wave in -1..1 as the recognizer likes it: `level` rms, padded, with a little noise."""
     x = np.asarray(wav, np.float32) * 32768
     rms = math.sqrt(float(np.mean(x * x))) if x.size else 0.0
     if level and rms > 1.0:
@@ -100,7 +100,7 @@ def to_int16(wav: np.ndarray, seed: int, *, noise: float = NOISE, pad_s: float =
     return np.clip(x, -32768, 32767).astype(np.int16)
 
 
-_decoder = None         # one recogniser per worker process
+_decoder = None         # one recognizer per worker process
 
 
 def _start(folder: str) -> None:
@@ -120,10 +120,10 @@ def _hear(job: tuple[int, np.ndarray]) -> str:
     return heard.hypstr if heard else ''
 
 
-def recognise(wavs: Sequence[np.ndarray], sentences: Sequence[str], *,
+def recognize(wavs: Sequence[np.ndarray], sentences: Sequence[str], *,
               pronunciations: Mapping[str, str] = {}, processes: int | None = None,
               progress: str = '') -> list[str]:
-    """What a recogniser that knows only `sentences` hears in `wavs` (float [S] at 16 kHz).
+    """What a recognizer that knows only `sentences` hears in `wavs` (float [S] at 16 kHz).
 
     Works in `processes` processes (all cores by default) and shows a bar titled `progress`.
     Raises ValueError for no sentences and for words without a pronunciation.
@@ -237,12 +237,12 @@ def judge(generated: Mapping[str, np.ndarray], references: Mapping[str, str],
     rng = np.random.default_rng(seed)
     noise = {n: rng.normal(0, 0.1, len(generated[n])).astype(np.float32) for n in names}
     parts = [('', generated, 'generated speech'),
-             (' ceiling', ceiling, 'true units or codes, resynthesised'),
+             (' ceiling', ceiling, 'true units or codes, resynthesized'),
              (' floor: noise', noise, 'white noise of the same lengths')]
     parts = [p for p in parts if p[1]]
     wavs = [clips[n] for _, clips, _ in parts for n in sorted(clips)]
-    heard = iter(recognise(wavs, sentences, pronunciations=pronunciations, processes=processes,
-                           progress=f'{task}: recognise'))
+    heard = iter(recognize(wavs, sentences, pronunciations=pronunciations, processes=processes,
+                           progress=f'{task}: recognize'))
     rows, texts = [], {}
     for suffix, clips, note in parts:
         texts[task + suffix] = {n: next(heard) for n in sorted(clips)}
@@ -270,13 +270,13 @@ def _put(path: str, data) -> None:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog='python -m data_pipelines.judge', description=(
-        'Recognises speech with a language model of the task and prints word error rates beside a '
+        'Recognizes speech with a language model of the task and prints word error rates beside a '
         'ceiling and floors.'))
     parser.add_argument('--sentences', required=True, help='JSON: what may be said (grammar.json)')
     parser.add_argument('--wav', required=True, nargs='+', help='sound files, or directories')
     parser.add_argument('--refs', required=True, help='JSON: {"clip.wav": "intended words"}')
     parser.add_argument('--ceiling', nargs='+', default=[],
-                        help='the same clips resynthesised from true units')
+                        help='the same clips resynthesized from true units')
     parser.add_argument('--out', help='JSON file for the rows and what was heard')
     parser.add_argument('--workdir', help='run directory whose evaluation.json gets the rows')
     parser.add_argument('--task', default='judge', help='name of the rows')

@@ -26,7 +26,7 @@ import numpy as np
 
 SAMPLE_RATE_HZ = 16000
 _FFT, _HOP, _MELS = 1024, 160, 80
-_EDGE = (_FFT - _HOP) // 2              # a window is centred on its hop
+_EDGE = (_FFT - _HOP) // 2              # a window is centered on its hop
 _FLOOR = 1e-3                           # smaller magnitudes are silence and must earn no centroids
 _WIDTH = 64                             # principal components kept of a stack of frames
 _RIDGE = 1e-4                           # of the decoder's regression, relative to its mean energy
@@ -185,7 +185,7 @@ def _nearest(x: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     return np.argmin(np.sum(codebook ** 2, -1) - 2.0 * (x @ codebook.T), -1)
 
 
-def _quantise(x: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+def _quantize(x: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
     """int64 [K, N]: each codebook takes up what the ones before it left over."""
     codes = []
     for codebook in codebooks:
@@ -199,21 +199,21 @@ def _sum_of(codes: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
     return sum(book[row] for book, row in zip(codebooks, codes, strict=True))
 
 
-def _neighbours(x: np.ndarray) -> np.ndarray:
+def _neighbors(x: np.ndarray) -> np.ndarray:
     """float32 [T, 3 D + 1]: every frame beside the one before and after it, and a one."""
     padded = np.pad(x, ((1, 1), (0, 0)), 'edge')
     return np.concatenate([padded[:-2], x, padded[2:], np.ones((len(x), 1), np.float32)], 1)
 
 
-def _decoder(quantised: Iterable[np.ndarray], frames: Iterable[np.ndarray]) -> np.ndarray:
-    """float32 [3 D + 1, F]: ridge regression of log-mel frames on three neighbouring code vectors.
+def _decoder(quantized: Iterable[np.ndarray], frames: Iterable[np.ndarray]) -> np.ndarray:
+    """float32 [3 D + 1, F]: ridge regression of log-mel frames on three neighboring code vectors.
 
-    Hearing the neighbours smooths the seams between frames: on held-out synthesised speech a task
-    recogniser's errors fell by half against speaking the bare centroids.
+    Hearing the neighbors smooths the seams between frames: on held-out synthesized speech a task
+    recognizer's errors fell by half against speaking the bare centroids.
     """
     gram, target = 0.0, 0.0
-    for x, y in zip(quantised, frames, strict=True):
-        x = _neighbours(x).astype(np.float64)
+    for x, y in zip(quantized, frames, strict=True):
+        x = _neighbors(x).astype(np.float64)
         gram, target = gram + x.T @ x, target + x.T @ y
     ridge = _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
     return np.linalg.solve(gram + ridge, target).astype(np.float32)
@@ -250,7 +250,7 @@ def _fit(name: str, wavs: Iterable[np.ndarray], path: str, frame_hz: float, code
             books.append(_cluster(rest, size, seed + k))
             rest = rest - books[-1][_nearest(rest, books[-1])]
         books = np.stack(books)
-        spoken = (_sum_of(_quantise((f - mean) @ basis, books), books) for f in frames)
+        spoken = (_sum_of(_quantize((f - mean) @ basis, books), books) for f in frames)
         decoder = _decoder(spoken, frames)
     _save(path, {'mel': mel, 'mean': mean, 'basis': basis, 'codebooks': books, 'decoder': decoder},
           {'name': name, 'frame_hz': frame_hz, 'codebooks': codebooks, 'size': size,
@@ -357,12 +357,12 @@ def _load(name: str, path: str, frame_hz: float, codebooks: int, size: int,
         wav = _checked_wav(wav)
         with _one_thread():
             x = (_log_mel(wav, mel, samples) - mean) @ basis
-            return _quantise(x, books).astype(np.int16)
+            return _quantize(x, books).astype(np.int16)
 
     def decode(codes: np.ndarray) -> np.ndarray:
         codes = _checked_codes(codes, codebooks, size)
         with _one_thread():
-            frames = _neighbours(_sum_of(codes, books)) @ decoder if codes.size else codes[0]
+            frames = _neighbors(_sum_of(codes, books)) @ decoder if codes.size else codes[0]
             return _spoken(frames.reshape(-1, _MELS), unmel)
 
     return Codec({**asked, 'sha256': sha256}, encode, decode)
@@ -405,7 +405,7 @@ _KYUTAI = tuple((re.compile(a), b) for a, b in (    # kyutai's names, in order, 
 def _from_kyutai(tensors: dict, heads: int) -> dict:
     """Mimi's tensors under kyutai's names, as transformers names and lays them out.
 
-    kyutai turns neighbouring channels of a head together, transformers turns halves (rotary).
+    kyutai turns neighboring channels of a head together, transformers turns halves (rotary).
     """
     out = {}
     for key, value in tensors.items():

@@ -108,13 +108,13 @@ def test_each_codebook_takes_up_some_of_the_rest(codes, files, speech):
 
 
 def test_words_survive(units, codes, speech):
-    """A recogniser of the task hears resynthesised speech far better than noise."""
+    """A recognizer of the task hears resynthesized speech far better than noise."""
     from data_pipelines import judge
     said, wavs = zip(*speech[1], strict=True)
     noise = [np.random.default_rng(0).normal(0, 0.1, len(w)).astype(np.float32) for w in wavs]
     parts = {'original': list(wavs), 'units': [units.decode(units.encode(w)) for w in wavs],
              'codes': [codes.decode(codes.encode(w)) for w in wavs], 'noise': noise}
-    heard = iter(judge.recognise([w for part in parts.values() for w in part], SENTENCES,
+    heard = iter(judge.recognize([w for part in parts.values() for w in part], SENTENCES,
                                  processes=1))
     rates = {name: judge.wer(said, [next(heard) for _ in part]) for name, part in parts.items()}
     assert rates['original'] < 0.1 and rates['noise'] > 0.9, rates

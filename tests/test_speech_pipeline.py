@@ -348,13 +348,13 @@ def test_judge_hears_words_between_floor_and_ceiling(tmp_path, capsys):
 def test_processes_hear_the_same():
     texts = [SAID, ASKED, 'tom has a box', 'the book is green', 'the red key']
     wavs = [espeak.speak(t, voice='en-us').wav for t in texts]
-    alone = judge.recognise(wavs, texts, processes=1)
-    assert judge.recognise(wavs, texts, processes=2) == alone
+    alone = judge.recognize(wavs, texts, processes=1)
+    assert judge.recognize(wavs, texts, processes=2) == alone
     assert judge.wer(texts, alone) < 0.15
     with pytest.raises(ValueError, match='zorblax'):
-        judge.recognise(wavs, ['the zorblax'])
+        judge.recognize(wavs, ['the zorblax'])
     with pytest.raises(ValueError, match='no sentences'):
-        judge.recognise(wavs, ['--'])
+        judge.recognize(wavs, ['--'])
 
 
 def test_what_was_heard_before_changes_nothing(said):
