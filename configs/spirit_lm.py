@@ -55,19 +55,22 @@ def demo(c, mix: str) -> None:
     pairs and 'unimodal' by more speech and text alone, all with the same number of tokens.
     """
     c.codec = parts.demo_units()
-    c.vocab = dict(name='line', **parts.DEMO_TEXT)
-    c.columns = 512
+    c.vocab = dict(name='line', markers=('[Text]', '[Speech]', '[ASR]', '[TTS]'), **parts.DEMO_TEXT)
+    c.columns = 256
     c.layout = dict(name='flat.interleave', text_words=(2, 6), speech_words=(2, 6), end='eos')
     c.frontend = dict(name='summed', dtype='float32')
-    c.backbone = parts.small(c.backbone, width=192, layers=6, heads=4, mlp=512, theta=10_000.0)
+    c.backbone = parts.small(c.backbone, width=160, layers=5, heads=2, mlp=448, theta=10_000.0,
+                             block_columns=64)
     spoken = ('story', 'dialogue')
 
-    def whole(*fields):
-        return dict(name='flat.sequence', fields=fields, end='eos')
+    def whole(*fields, **options):
+        return dict(name='flat.sequence', fields=fields, end='eos') | options
     c.data = dict(path=parts.DEMO, sources=dict(
         aligned=dict(select=('story',)),
-        asr=dict(select=('story',), layout=whole('speech', 'text')),
-        tts=dict(select=('story',), layout=whole('text', 'speech')),
+        asr=dict(select=('story',), layout=whole('speech', 'text',
+                                                  markers=('[Speech]', '[ASR]'))),
+        tts=dict(select=('story',), layout=whole('text', 'speech',
+                                                  markers=('[Text]', '[TTS]'))),
         speech=dict(select=spoken, layout=whole('speech')),
         text=dict(select=('text', 'story'), layout=whole('text'))))
     shares = dict(

@@ -161,8 +161,11 @@ def to_json(config) -> str:
 
 
 def fingerprint(config) -> str:
-    """Twelve hex digits that change whenever anything in the resolved tree does."""
-    return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]
+    """Twelve hex digits that change whenever anything that is trained does (all but `evals`)."""
+    tree = plain(config)
+    if isinstance(tree, dict):      # how a model is measured does not change what it is
+        tree = {k: v for k, v in tree.items() if k != 'evals'}
+    return hashlib.sha256(to_json(tree).encode()).hexdigest()[:12]
 
 
 def override(config: mlc.ConfigDict, path: str, text: str) -> None:

@@ -353,6 +353,17 @@ def examples(config, split: str, source: str, *, vocab: Vocab | None = None,
         yield fill(dataset.record(split, int(i)))
 
 
+def grid(config, source: str, vocab: Vocab, *, split: str = 'train', index: int = 0) -> Grid:
+    """Record `index` of `source` as its layout draws it. Raises ConfigError past the end."""
+    dataset = open_dataset(_data_options(config)['path'], config['codec'])
+    opened = _open_source(dataset, config, source, vocab, split=split, layout=None,
+                          fill=_tokenizer(vocab))
+    if not 0 <= index < len(opened.numbers):
+        raise ConfigError(f'--index {index}: source {source} has records 0..'
+                          f'{len(opened.numbers) - 1} in split {split}')
+    return opened.draw(index, int(config['seed']), 'show')[1]
+
+
 # -------------------------------------------------------------------------------------- identity
 
 def _digest(value) -> str:

@@ -9,6 +9,7 @@ writing down speech, reading text aloud, continuing either, and holding a conver
 loop with different plans.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -17,8 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxsd import checkpoint, model
+from jaxsd import stage as stages
+from jaxsd.config import ConfigError, plain
+from jaxsd.layout import duplex, flat
 from jaxsd.types import NOTHING, Where
-from jaxsd.vocab import Vocab, initial
+from jaxsd.vocab import Text, Vocab, initial
 
 FREE = -2
 """In a plan: the model chooses this cell."""
@@ -30,6 +35,9 @@ class Sampler(NamedTuple):
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+
+
+GREEDY = Sampler()
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -87,8 +95,8 @@ def _overlay(plan_BK, sampled_BK):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(graph, rows, samplers, params, cache, tokens_BKT, where, plan_BK, allowed, key):
-    model = nnx.merge(graph, params)
-    sampled, cache = model.step(tokens_BKT, where, cache, key,
+    lm = nnx.merge(graph, params)
+    sampled, cache = lm.step(tokens_BKT, where, cache, key,
                                 _pick(rows, samplers, allowed, plan_BK))
     return _overlay(plan_BK, sampled), cache
 
@@ -96,13 +104,13 @@ def _prefill(graph, rows, samplers, params, cache, tokens_BKT, where, plan_BK, a
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _advance(graph, rows, samplers, params, cache, column_BK, position_B, plan_NBK, allowed, keys):
     """N columns after `column_BK`: ([N, B, K], the new cache)."""
-    model = nnx.merge(graph, params)
+    lm = nnx.merge(graph, params)
 
     def step(carry, now):
         cache, column, position = carry
         plan, key = now
         where = Where(position[:, None], jnp.ones_like(position)[:, None])
-        sampled, cache = model.step(column[:, :, None], where, cache, key,
+        sampled, cache = lm.step(column[:, :, None], where, cache, key,
                                     _pick(rows, samplers, allowed, plan))
         column = _overlay(plan, sampled).astype(jnp.int32)
         return (cache, column, position + 1), column
@@ -118,10 +126,10 @@ class Stream:
     """
 
     def __init__(self, speaker: Speaker, *, rows: int, columns: int, key):
-        model = nnx.eval_shape(lambda p: nnx.merge(speaker.graph, p), speaker.params)
-        dtype = jnp.dtype(model.frontend.dtype)
+        lm = nnx.eval_shape(lambda p: nnx.merge(speaker.graph, p), speaker.params)
+        dtype = jnp.dtype(lm.frontend.dtype)
         self._speaker, self._key, self._step = speaker, key, 0
-        self._cache = model.backbone.empty_cache(rows, columns, dtype)
+        self._cache = lm.backbone.empty_cache(rows, columns, dtype)
 
     def _keys(self, n: int):
         keys = jax.vmap(lambda i: jax.random.fold_in(self._key, i))(self._step + jnp.arange(n))
@@ -240,3 +248,104 @@ def converse(speaker: Speaker, plans: list[np.ndarray], *, key=None) -> list[np.
     filled = np.concatenate([batch[:, :, :1], np.asarray(first)[:, :, None],
                              np.moveaxis(np.asarray(rest), 0, 2)], axis=2)
     return [filled[i, :, :p.shape[1]] for i, p in enumerate(plans)]
+
+
+# A trained stage, and what it is asked to do.
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    """A trained stage, ready to score and to speak."""
+
+    config: object
+    stage: stages.Stage
+    vocab: Vocab
+    graph: nnx.GraphDef
+    params: dict
+    step: int
+    workdir: str
+
+    def speaker(self, samplers: dict | None = None) -> Speaker:
+        return ready(self.graph, self.params, self.vocab, samplers or {},
+                              self.config.backbone.get('window_columns'))
+
+    def text(self) -> Text:
+        if not self.vocab.tokenizer:
+            raise ConfigError('this config names no text tokenizer (vocab.tokenizer)')
+        return Text(self.vocab.tokenizer)
+
+
+def load(config, workdir: str, stage_name: str | None = None) -> LM:
+    """The newest sound checkpoint of a stage. Raises CheckpointError or ConfigError."""
+    stage = stages.find(config, stage_name)
+    graph, shapes, _ = model.abstract(config, stage.lora)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, stage.name), target)
+    return LM(config, stage, model.make_vocab(config), graph, params, int(meta['step']), workdir)
+
+
+def prompt(vocab: Vocab, *parts) -> np.ndarray:
+    """BOS, then markers (by name) and id arrays, as one row."""
+    return np.concatenate([[vocab.specials['bos']]] + [
+        [vocab.specials[p]] if isinstance(p, str) else np.asarray(p, np.int32) for p in parts])
+
+
+def markers(config, source: str) -> tuple[str, str]:
+    """The two markers of a source that pairs fields: of what is given, of what is asked."""
+    layout = plain(config.data.sources[source]).get('layout') or plain(config.layout)
+    fields = layout.get('fields', ())
+    if len(fields) != 2:
+        raise ConfigError(f'data.sources.{source} must be drawn by two fields, got {fields}')
+    return tuple(layout.get('markers') or (flat.MARKERS[f] for f in fields))
+
+
+def in_parts(items, size: int = 32):
+    for i in range(0, len(items), size):
+        yield items[i:i + size]
+
+
+def transcribe(lm: LM, units: list[np.ndarray], given: str, asked: str,
+               most_tokens: int = 48) -> list[str]:
+    """What each run-length-free stretch of units (ids on the line) says, written down greedily."""
+    text, out = lm.text(), []
+    for part in in_parts(units):
+        prompts = [prompt(lm.vocab, given, u, asked) for u in part]
+        for ids in continue_prompts(lm.speaker(), prompts, lm.vocab, kind='text',
+                                             most_tokens=most_tokens):
+            out.append(text.decode(ids))
+    return out
+
+
+def read_aloud(lm: LM, texts: list[str], given: str, asked: str, *, most_tokens: int = 200,
+               sampler: Sampler = GREEDY, seed: int = 0) -> list[np.ndarray]:
+    """Units (ids on the line) of each text, read aloud."""
+    text, out = lm.text(), []
+    for n, part in enumerate(in_parts(texts)):
+        prompts = [prompt(lm.vocab, given, [i for w in t.split() for i in text.encode(w)], asked)
+                   for t in part]
+        out += continue_prompts(
+            lm.speaker({lm.vocab.rows[0].name: sampler}), prompts, lm.vocab, kind='speech',
+            most_tokens=most_tokens, key=jax.random.fold_in(jax.random.key(seed), n))
+    return out
+
+
+def layout_delays(config, vocab: Vocab) -> tuple[int, ...]:
+    """Each row's delay in columns under the config's own layout."""
+    layout = plain(config.layout)
+    return duplex.delays(vocab, acoustic_delay_columns=layout.get('acoustic_delay_columns', 1),
+                         text_delay_columns=layout.get('text_delay_columns', 0))
+
+
+def words_at(vocab: Vocab, text: Text, row: np.ndarray) -> list[tuple[int, str]]:
+    """(first frame, word) of every word in an undelayed text row [T] (ids on the line)."""
+    start = vocab.ranges['text'][0]
+    quiet = {vocab.specials[k] for k in ('pad', 'epad', 'bos', 'eos')}
+    words: list[tuple[int, list[int]]] = []
+    for t, token in enumerate(row):
+        local = int(token) - start
+        if token < 0 or local in quiet or local >= text.size:
+            continue
+        if text.piece(local).startswith('\u2581') or not words:
+            words.append((t, []))
+        words[-1][1].append(local)
+    return [(t, text.decode(ids)) for t, ids in words]

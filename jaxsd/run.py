@@ -68,11 +68,16 @@ def _open_run(workdir: str, config) -> bool:
     if 'config.json' not in there:
         raise ConfigError(f'--workdir {workdir} is not empty and no run of ours (it holds '
                           f'{min(there)}); name another directory')
+    same_run(workdir, config)
+    return True
+
+
+def same_run(workdir: str, config) -> None:
+    """Raises ConfigError unless `workdir` is a run of `config`, naming the keys that differ."""
     stored = read_run(workdir)
     if stored['fingerprint'] != fingerprint(config):
         raise ConfigError(f'--workdir {workdir} holds another run: '
                           f'{differences(stored["config"], config)}; name another directory')
-    return True
 
 
 def read_run(workdir: str) -> dict:

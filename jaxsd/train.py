@@ -369,17 +369,26 @@ def _loop(config, stage, workdir, mesh, rows, batches, marks, step_fn, state, be
     def read(pending):
         """The numbers of an earlier step, checked; written every log_steps."""
         nonlocal waited, dispatched, since, since_step, positions, audio_s, loss
-        n, sums = pending
+        n, sums, account = pending
         sums = jax.device_get(sums)
         loss = float(sums['loss'])
+        if n == begin + 1:      # this one compiled: the clock starts after it
+            since, since_step, waited, dispatched = time.perf_counter(), n, 0.0, 0.0
+        for source, counts in account.items():
+            into = consumed.setdefault(source, {})
+            for k, x in counts.items():
+                into[k] = into.get(k, 0) + x
+            if n > begin + 1:
+                positions += counts['tokens']
+                audio_s += counts['audio_s']
         if int(sums['bad_steps']) >= stage.bad_steps:
             raise TrainingError(f'stage {stage.name}, step {n}: loss or gradient not finite for '
                                 f'{int(sums["bad_steps"])} steps in a row; lower the learning rate '
                                 'or look at the data')
-        if n % stage.log_steps and n != stage.steps:
+        if n == since_step or (n % stage.log_steps and n != stage.steps):
             return
         now = time.perf_counter()
-        step_s = (now - since) / max(n - since_step, 1)
+        step_s = (now - since) / (n - since_step)
         entry = dict(
             stage=stage.name, step=n, loss=_finite(loss),
             terms={k: _finite(s / max(w, 1e-6)) for k, (s, w) in sums['terms'].items()},
@@ -417,22 +426,10 @@ def _loop(config, stage, workdir, mesh, rows, batches, marks, step_fn, state, be
             start = time.perf_counter()
             batch = {k: jax.make_array_from_process_local_data(rows, x) for k, x in arrays.items()}
             state, sums = step_fn(state, batch)
-            spent = time.perf_counter() - start
-            if n > begin:       # the first call compiles
-                dispatched += spent
-            for source, counts in account.items():
-                into = consumed.setdefault(source, {})
-                for k, x in counts.items():
-                    into[k] = into.get(k, 0) + x
-                positions += counts['tokens']
-                audio_s += counts['audio_s']
+            dispatched += time.perf_counter() - start
             if pending:
                 read(pending)
-            elif n == begin:    # do not count compilation as a step
-                jax.block_until_ready(sums)
-                waited = dispatched = 0.0
-                since, since_step, positions, audio_s = time.perf_counter(), n + 1, 0, 0.0
-            pending = (n + 1, sums)
+            pending = (n + 1, sums, account)
             if profile_steps and n + 1 == profile_steps[1]:
                 jax.block_until_ready(sums)
                 jax.profiler.stop_trace()

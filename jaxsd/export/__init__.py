@@ -42,10 +42,7 @@ def export_run(config, workdir: str, out: str, format: str, *,
     As `save`, with what the ledger says of the stage's training in the model card.
     """
     chosen, at = stages.find(config, stage_name), _one_device()
-    stored = rundir.read_run(workdir)
-    if stored['fingerprint'] != fingerprint(config):
-        raise ConfigError(f'--workdir {workdir} holds another run: '
-                          f'{rundir.differences(stored["config"], config)}')
+    rundir.same_run(workdir, config)
     shapes = model.abstract(config, chosen.lora)[1]
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes)
     params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, chosen.name), target)

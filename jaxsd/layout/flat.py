@@ -80,7 +80,8 @@ def _assemble(record: Record, vocab: Vocab, pieces: list, end: str) -> Grid:
 def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
              fields: Sequence[str] = ('speech',),
              score: Sequence[str] = ('text', 'speech', 'markers'),
-             end: str = 'none', channel: int = 0, dedup: bool = True) -> Grid:
+             markers: Sequence[str] = (), end: str = 'none', channel: int = 0,
+             dedup: bool = True) -> Grid:
     """Whole fields one after another, each behind its marker: the markers name the task.
 
     ::
@@ -94,6 +95,10 @@ def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
     everything, as in arXiv 2402.05755 §3.1; score=('text',) with ('speech', 'text') learns only
     the transcript given the audio (arXiv 2309.07937 masks so).
 
+    `markers` names another marker for each field than that of its kind: ('[Speech]', '[ASR]') tells
+    the transcript of what was said from a text that goes on from it, which interleaved samples
+    open with `[Text]` (arXiv 2402.05755 App. D, "+ASR+TTS"). They must stand in `vocab.markers`.
+
     `end='none'` is the paper's: nothing closes a sample, and generation runs to a stated length.
     `end='eos'` closes it with EOS, scored like the last field, so that generation can stop.
 
@@ -106,13 +111,17 @@ def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
     if not set(score) <= {*MARKERS, 'markers'}:
         raise ValueError('layout.score must name things among text, speech, markers; got '
                          f'{tuple(score)}')
+    names = tuple(markers) or tuple(MARKERS[field] for field in fields)
+    if len(names) != len(fields) or not set(names) <= set(vocab.specials):
+        raise ValueError(f'layout.markers must name one marker of vocab.markers per field, got '
+                         f'{names} for {tuple(fields)}')
     try:
         words = spoken_by(record, channel)
         content = {'text': lambda: text_tokens(words, vocab),
                    'speech': lambda: speech_tokens(_units_of(record, channel), vocab, dedup)}
         pieces = []
-        for field in fields:
-            pieces.append(([vocab.specials[MARKERS[field]]], float('markers' in score)))
+        for field, marker in zip(fields, names, strict=True):
+            pieces.append(([vocab.specials[marker]], float('markers' in score)))
             pieces.append((content[field](), float(field in score)))
             if not len(pieces[-1][0]):
                 raise ValueError(f'its {field} is empty')

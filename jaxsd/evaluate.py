@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Likelihood and generation metrics as functions of a trained stage and a data source.
+
+A task is a function `task(lm, *, split, limit, <options>) -> dict` named in `config.evals`. It
+returns `metrics` (name -> number), `items` (how many things were measured), and perhaps a `note`
+and a `histogram`. Results go to WORKDIR/evaluation.json, one entry per task and split.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxsd import data, generate, model
+from jaxsd import run as rundir
+from jaxsd import stage as stages
+from jaxsd.config import ConfigError, bind, plain, unknown
+from jaxsd.layout import duplex, flat
+from jaxsd.types import NOTHING
+
+log = logging.getLogger('jaxsd')
+
+
+# Likelihood.
+
+def _totals(config, graph):
+    """A jitted (params, batch) -> (terms, metrics) of sums and weights."""
+    objective = model.objective_of(config)
+
+    @jax.jit
+    def totals(params, batch):
+        logp, hit = nnx.merge(graph, params)(batch, jax.random.key(0))
+        return objective(logp, hit, batch)
+    return totals
+
+
+def _likelihood(config, graph, params, vocab, source, *, split, limit, batch, totals):
+    sums: dict = {}
+    weight_of = {}
+    for arrays, _ in data.one_pass(config, source, vocab, batch=batch, split=split, limit=limit):
+        terms, metrics = jax.device_get(totals(params, arrays))
+        for name, (s, w) in {**{f'loss/{k}': x for k, x in terms.items()}, **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + float(s)
+            weight_of[name] = weight_of.get(name, 0.0) + float(w)
+    return {name: s / weight_of[name] for name, s in sums.items() if weight_of[name] > 0}
+
+
+def likelihood(lm: generate.LM, *, split: str, limit: int | None, sources: tuple[str, ...],
+               batch: int = 16) -> dict:
+    """Nats per token and accuracy of every range of the line, per source; whole records, packed."""
+    totals = _totals(lm.config, lm.graph)
+    metrics = {}
+    for source in sources:
+        found = _likelihood(lm.config, lm.graph, lm.params, lm.vocab, source, split=split,
+                            limit=limit, batch=batch, totals=totals)
+        metrics |= {f'{source}/{name}': x for name, x in found.items()}
+    return dict(metrics=metrics, items=len(sources), note='teacher-forced; nats per scored token')
+
+
+def probe(config, stage: stages.Stage):
+    """A held-out likelihood for `train`, of the `likelihood` task's sources; None if there is none."""
+    task = plain(config.evals).get('likelihood')
+    if not task:
+        return None
+    graph, _, _ = model.abstract(config, stage.lora)
+    totals, vocab = _totals(config, graph), model.make_vocab(config)
+
+    def held_out(step, params):
+        del step
+        out = {}
+        for source in task['sources']:
+            found = _likelihood(config, graph, params, vocab, source, split='test', limit=64,
+                                batch=16, totals=totals)
+            out |= {f'{source}/{k}': x for k, x in found.items() if k.startswith('loss/')}
+        return out
+    return held_out
+
+
+# Recognition and synthesis.
+
+def _said(record) -> str:
+    return ' '.join(w.text for w in record.words)
+
+
+def asr(lm: generate.LM, *, split: str, limit: int | None, source: str) -> dict:
+    """Word error rate of writing down held-out speech (jiwer), greedy."""
+    import jiwer
+    records = list(data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit))
+    given, asked = generate.markers(lm.config, source)
+    units = [flat.speech_tokens(r.units[0], lm.vocab) for r in records]
+    heard = generate.transcribe(lm, units, given, asked)
+    said = [_said(r) for r in records]
+    exact = np.mean([a == b for a, b in zip(said, heard, strict=True)])
+    return dict(metrics={'WER %': 100 * jiwer.wer(said, heard), 'exact %': 100 * exact},
+                items=len(records), note='greedy; words pooled over sentences')
+
+
+def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener: str = 'asr') -> dict:
+    """Round trip: text to units to the model's own transcript, as a word error rate.
+
+    The floor is the same transcripts against other sentences. Generation is greedy.
+    """
+    import jiwer
+    records = list(data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit))
+    said = [_said(r) for r in records]
+    spoken = generate.read_aloud(lm, said, *generate.markers(lm.config, source))
+    heard = generate.transcribe(lm, spoken, *generate.markers(lm.config, listener))
+    return dict(metrics={'round-trip WER %': 100 * jiwer.wer(said, heard),
+                         'wrong-sentence WER %': 100 * jiwer.wer(said[1:] + said[:1], heard)},
+                items=len(records), note='greedy synthesis, transcribed by the same model')
+
+
+# Continuations across modalities.
+
+def _split_story(record, unit_hz: float):
+    """(words of the first turn, its units, words of the second, its units) of a two-turn record."""
+    (_, _, end, _), (_, start, _, _) = record.turns[:2]
+    cut_s = (end + start) / 2
+    cut = round(cut_s * unit_hz)
+    units = record.units[0]
+    first = [w for w in record.words if w.start_s < cut_s]
+    second = [w for w in record.words if w.start_s >= cut_s]
+    return first, units[:cut], second, units[cut:]
+
+
+def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'aligned',
+            unit_hz: float = 25.0) -> dict:
+    """Does the model know how a story goes on, across modalities? (arXiv 2402.05755 §4.1)
+
+    The first sentence is the prompt, written (T) or spoken (S), and the second is scored in either.
+    nats/A->B: mean nats per token of the true continuation. right/A->B: how often it is likelier
+    per token than the second sentence of another story told by the same voice.
+    """
+    records = [r for r in data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit)
+               if len(r.turns) == 2]
+    if not records:
+        raise ConfigError(f'stories: split {split} of {source} has no record of two sentences')
+    parts = [_split_story(r, unit_hz) for r in records]
+    v = lm.vocab
+
+    def wrong_of(i):
+        """The next story in the same voice whose second sentence is another one."""
+        said = records[i].turns[1].text
+        order = [(i + k) % len(records) for k in range(1, len(records))]
+        fits = [j for j in order if records[j].turns[1].text != said]
+        same = [j for j in fits if records[j].style[:1] and
+                records[j].style[0].split()[0] == records[i].style[0].split()[0]]
+        return (same or fits or [i])[0]
+
+    def tokens(kind, words, units):
+        return flat.text_tokens(words, v) if kind == 'T' else flat.speech_tokens(units, v)
+
+    marker = {'T': '[Text]', 'S': '[Speech]'}
+    metrics = {}
+    for a in 'TS':
+        for b in 'TS':
+            rows = []
+            for i, (w1, u1, w2, u2) in enumerate(parts):
+                j = wrong_of(i)
+                for words, units in ((w2, u2), (parts[j][2], parts[j][3])):
+                    # A continuation in the same modality goes on without a new marker.
+                    middle = [marker[b]] if a != b else []
+                    prompt = generate.prompt(v, marker[a], tokens(a, w1, u1), *middle)
+                    rows.append((prompt, tokens(b, words, units)))
+            nats = _continuation_nats(lm, rows)
+            good, bad = nats[0::2], nats[1::2]
+            metrics[f'nats/{a}->{b}'] = float(np.mean(good))
+            metrics[f'right %/{a}->{b}'] = 100 * float(np.mean(good < bad))
+    return dict(metrics=metrics, items=len(records),
+                note='mean nats per token of the second sentence given the first; T text, S speech')
+
+
+def _continuation_nats(lm: generate.LM, rows, batch: int = 32) -> np.ndarray:
+    """Mean nats per token of each (prompt, continuation)."""
+    columns = -(-max(len(p) + len(c) for p, c in rows) // 64) * 64
+
+    @jax.jit
+    def logp_of(params, arrays):
+        return nnx.merge(lm.graph, params)(arrays, jax.random.key(0))[0]
+    out = []
+    for part in generate.in_parts(rows, batch):
+        tokens = np.full((batch, 1, columns), NOTHING, np.int32)
+        weights = np.zeros((batch, 1, columns), np.float32)
+        for i, (prompt, continuation) in enumerate(part):
+            n, m = len(prompt), len(continuation)
+            tokens[i, 0, :n + m] = np.concatenate([prompt, continuation])
+            weights[i, 0, n:n + m] = 1
+        arrays = dict(tokens=tokens, weights=weights, segment=(tokens[:, 0] >= 0).astype(np.int32),
+                      position=np.tile(np.arange(columns, dtype=np.int32), (batch, 1)))
+        logp = np.asarray(logp_of(lm.params, arrays))
+        total = -(logp * weights).sum((1, 2)) / np.maximum(weights.sum((1, 2)), 1)
+        out += list(total[:len(part)])
+    return np.array(out)
+
+
+# Conversation.
+
+def _questions(config, path: str) -> tuple[dict, dict]:
+    """(question text -> {want, kind}, kind -> words) of a corpus whose questions have answers."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            stored = json.load(f)
+        return ({q['text']: q for part in stored['questions'].values() for q in part},
+                {k: set(words) for k, words in stored['kinds'].items()})
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f'{path} does not list questions with answers: {e}') from None
+
+
+def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batch: int = 16,
+            questions: str = 'grammar.json') -> dict:
+    """The user's side of held-out dialogues is played; are their questions answered, and when?
+
+    correct: among the words written between a question's end and the next question, the last that
+    is of the asked kind is the right one. waited: no word begins while the question is being asked.
+    latency: frames from the question's end to the answer's first word. The model hears the user
+    frame by frame and everything it says itself is its own; decoding is greedy in text, sampled
+    in sound (temperature 0.8, the released default).
+    """
+    config, v = lm.config, lm.vocab
+    asked, kinds = _questions(config, os.path.join(config.data.path, questions))
+    records = list(data.examples(config, split, source, vocab=v, limit=limit))
+    hz = config.codec.frame_hz
+    late = generate.layout_delays(config, v)
+    speaker = lm.speaker({'mine': generate.Sampler(0.8, 250)})
+    text = lm.text()
+    records.sort(key=lambda r: r.codes.shape[-1])       # so that few columns are padding
+    right = waited = total = 0
+    latency, by_kind = [], {}
+    for n, part in enumerate(generate.in_parts(records, batch)):
+        plans = [generate.conversation_plan(v, r.codes[1], late) for r in part]
+        plans += plans[:1] * (batch - len(part))
+        filled = generate.converse(speaker, plans, key=jax.random.fold_in(jax.random.key(0), n))
+        for r, columns in zip(part, filled, strict=False):
+            said = generate.words_at(v, text, duplex.undelay(columns, late)[0])
+            turns = [t for t in r.turns if t.channel == 1 and t.text in asked]
+            for i, turn in enumerate(turns):
+                q = asked[turn.text]
+                begin, end = turn.start_s * hz, turn.end_s * hz
+                until = turns[i + 1].start_s * hz if i + 1 < len(turns) else math.inf
+                answer = [(t, w) for t, w in said if end - 1 <= t < until]
+                # Words that began before this question belong to what was said before it.
+                early = [w for t, w in said if begin + 2 <= t < end - 1]
+                named = [w for _, w in answer if w in kinds[q['kind']]]
+                good = bool(named) and named[-1] == q['want']
+                total, right, waited = total + 1, right + good, waited + (not early)
+                kind = 'sums' if ' plus ' in q['about'] or ' minus ' in q['about'] else 'facts'
+                of, out_of = by_kind.get(kind, (0, 0))
+                by_kind[kind] = (of + good, out_of + 1)
+                if answer:
+                    latency.append(math.floor(answer[0][0] - end) + 1)
+    if not total:
+        raise ConfigError(f'answers: split {split} of {source} asks no question of {questions}')
+    spread = np.percentile(latency, [10, 50, 90]) if latency else [math.nan] * 3
+    metrics = {'correct %': 100 * right / total, 'waited %': 100 * waited / total,
+               'answered %': 100 * len(latency) / total,
+               'latency frames p10': float(spread[0]), 'latency frames median': float(spread[1]),
+               'latency frames p90': float(spread[2])}
+    metrics |= {f'correct %/{k}': 100 * a / b for k, (a, b) in sorted(by_kind.items())}
+    return dict(metrics=metrics, items=total, histogram=dict(
+        name=f'latency in frames of {1000 / hz:.0f} ms', values=[float(x) for x in latency]),
+        note='the model hears the user frame by frame; everything it says is its own')
+
+
+# Running tasks.
+
+def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=None) -> list[dict]:
+    """Runs the named tasks (default: all of config.evals) and writes evaluation.json."""
+    every = plain(config.evals)
+    for task in tasks:
+        if task not in every:
+            raise unknown('--tasks', task, every)
+    rundir.same_run(workdir, config)
+    chosen = {name: bind(every[name], 'jaxsd.evaluate', f'evals.{name}', given=('split', 'limit'))
+              for name in tasks or sorted(every)}
+    if not chosen:
+        raise ConfigError('config.evals names no task')
+    lm = generate.load(config, workdir, stage_name)
+    entries = []
+    for name, task in chosen.items():
+        log.info('evaluating %s on split %s', name, split)
+        found = task(lm, split=split, limit=limit)
+        entries.append(dict(task=name, split=split, stage=lm.stage.name, step=lm.step, **found))
+        _table(entries[-1])
+    record(workdir, entries)
+    return entries
+
+
+def record(workdir: str, entries: list[dict]) -> None:
+    """Puts entries into WORKDIR/evaluation.json in place of older ones of the same task and split."""
+    path = os.path.join(workdir, 'evaluation.json')
+    old = []
+    if os.path.exists(path):
+        try:
+            with open(path, encoding='utf-8') as f:
+                old = json.load(f)
+        except ValueError as e:
+            raise ConfigError(f'{path} cannot be read: {e}; move it away') from None
+    new = {(e['task'], e['split'], e.get('stage')) for e in entries}
+    kept = [e for e in old if (e.get('task'), e.get('split'), e.get('stage')) not in new]
+    clean = json.loads(json.dumps(kept + entries), parse_constant=lambda _: None)   # NaN is no JSON
+    rundir.write_atomic(path, json.dumps(clean, indent=1) + '\n')
+
+
+def _table(entry: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    table = Table(title=f'{entry["task"]} on {entry["split"]} ({entry["items"]} items, '
+                        f'stage {entry["stage"]}, step {entry["step"]})', title_justify='left')
+    table.add_column('metric')
+    table.add_column('value', justify='right')
+    for name, value in entry['metrics'].items():
+        table.add_row(name, f'{value:.3f}')
+    Console(file=sys.stdout, width=90).print(table)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `generate` verb: text or sound in, text or sound out, for one input or for examples.
+
+Everything between files and token ids happens here: reading a wav at the codec's rate, encoding it,
+asking `generate` for what comes next, decoding, writing. Examples go to a directory with a
+`samples.json` that the report plays.
+"""
+
+import json
+import logging
+import os
+
+import jax
+import numpy as np
+
+from jaxsd import data, generate, model
+from jaxsd import run as rundir
+from jaxsd.config import ConfigError, bind
+from jaxsd.layout import duplex, flat
+
+log = logging.getLogger('jaxsd')
+
+MOST_INPUT_S = 600.0
+
+
+def read_wav(path: str, rate_hz: int) -> np.ndarray:
+    """float32 [channels, samples] at `rate_hz`. One-line ValueError for anything unreadable."""
+    import soundfile
+    try:
+        with soundfile.SoundFile(path) as f:
+            if not 0 < f.frames <= MOST_INPUT_S * f.samplerate:
+                raise ValueError(f'--input {path}: its length is {f.frames / f.samplerate:.1f} s, '
+                                 f'allowed are up to {MOST_INPUT_S:.0f} s')
+            wav, rate = f.read(dtype='float32', always_2d=True), f.samplerate
+    except (OSError, RuntimeError) as e:        # soundfile's own error is a RuntimeError
+        raise ValueError(f'--input {path} cannot be read as audio: {e}') from None
+    if rate != rate_hz:
+        from scipy.signal import resample_poly
+        step = np.gcd(rate, rate_hz)
+        wav = resample_poly(wav, rate_hz // step, rate // step, axis=0)
+    return wav.T.astype(np.float32)
+
+
+def write_wav(path: str, wav: np.ndarray, rate_hz: int) -> None:
+    """Writes [samples] or [channels, samples] as 16-bit wav, whole or not at all."""
+    import io
+
+    import soundfile
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(np.atleast_2d(wav).T, -1, 1), rate_hz, format='WAV',
+                    subtype='PCM_16')
+    rundir.write_atomic(path, buffer.getvalue())
+
+
+def spread(units: np.ndarray, frames_per_unit: np.ndarray | int) -> np.ndarray:
+    """Deduplicated units back on the clock, each held for its number of frames."""
+    return np.repeat(units, frames_per_unit)
+
+
+def unit_frames(config, vocab, limit: int = 200) -> np.ndarray:
+    """How many frames each unit is usually held: its mean run length in training data, rounded.
+
+    A run-length-free stream has lost its durations; the released systems predict them with a small
+    network, and the mean per unit is the plainest predictor.
+    """
+    start, size = vocab.ranges['units']
+    runs, frames = np.ones(size), np.ones(size)
+    del start
+    source = next(s for s, o in config.data.sources.items() if 'story' in o['select'])
+    for r in data.examples(config, 'train', source, limit=limit):
+        for units in r.units:
+            values, ends = flat.runs(units)
+            np.add.at(runs, values, 1)
+            np.add.at(frames, values, np.diff(ends, prepend=0))
+    return np.maximum(1, np.round(frames / runs)).astype(int)
+
+
+def run(config, workdir: str, *, task: str, stage_name, source, out: str, split: str, count: int,
+        temperature, top_k, top_p, seed: int) -> None:
+    """Generates from `source` (a wav or a text), or from `count` examples of `split` into `out`."""
+    streams = len(model.make_vocab(config).rows) > 1
+    if streams != (task == 'duplex'):
+        raise ConfigError(f'--task {task} does not fit this config: it has '
+                          f'{"several streams; use duplex" if streams else "one stream"}')
+    rundir.same_run(workdir, config)
+    lm = generate.load(config, workdir, stage_name)
+    codec = bind(config.codec, 'jaxsd.codec', 'codec')()
+    rate = codec.identity['sample_rate_hz']
+    default = generate.Sampler(0.8, 250, 1.0) if streams else generate.Sampler(0.0)
+    sampler = generate.Sampler(
+        default.temperature if temperature is None else temperature,
+        default.top_k if top_k is None else top_k, default.top_p if top_p is None else top_p)
+    perform = dict(duplex=_duplex, asr=_asr, tts=_tts, s2s=_s2s, t2t=_t2t)[task]
+    if source is not None:
+        given = (source if task in ('tts', 't2t') else read_wav(source, rate))
+        result = perform(lm, codec, [given], sampler, seed)[0]
+        _write(out, result, rate)
+        log.info('%s', result['text'])
+        log.info('%s: written', out)
+        return
+    _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate)
+
+
+def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
+    name = 'dialogue' if task == 'duplex' else 'tts' if task == 'tts' else 'asr'
+    if name not in lm.config.data.sources:
+        name = next(iter(lm.config.data.sources))
+    records = list(data.examples(lm.config, split, name, vocab=lm.vocab, limit=count))
+    if task in ('tts', 't2t'):
+        given = [' '.join(w.text for w in r.words) for r in records]
+    else:       # the records hold codes, not sound: what the model hears is their resynthesis
+        given = [codec.decode(r.codes[1]) if task == 'duplex' else
+                 codec.decode(r.units[0][None]) for r in records]
+        given = [g[None] for g in given]
+    results = perform(lm, codec, given, sampler, seed, records=records)
+    os.makedirs(out, exist_ok=True)
+    entries, references = [], {}
+    for i, (r, result) in enumerate(zip(records, results, strict=True)):
+        stem = f'{task}-{i:03d}'
+        if result.get('wav') is not None:
+            write_wav(os.path.join(out, f'{stem}.wav'), result['wav'], rate)
+            references[f'{stem}.wav'] = given[i] if task == 'tts' else result['text']
+            entries.append(dict(file=f'{stem}.wav', title=f'{task}: {r.id}', text=result['text'],
+                                **({'channels': ['mine', 'theirs']} if task == 'duplex' else {})))
+            if task == 'tts':       # what the same units, had they been right, would sound like
+                true = os.path.join(out, 'true')
+                os.makedirs(true, exist_ok=True)
+                write_wav(os.path.join(true, f'{stem}.wav'), codec.decode(r.units[0][None]), rate)
+        else:
+            rundir.write_atomic(os.path.join(out, f'{stem}.txt'), result['text'] + '\n')
+        log.info('%s: %s', stem, result['text'])
+    old = []
+    path = os.path.join(out, 'samples.json')
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            old = [e for e in json.load(f) if not e['file'].startswith(task)]
+    rundir.write_atomic(path, json.dumps(old + entries, indent=1) + '\n')
+    if task == 'tts':
+        rundir.write_atomic(os.path.join(out, 'refs.json'), json.dumps(references, indent=1) + '\n')
+
+
+def _write(out: str, result: dict, rate: int) -> None:
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    if result.get('wav') is not None and not out.endswith('.txt'):
+        write_wav(out, result['wav'], rate)
+    else:
+        rundir.write_atomic(out, result['text'] + '\n')
+
+
+def _units(lm, codec, wavs) -> list[np.ndarray]:
+    return [flat.speech_tokens(codec.encode(w.mean(0))[0], lm.vocab) for w in wavs]
+
+
+def _sound(lm, codec, tokens: list[np.ndarray]) -> list[np.ndarray]:
+    start, size = lm.vocab.ranges['units']
+    frames = unit_frames(lm.config, lm.vocab)
+    out = []
+    for t in tokens:
+        units = t[(t >= start) & (t < start + size)] - start
+        if not len(units):
+            out.append(np.zeros(codec.identity['sample_rate_hz'] // 4, np.float32))
+            continue
+        out.append(codec.decode(spread(units, frames[units])[None]))
+    return out
+
+
+def _pair(lm, source: str) -> tuple[str, str]:
+    if source in lm.config.data.sources:
+        return generate.markers(lm.config, source)
+    return ('[Speech]', '[Text]') if source == 'asr' else ('[Text]', '[Speech]')
+
+
+def _asr(lm, codec, wavs, sampler, seed, records=None):
+    del sampler, seed
+    units = ([flat.speech_tokens(r.units[0], lm.vocab) for r in records] if records
+             else _units(lm, codec, wavs))
+    return [dict(text=t) for t in generate.transcribe(lm, units, *_pair(lm, 'asr'))]
+
+
+def _tts(lm, codec, texts, sampler, seed, records=None):
+    del records
+    tokens = generate.read_aloud(lm, texts, *_pair(lm, 'tts'), sampler=sampler, seed=seed)
+    return [dict(text=t, wav=w) for t, w in zip(texts, _sound(lm, codec, tokens), strict=True)]
+
+
+def _continue(lm, prompts, kind, most_tokens, sampler, seed):
+    speaker = lm.speaker({lm.vocab.rows[0].name: sampler})
+    return generate.continue_prompts(speaker, prompts, lm.vocab, kind=kind,
+                                     most_tokens=most_tokens, key=jax.random.key(seed))
+
+
+def _s2s(lm, codec, wavs, sampler, seed, records=None):
+    """Goes on from the first half of what was said (all of it for a file)."""
+    units = _units(lm, codec, wavs)
+    if records:
+        units = [u[:len(u) // 2] for u in units]
+    prompts = [generate.prompt(lm.vocab, '[Speech]', u) for u in units]
+    more = _continue(lm, prompts, 'speech', 300, sampler, seed)      # cap of arXiv 2402.05755 App. D
+    whole = [np.concatenate([u, m]) for u, m in zip(units, more, strict=True)]
+    texts = generate.transcribe(lm, whole, *_pair(lm, 'asr'))
+    return [dict(text=t, wav=w) for t, w in zip(texts, _sound(lm, codec, whole), strict=True)]
+
+
+def _t2t(lm, codec, texts, sampler, seed, records=None):
+    del codec
+    text = lm.text()
+    given = [t.split()[:max(1, len(t.split()) // 2)] if records else t.split() for t in texts]
+    prompts = [generate.prompt(lm.vocab, '[Text]', [i for w in words for i in text.encode(w)])
+               for words in given]
+    more = _continue(lm, prompts, 'text', 50, sampler, seed)
+    return [dict(text=' '.join(g) + ' | ' + text.decode(m)) for g, m in zip(given, more, strict=True)]
+
+
+def _duplex(lm, codec, wavs, sampler, seed, records=None):
+    """Plays the other speaker's sound to the model and records both: [2, samples], mine first."""
+    late = generate.layout_delays(lm.config, lm.vocab)
+    heard = ([r.codes[1] for r in records] if records else
+             [codec.encode(w[-1]) for w in wavs])        # the second channel of two is the user's
+    plans = [generate.conversation_plan(lm.vocab, codes, late) for codes in heard]
+    filled = generate.converse(lm.speaker({'mine': sampler}), plans, key=jax.random.key(seed))
+    text, hz = lm.text(), codec.identity['frame_hz']
+    out = []
+    for codes, columns in zip(heard, filled, strict=True):
+        rows = duplex.undelay(columns, late)
+        rows = rows[:, :rows.shape[1] - max(late)]      # the last frames have no acoustic codes yet
+        said = generate.words_at(lm.vocab, text, rows[0])
+        mine = np.stack([np.clip(rows[k] - row.start, 0, row.predicted - 1)
+                         for k, row in enumerate(lm.vocab.rows) if row.name.startswith('mine')])
+        a, b = codec.decode(mine), codec.decode(codes[:, :mine.shape[1]])
+        n = min(len(a), len(b))
+        out.append(dict(wav=np.stack([a[:n], b[:n]]),
+                        text=' '.join(f'[{t / hz:.2f} s] {w}' for t, w in said)))
+    return out
