@@ -39,8 +39,8 @@ def demo_codec() -> dict:
     return dict(name='rvq', path=f'{DEMO}/codec.safetensors', frame_hz=12.5, codebooks=8, size=256)
 
 
-DEMO_TEXT = dict(text_tokens=256, tokenizer=f'{DEMO}/text.model')
-"""The demo corpus' sentencepiece model: nearly every word of its closed vocabulary is one piece."""
+DEMO_TEXT = dict(text_tokens=320, tokenizer=f'{DEMO}/text.model')
+"""The demo corpus' sentencepiece model: every word of its closed vocabulary is one piece."""
 
 
 def tiny(c, *, columns: int, steps: int = 2, batch: int = 8) -> None:

@@ -71,24 +71,29 @@ def get_config(arg=None):
 def demo(c) -> None:
     """The system on the demo corpus at a few million parameters; only my stream is spoken.
 
-    Beside dialogues the model hears stories on the user's stream and writes them down a little
-    late: streaming recognition by delay alone (§5.7), which teaches it to listen.
+    Beside dialogues the model hears stories and the users of dialogues on the other stream, with
+    nothing of its own, and writes them down a little late: streaming recognition by delay alone
+    (§5.7), which teaches it to listen.
     """
     c.codec = parts.demo_codec()
     c.vocab = dict(name='streams', predicted=('mine',), **parts.DEMO_TEXT)
     c.columns = 256
     c.layout = dict(name='duplex.columns', weight_pad=0.3, weight_epad=0.5, weight_semantic=20.0)
     c.frontend = dict(name='summed', dtype='float32')
-    c.backbone = parts.small(c.backbone, width=256, layers=5, heads=4, mlp=640, window_columns=250)
-    c.head = dict(name='depth', width=96, layers=2, heads=2, mlp=256, fraction=0.25)
+    c.backbone = parts.small(c.backbone, width=224, layers=5, heads=2, mlp=576, window_columns=250,
+                             block_columns=64)
+    c.head = dict(name='depth', width=96, layers=2, heads=2, mlp=256, fraction=0.125)
+
+    def listening_to(channel):
+        return dict(name='duplex.columns', mine='none', theirs=channel, text='theirs',
+                    text_delay_columns=6, weight_pad=0.3, weight_epad=0.5)
     c.data = dict(path=parts.DEMO, sources=dict(
         dialogue=dict(select=('dialogue',)),
-        listen=dict(select=('story',), layout=dict(
-            name='duplex.columns', mine='none', theirs=0, text='theirs', text_delay_columns=6,
-            weight_pad=0.3, weight_epad=0.5))))
-    c.stages = (dict(name='duplex', steps=800, batch=16, lr=2e-3, schedule='cosine',
+        listen=dict(select=('story',), layout=listening_to(0)),
+        questions=dict(select=('dialogue',), layout=listening_to(1))))
+    c.stages = (dict(name='duplex', steps=800, batch=8, lr=2e-3, schedule='cosine',
                      warmup_steps=40, final_lr=0.05, weight_decay=0.05,
-                     data=dict(dialogue=0.7, listen=0.3), save_steps=100, log_steps=10,
+                     data=dict(dialogue=0.5, listen=0.2, questions=0.3), save_steps=100, log_steps=10,
                      probe_steps=100),)
     c.evals = dict(likelihood=dict(name='likelihood', sources=('dialogue',)),
                    answers=dict(name='answers', source='dialogue'))

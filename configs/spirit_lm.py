@@ -67,9 +67,9 @@ def demo(c, mix: str) -> None:
         return dict(name='flat.sequence', fields=fields, end='eos') | options
     c.data = dict(path=parts.DEMO, sources=dict(
         aligned=dict(select=('story',)),
-        asr=dict(select=('story',), layout=whole('speech', 'text',
+        asr=dict(select=('story',), layout=whole('speech', 'text', score=('text',),
                                                   markers=('[Speech]', '[ASR]'))),
-        tts=dict(select=('story',), layout=whole('text', 'speech',
+        tts=dict(select=('story',), layout=whole('text', 'speech', score=('speech',),
                                                   markers=('[Text]', '[TTS]'))),
         speech=dict(select=spoken, layout=whole('speech')),
         text=dict(select=('text', 'story'), layout=whole('text'))))

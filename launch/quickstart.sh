@@ -24,26 +24,36 @@ part() {    # part NAME 'what happens' COMMAND...
 jaxsd() { "$python" -m jaxsd "$@"; }
 
 part data 'speaking a small corpus and turning it into tokens' \
-  "$python" -m data_pipelines.demo --out data/demo
-for system in spirit_lm moshi; do
-  config=configs/$system.py:demo work=$runs/$system
-  part "show-$system" "what $system reads, as text" jaxsd show --config "$config"
-  part "train-$system" "training $system: $work" jaxsd train --config "$config" --workdir "$work"
+  "$python" -m data_pipelines.demo --out data/demo --hours "${HOURS:-6}"
+
+run() {     # run NAME CONFIG SOURCE FORMAT: train, look, measure, export
+  local name=$1 config=$2 source=$3 format=$4 work=$runs/$1
+  part "show-$name" "what $name reads, as text" \
+    jaxsd show --config "$config" --source "$source" --columns 24
+  part "train-$name" "training $name: $work" jaxsd train --config "$config" --workdir "$work"
   mkdir -p "$work/grids"
-  part "draw-$system" "the same as a picture: $work/grids" \
-    jaxsd show --config "$config" --png "$work/grids/example.png"
-  part "evaluate-$system" "evaluating $system on sentences it has not seen" \
+  part "draw-$name" "the same as a picture: $work/grids" \
+    jaxsd show --config "$config" --source "$source" --png "$work/grids/$source.png"
+  part "evaluate-$name" "evaluating $name on sentences it has not seen" \
     jaxsd evaluate --config "$config" --workdir "$work"
-done
-part tts 'spirit_lm reads a sentence aloud' \
-  jaxsd generate --config configs/spirit_lm.py:demo --workdir "$runs/spirit_lm" --task tts \
-  --input 'the red boat is near the old house' --output "$runs/spirit_lm/samples/read-aloud.wav"
-part export-spirit_lm "exporting spirit_lm for transformers: $runs/spirit_lm/export" \
-  jaxsd export --config configs/spirit_lm.py:demo --workdir "$runs/spirit_lm" --format hf \
-  --out "$runs/spirit_lm/export"
-part export-moshi "exporting moshi in kyutai's names: $runs/moshi/export" \
-  jaxsd export --config configs/moshi.py:demo --workdir "$runs/moshi" --format kyutai \
-  --out "$runs/moshi/export"
+  part "export-$name" "exporting $name: $work/export" jaxsd export --config "$config" \
+    --workdir "$work" --format "$format" --out "$work/export"
+}
+spirit=configs/spirit_lm.py:demo moshi=configs/moshi.py:demo,steps=${MOSHI_STEPS:-300}
+run spirit_lm "$spirit" aligned hf
+samples=$runs/spirit_lm/samples
+part tts 'spirit_lm reads unseen sentences aloud' jaxsd generate --config "$spirit" \
+  --workdir "$runs/spirit_lm" --task tts --count 40 --output "$samples"
+part judge 'an independent recognizer listens to them' "$python" -m data_pipelines.judge \
+  --sentences data/demo/grammar.json --wav "$samples" --refs "$samples/refs.json" \
+  --ceiling "$samples/true" --workdir "$runs/spirit_lm" --task 'heard by pocketsphinx'
+part continue 'spirit_lm goes on with what was said' jaxsd generate --config "$spirit" \
+  --workdir "$runs/spirit_lm" --task s2s --count 3 --output "$samples"
+
+echo "moshi is trained for ${MOSHI_STEPS:-300} steps here, too few for good answers: README, Figures."
+run moshi "$moshi" dialogue kyutai
+part duplex 'moshi answers unseen callers' jaxsd generate --config "$moshi" \
+  --workdir "$runs/moshi" --task duplex --count 6 --output "$runs/moshi/samples"
 part report "writing $runs/report.html" \
   jaxsd report --workdir "$runs/spirit_lm" --workdir "$runs/moshi" --out "$runs/report.html"
 echo "Done in $((SECONDS - begun)) s. Open $runs/report.html: curves, grids, tables, and the audio."
