@@ -6,13 +6,13 @@ Sizes of released models are read from their own config files and code; each nam
 
 
 def llama2_7b(**options) -> dict:
-    """Llama-2 7B (meta-llama/Llama-2-7b config.json): 6,738,415,616 parameters with its 32k text."""
+    """Llama-2 7B (meta-llama/Llama-2-7b config.json): 6,738,415,616 parameters with 32k text."""
     return dict(name='decoder', width=4096, layers=32, heads=32, kv_heads=32, head_dim=128,
                 mlp=11008, theta=10_000.0, norm_eps=1e-5) | options
 
 
 def helium_7b(**options) -> dict:
-    """Helium 7B (kyutai-labs/moshi models/loaders.py): interleaved rotary pairs, gains in float32."""
+    """Helium 7B (kyutai-labs/moshi models/loaders.py): interleaved rotary, gains in float32."""
     return dict(name='decoder', width=4096, layers=32, heads=32, kv_heads=32, head_dim=128,
                 mlp=11264, theta=10_000.0, pairs='interleaved', norm_eps=1e-8,
                 norm_gain='early') | options

@@ -100,7 +100,7 @@ def checked(config: mlc.ConfigDict, path: str = 'config') -> mlc.ConfigDict:
 
 
 def resolve(name: str, home: str):
-    """The function that `name` stands for: `home.name`, or `package.module:function` of anyone's."""
+    """The function that `name` stands for: `home.name`, or anyone's `package.module:function`."""
     if ':' in name:
         module_name, _, attr = name.partition(':')
     else:

@@ -63,7 +63,7 @@ def likelihood(lm: generate.LM, *, split: str, limit: int | None, sources: tuple
 
 
 def probe(config, stage: stages.Stage):
-    """A held-out likelihood for `train`, of the `likelihood` task's sources; None if there is none."""
+    """A held-out likelihood for `train`, of the `likelihood` task's sources; None without it."""
     task = plain(config.evals).get('likelihood')
     if not task:
         return None
@@ -100,7 +100,8 @@ def asr(lm: generate.LM, *, split: str, limit: int | None, source: str) -> dict:
                 items=len(records), note='greedy; words pooled over sentences')
 
 
-def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener: str = 'asr') -> dict:
+def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener: str = 'asr'
+        ) -> dict:
     """Round trip: text to units to the model's own transcript, as a word error rate.
 
     The floor is the same transcripts against other sentences. Generation is greedy.
@@ -291,7 +292,7 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
 
 
 def record(workdir: str, entries: list[dict]) -> None:
-    """Puts entries into WORKDIR/evaluation.json in place of older ones of the same task and split."""
+    """Puts entries into WORKDIR/evaluation.json, replacing older ones of the same task and split."""
     path = os.path.join(workdir, 'evaluation.json')
     old = []
     if os.path.exists(path):

@@ -73,7 +73,7 @@ class Speaker(NamedTuple):
 
 
 def ready(graph, params, vocab: Vocab, samplers, window_columns: int | None = None) -> Speaker:
-    """A Speaker. `samplers` maps the first word of a row's name ('text', 'mine', ...) to a Sampler."""
+    """A Speaker. `samplers` maps the first word of a row's name ('text', 'mine') to a Sampler."""
     chosen = tuple(samplers.get(row.name.split()[0], Sampler()) for row in vocab.rows)
     return Speaker(graph, params, vocab.rows, chosen, window_columns)
 

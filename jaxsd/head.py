@@ -3,9 +3,12 @@
 
 Three methods make a head:
 
-    log_prob(h_BTD, target_BKT, embed_VD, key)   log-probabilities of given targets, and hits [B, K, T]
-    scores(h_BTD, target_BKT, embed_VD)          logits [B, T, V_row] per predicted row (None: unpredicted)
-    sample(h_BD, embed_VD, key, pick)            the next column [B, K], each row picked from its logits
+    log_prob(h_BTD, target_BKT, embed_VD, key)   log-probabilities of given targets, and hits,
+                                                 both [B, K, T]
+    scores(h_BTD, target_BKT, embed_VD)          logits [B, T, V_row] per row, None where the row
+                                                 is not predicted
+    sample(h_BD, embed_VD, key, pick)            the next column [B, K], each row picked from its
+                                                 logits
 
 Training never needs whole logits, only the targets' log-probabilities, so those are computed in
 chunks of columns and [B, T, V] in float32 does not exist. `target_BKT[..., t]` is the column that
@@ -22,7 +25,7 @@ from jaxsd import nn
 from jaxsd.types import NOTHING, Row, Sizes, check
 
 Pick = Callable
-"""pick(k, logits_BV, key) -> int32 [B]: the caller's choice among row k's predictable ids (local)."""
+"""pick(k, logits_BV, key) -> int32 [B]: the caller's choice among row k's predictable local ids."""
 
 
 def _local(target, row: Row):
@@ -96,7 +99,8 @@ class _Layer(nnx.Module):
     def __init__(self, *, rngs, S, width, heads, mlp, norm_eps, norm_gain):
         D, N, H = width, heads, width // heads
         def per_step(inputs, outputs, axes):
-            return nn.stack(lambda *, rngs: nn.Dense(inputs, outputs, axes, rngs=rngs), S, rngs=rngs)
+            return nn.stack(lambda *, rngs: nn.Dense(inputs, outputs, axes, rngs=rngs), S,
+                            rngs=rngs)
         self.norm_attention = nn.Norm(D, eps=norm_eps, gain=norm_gain)
         self.qkv = per_step((D,), (3, N, H), ('embed', 'stream', 'heads', 'head_dim'))
         self.out = per_step((N, H), (D,), ('heads', 'head_dim', 'embed'))
@@ -167,7 +171,7 @@ class Depth(nnx.Module):
         return jnp.where((token >= 0)[..., None], x, 0.0).astype(dtype)
 
     def _logits(self, h_BTD, target_BTK):
-        """Logits [P, B, T, V] of the audio rows, all steps at once. P leads: one batched product."""
+        """Logits [P, B, T, V] of the audio rows, all steps at once. P leads: one batched dot."""
         P, slots = self.steps, jnp.asarray(self.slots)
         per_step = jax.vmap(lambda dense, x: dense(x))
         target = jnp.moveaxis(target_BTK, -1, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frontend, backbone and head as one module, and the one place where column t-1 predicts column t."""
+"""Frontend, backbone and head as one module; the one place where column t-1 predicts column t."""
 
 import functools
 
@@ -12,7 +12,7 @@ from jaxsd.config import bind
 from jaxsd.sharding import Place, anywhere
 from jaxsd.types import Where
 
-del backbone, frontend, head, objective, vocab      # resolved by name; imported so errors come early
+del backbone, frontend, head, objective, vocab      # found by name; imported so errors come early
 
 
 class Model(nnx.Module):
@@ -66,7 +66,7 @@ def make_vocab(config):
 
 
 def build(config, *, rngs, lora: dict | None = None) -> Model:
-    """The model of a config. `lora` is a stage's dict(rank, scale) or None. Call it inside a trace."""
+    """The model of a config. `lora` is a stage's dict(rank, scale) or None. Call it in a trace."""
     sizes = make_vocab(config).sizes(config.backbone.width)
     parts = [bind(config[slot], f'jaxsd.{slot}', slot, given=('rngs',))(sizes, rngs=rngs)
              for slot in ('frontend', 'backbone', 'head')]
@@ -89,7 +89,7 @@ def abstract(config, lora: dict | None = None):
 
 
 def init(config, key, lora: dict | None = None):
-    """Fresh parameters as a nested dict, drawn from `key`. jit it with the shardings to place them."""
+    """Fresh parameters as a nested dict, drawn from `key`. jit it with shardings to place them."""
     model = build(config, rngs=nnx.Rngs(key), lora=lora)
     return nnx.to_pure_dict(nnx.split(model, graph=False)[1])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces every model is made of: dense layers, norms, rotary positions, attention, losses' cores.
+"""The pieces every model is made of: dense layers, norms, rotary positions, attention, losses.
 
 Modules follow the small subset of NNX that plain JAX understands: `__init__` makes parameters that
 carry their axis names, `__call__` is pure, stacks are made by `jax.vmap` and run by `jax.lax.scan`.
@@ -27,8 +27,8 @@ def truncated(key, shape, fan_in: int, std: float = 1.0):
 class Dense(nnx.Module):
     """A linear map from the trailing `n_in` axes of its input to named output axes.
 
-    kernel: [*inputs, *outputs]. `lora_a` [*inputs, R] and `lora_b` [R, *outputs], where present, are
-    a second term `scale * (x a) b`, folded into the kernel on export (arXiv 2106.09685).
+    kernel: [*inputs, *outputs]. `lora_a` [*inputs, R] and `lora_b` [R, *outputs], where present,
+    are a second term `scale * (x a) b`, folded into the kernel on export (arXiv 2106.09685).
     """
 
     def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], axes: tuple[str, ...], *,
@@ -49,7 +49,7 @@ class Dense(nnx.Module):
 
 
 def add_lora(model, rank: int, scale: float, *, rngs) -> None:
-    """Gives every Dense of `model` a low-rank second term: A uniform, B zero, applied times `scale`.
+    """Gives every Dense of `model` a low-rank second term: A uniform, B zero, times `scale`.
 
     Follows moshi-finetune: every linear, factor `scale` applied directly, not alpha / rank.
     """
@@ -185,7 +185,8 @@ def by_columns(fn, chunk_columns: int, *arrays):
         return jnp.moveaxis(x, 1, 0)
 
     out = jax.lax.map(lambda xs: jax.checkpoint(fn)(*xs), tuple(split(x) for x in arrays))
-    out = jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], whole, *y.shape[3:]), out)
+    out = jax.tree.map(
+        lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], whole, *y.shape[3:]), out)
     if whole == T:
         return out
     rest = jax.checkpoint(fn)(*(x[:, whole:] for x in arrays))
@@ -193,7 +194,7 @@ def by_columns(fn, chunk_columns: int, *arrays):
 
 
 def stack(make: Callable, layers: int, *, rngs):
-    """`layers` modules made by `make(rngs=...)` as one module whose arrays lead with a layer axis."""
+    """`layers` modules made by `make(rngs=...)` as one whose arrays lead with a layer axis."""
     keys = jax.random.split(rngs.params(), layers)
     return jax.vmap(lambda key: make(rngs=nnx.Rngs(key)))(keys)
 

@@ -50,7 +50,8 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
         wanted = ' x '.join(f'{a} {n}' for a, n in shape.items() if n != 1) or '1'
         raise ValueError(f'mesh: {wanted} does not fit {devices.size} {devices.flat[0].platform} '
                          f'device(s); change mesh.{(free or ["fsdp"])[0]} or the device count')
-    return Mesh(devices.reshape(tuple(shape.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(devices.reshape(tuple(shape.values())), AXES,
+                axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def rules_of(overrides: Mapping[str, str | None]) -> dict:

@@ -195,7 +195,8 @@ def _s2s(lm, codec, wavs, sampler, seed, records=None):
     if records:
         units = [u[:len(u) // 2] for u in units]
     prompts = [generate.prompt(lm.vocab, '[Speech]', u) for u in units]
-    more = _continue(lm, prompts, 'speech', 300, sampler, seed)      # cap of arXiv 2402.05755 App. D
+    # The cap of 300 is that of arXiv 2402.05755 App. D.
+    more = _continue(lm, prompts, 'speech', 300, sampler, seed)
     whole = [np.concatenate([u, m]) for u, m in zip(units, more, strict=True)]
     texts = generate.transcribe(lm, whole, *_pair(lm, 'asr'))
     return [dict(text=t, wav=w) for t, w in zip(texts, _sound(lm, codec, whole), strict=True)]
@@ -208,7 +209,8 @@ def _t2t(lm, codec, texts, sampler, seed, records=None):
     prompts = [generate.prompt(lm.vocab, '[Text]', [i for w in words for i in text.encode(w)])
                for words in given]
     more = _continue(lm, prompts, 'text', 50, sampler, seed)
-    return [dict(text=' '.join(g) + ' | ' + text.decode(m)) for g, m in zip(given, more, strict=True)]
+    return [dict(text=' '.join(g) + ' | ' + text.decode(m))
+            for g, m in zip(given, more, strict=True)]
 
 
 def _duplex(lm, codec, wavs, sampler, seed, records=None):

@@ -114,7 +114,7 @@ def unflatten(flat: dict) -> dict:
 
 
 def multipliers(stage: Stage, paths) -> dict[str, float | None]:
-    """The learning-rate multiplier of each path, None where frozen. Uncovered paths are an error."""
+    """The learning-rate multiplier of each path, None where frozen. Uncovered paths are errors."""
     rules = [(re.compile(pattern), m) for pattern, m in stage.train]
     out = {}
     for path in paths:

@@ -33,7 +33,7 @@ from jaxsd.stage import Stage, flatten
 log = logging.getLogger('jaxsd')
 
 Probe = Callable
-"""probe(step, params) -> {name: value}: held-out numbers, called between steps every probe_steps."""
+"""probe(step, params) -> {name: value}: held-out numbers, called every probe_steps."""
 
 # bf16 peaks of one device, TFLOP/s, from the vendors' data sheets (dense).
 PEAK_TFLOPS = {'TPU v4': 275, 'TPU v5 lite': 197, 'TPU v5e': 197, 'TPU v5': 459, 'TPU v5p': 459,
@@ -47,7 +47,8 @@ class TrainingError(RuntimeError):
 
 # The step.
 
-def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anywhere, seed: int = 0):
+def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anywhere,
+              seed: int = 0):
     """step(state, batch) -> (state, sums), pure.
 
     state: params (nested dict), opt, step, bad_steps (consecutive) and skipped_steps (in all).
@@ -66,7 +67,8 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
         key = jax.random.fold_in(jax.random.key(seed), state['step'])
         zeros = jnp.zeros(batch['tokens'].shape)
         # Weights depend on the batch alone, so the one division can be known before any forward.
-        whole = {name: jnp.maximum(w, 1e-6) for name, (_, w) in objective(zeros, zeros, batch)[0].items()}
+        whole = {name: jnp.maximum(w, 1e-6)
+                 for name, (_, w) in objective(zeros, zeros, batch)[0].items()}
 
         def loss_fn(trainable, part, key):
             terms, metrics = sums_of(stages.join(trainable, frozen), part, key)
@@ -132,7 +134,8 @@ def fresh_state(config, stage: Stage, target, by_path, params=None):
         params = jax.jit(lambda key: model.init(config, key, stage.lora),
                          out_shardings=where['params'])(jax.random.key(config.seed))
     tx = stages.optimizer(stage, by_path)
-    opt = jax.jit(lambda p: tx.init(stages.split(p, by_path)[0]), out_shardings=where['opt'])(params)
+    opt = jax.jit(lambda p: tx.init(stages.split(p, by_path)[0]),
+                  out_shardings=where['opt'])(params)
     zero = lambda: jax.device_put(jnp.int32(0), where['step'])      # noqa: E731
     return dict(params=params, opt=opt, step=zero(), bad_steps=zero(), skipped_steps=zero())
 

@@ -96,7 +96,7 @@ class Grid:
 
 
 Batch = dict[str, Any]
-"""tokens int32 [B, K, T], weights float32 [B, K, T], position int32 [B, T], segment int32 [B, T]."""
+"""tokens int32 and weights float32 [B, K, T]; position and segment int32 [B, T]."""
 
 Params = dict[str, Any]
 """A plain nested dict of arrays."""
@@ -125,7 +125,7 @@ class Sizes(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Positions and segments [B, T]; the attention mask is derived from them, never built by hand."""
+    """Positions and segments [B, T]; the attention mask is derived from them, never by hand."""
 
     position: Any
     segment: Any
