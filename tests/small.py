@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models and packed batches of random tokens that several tests share."""
+
+import functools
+
+import jax
+import ml_collections as mlc
+import numpy as np
+from flax import nnx
+
+from jaxsd import model
+
+BACKBONES = {       # the kinds of decoder, each with what sets it apart
+    'llama': dict(),
+    'mistral': dict(window_columns=5, kv_heads=2),
+    'qwen2': dict(qkv_bias=True, kv_heads=1),
+    'helium': dict(pairs='interleaved', norm_eps=1e-8, norm_gain='early', window_columns=7),
+}
+
+
+def config(system: str, kind: str = 'llama', **head) -> mlc.ConfigDict:
+    """A model of a few thousand parameters: 'flat' (one row) or 'streams' (text, 3 mine, 3 theirs)."""
+    c = mlc.ConfigDict()
+    c.seed = 0
+    c.codec = dict(codebooks=3, size=11) if system == 'streams' else dict(codebooks=1, size=20)
+    c.vocab = (dict(name='streams', text_tokens=13, predicted=('mine',), multiple=8)
+               if system == 'streams' else dict(name='line', text_tokens=13, multiple=8))
+    c.columns = 24
+    c.frontend = dict(name='summed', dtype='float32')
+    c.backbone = dict(name='decoder', width=16, layers=2, heads=4, kv_heads=4, head_dim=4, mlp=24,
+                      theta=100.0, remat='none', block_columns=8) | BACKBONES[kind]
+    c.head = (dict(name='depth', width=8, layers=2, heads=2, mlp=12) if system == 'streams'
+              else dict(name='flat')) | head
+    c.objective = dict(name='weighted_ce', terms=(
+        dict(text=('text',), audio=('mine',)) if system == 'streams' else dict(ce=('tokens',))))
+    c.mesh = dict(fsdp=1)
+    return c
+
+
+@functools.cache
+def built(system: str, kind: str = 'llama', **head):
+    """(config, graph, parameters) with scales large enough that nothing is near zero."""
+    c = config(system, kind, **head)
+    graph, _, _ = model.abstract(c)
+    params = model.init(c, jax.random.key(1))
+    return c, graph, jax.tree.map(lambda x: x * 1.3, params)
+
+
+def batch(c, rows: int = 2, segments: int = 3, columns: int | None = None, seed: int = 0) -> dict:
+    """Random packed tokens [B, K, T] with the last columns empty and random weights."""
+    rng = np.random.default_rng(seed)
+    v, T = model.make_vocab(c), columns or c.columns
+    tokens = np.stack([rng.integers(r.start, r.start + (r.predicted or r.size - 1), (rows, T))
+                       for r in v.rows], axis=1).astype(np.int32)
+    cuts = np.linspace(0, T - 2, segments + 1).astype(int)
+    segment, position = np.zeros((rows, T), np.int32), np.zeros((rows, T), np.int32)
+    for i, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        segment[:, a:b], position[:, a:b] = i + 1, np.arange(b - a)
+    weights = rng.uniform(0.2, 2.0, tokens.shape).astype(np.float32)
+    weights *= np.array([r.predicted > 0 for r in v.rows])[:, None]
+    weights[:, :, cuts] = 0         # the first column of a segment, and what is empty
+    weights[:, :, cuts[-1]:] = 0
+    tokens[:, :, cuts[-1]:] = -1
+    if len(v.rows) > 1:             # silence inside, too
+        tokens[0, 2, 3:5] = -1
+        weights[0, 2, 3:5] = 0
+    return dict(tokens=tokens, weights=weights, position=position, segment=segment)
+
+
+def run(graph, params, method, *args):
+    return getattr(nnx.merge(graph, params), method)(*args)
