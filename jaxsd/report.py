@@ -140,25 +140,35 @@ def _read_run(folder: pathlib.Path) -> dict:
     run = _read_json(folder / 'config.json', dict)
     ledger = _read_lines(folder / 'ledger.jsonl')
     file = next((e['file'] for e in [run, *reversed(ledger)] if isinstance(e.get('file'), str)), '')
-    text = run.get('doc') if isinstance(run.get('doc'), str) else _docstring(file)
-    config = run.get('config')
-    return {'folder': folder, 'name': folder.resolve().name, 'file': file, 'doc': text,
+    config = run.get('config') if isinstance(run.get('config'), dict) else {}
+    file = file or _namesake(folder, config)
+    return {'folder': folder, 'name': folder.resolve().name, 'file': file,
+            'doc': ast.get_docstring(_tree(file)) or '',    # the paper card
             'fingerprint': run.get('fingerprint', ''),
-            'config': config if isinstance(config, dict) else {},
-            'ledger': ledger, 'stages': _stages(_read_lines(folder / 'metrics.jsonl')),
+            'config': config, 'ledger': ledger,
+            'stages': _stages(_read_lines(folder / 'metrics.jsonl')),
             'evaluation': [e for e in _read_json(folder / 'evaluation.json', list)
                            if isinstance(e, dict)]}
 
 
-def _docstring(spec: str) -> str:
-    """The paper card at the top of a config file; the file is parsed, never executed."""
+def _tree(spec: str) -> ast.Module:
+    """The syntax of a config file, which is parsed and never executed; empty if there is none."""
     path = spec.partition(':')[0]
     try:
-        if not path.endswith('.py') or os.path.getsize(path) > JSON_BYTES:
-            return ''
-        return ast.get_docstring(ast.parse(pathlib.Path(path).read_text('utf-8'))) or ''
+        if path.endswith('.py') and os.path.getsize(path) <= JSON_BYTES:
+            return ast.parse(pathlib.Path(path).read_text('utf-8'))
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return ''
+        pass
+    return ast.parse('')
+
+
+def _namesake(folder: pathlib.Path, config: dict) -> str:
+    """configs/NAME.py for a run in folder NAME, if it names all mechanisms of `config`; or ''."""
+    spec = os.path.join('configs', folder.resolve().name + '.py')
+    named = {str(n.value) for n in ast.walk(_tree(spec)) if isinstance(n, ast.Constant)}
+    used = {str(config[slot].get('name')) for slot in ('layout', 'frontend', 'head', 'objective')
+            if isinstance(config.get(slot), dict)}
+    return spec if used and used <= named else ''
 
 
 # Words and numbers.
@@ -449,11 +459,14 @@ def _listen(run: dict, room: list[int]) -> str:
                if p.name not in known]
     if not listed:
         return '<h3>Listen</h3><p class="soft">No audio was generated in this run.</p>'
+    kinds: dict[str, list[dict]] = {}       # tts-000.wav is of the kind tts
+    for entry in listed:
+        kinds.setdefault(re.split(r'[-_.\d]', entry['file'])[0], []).append(entry)
     out = ['<h3>Listen</h3>']
-    for entry in listed[:CLIPS]:
-        out.append(_clip(folder, entry, room))
-    if len(listed) > CLIPS:
-        out.append(f'<p class="soft">{len(listed) - CLIPS} more lie in {_e(folder)}.</p>')
+    for entries in itertools.islice(kinds.values(), CLIPS):
+        out += [_clip(folder, entry, room) for entry in entries[:max(1, CLIPS // len(kinds))]]
+    if (left := len(listed) - len(out) + 1) > 0:
+        out.append(f'<p class="soft">{left} more lie in {_e(folder)}.</p>')
     return ''.join(out)
 
 
@@ -538,8 +551,6 @@ def _ledger(run: dict) -> str:
         out.append('<h4>Starts and resumes</h4>' + _table(
             ['time' if k == 'time_s' else k.replace('_', ' ') for k in keys], rows,
             words=range(len(keys))))
-    if len(begun) > 40:
-        out.append(f'<p class="soft small">The last 40 of {len(begun)} entries.</p>')
     whole = '\n'.join(json.dumps(e) for e in run['ledger'][-40:])[:200_000]
     out.append(f'<details><summary>The ledger as written</summary><div class="scroll"><pre>'
                f'{_e(whole)}</pre></div></details>')

@@ -194,6 +194,16 @@ def test_a_docstring_is_text_too(run, tmp_path):
     assert 'script' not in page.tags and 'alert("x")' in page.words
 
 
+def test_a_run_is_described_by_its_namesake_if_it_fits(run, tmp_path, monkeypatch):
+    (run / 'ledger.jsonl').unlink()
+    (tmp_path / 'configs').mkdir()
+    file = tmp_path / 'configs' / 'made_up.py'
+    monkeypatch.chdir(tmp_path)
+    for names, fits in (("x = ['duplex.columns']", True), ("x = ['flat.interleave']", False)):
+        file.write_text(CARD + names)
+        assert ('Two speakers' in page_of(run, out=tmp_path).words) == fits
+
+
 def test_an_empty_directory_says_what_is_missing(tmp_path):
     (tmp_path / 'nothing').mkdir()
     page = page_of(tmp_path / 'nothing', out=tmp_path)
@@ -248,7 +258,7 @@ def test_size_is_bounded(run, tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'AUDIO_BYTES', 20 * 16000)
     page = page_of(run, out=tmp_path)
     assert 'the first 5 s here' in page.words and 'full of sound' in page.words
-    assert '6 more lie in' in page.words                 # 22 clips, 16 are listed
+    assert '15 more lie in' in page.words       # of 22 clips: 5 of the 20 long ones, and the others
     sound = sum(len(r) for tag, r in page.refs if tag == 'audio') * 3 / 4
     assert 20 * 16000 < sound < 20 * 16000 * 1.1
     with open(run / 'metrics.jsonl', 'w') as f:
