@@ -36,7 +36,7 @@ from jaxsd import codec
 from jaxsd.types import Record, Turn, Word
 
 SYSTEM_VOICE = 'en-us'
-VOICES = ('en-us+m1', 'en-us+m3', 'en-us+m7', 'en-us+f2', 'en-us+f5', 'en-gb-x-rp', 'en-us-nyc')
+VOICES = ('en-us+m1', 'en-us+m3', 'en-us+m6', 'en-us+f1', 'en-us+steph', 'en-gb-x-rp', 'en-us-nyc')
 HELD_OUT_VOICE = 'en-us+m2'
 RATES_WPM = (140, 155, 170, 185, 200)
 PITCHES = (35, 45, 55, 65)
@@ -47,7 +47,7 @@ TEXTS_PER_HOUR, MOST_TEXTS = 1500, 3000
 SHARD_S = 240.0
 FIT_S = 900.0               # channel-seconds that tokenizers learn from
 DITHER = 5 / 32768          # standard deviation: digital silence would be a sound of its own
-TEXT_PIECES = 256
+TEXT_PIECES = 320
 UNITS = dict(frame_hz=25.0, size=500)
 CODES = dict(frame_hz=12.5, codebooks=8, size=256)
 PAIRS = 300
@@ -292,7 +292,7 @@ def _fit(kind: str, path: str, paths: list[str], kept: list[list[bool]], seed: i
 
 
 def fit_text(path: str, sentences):
-    """A sentencepiece model in which nearly every word of `sentences` is one piece.
+    """A byte-pair model in which every word of `sentences` is one piece.
 
     Ids: 0 <epad>, 1 <s>, 2 </s>, 3 <pad>, 4 <unk>; every letter is a piece, so any word can be
     written. Words count equally: pieces follow the vocabulary, not how often a word is said.
@@ -302,9 +302,10 @@ def fit_text(path: str, sentences):
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([w for w in words for _ in range(50)]), model_writer=out,
-        vocab_size=TEXT_PIECES, hard_vocab_limit=False, model_type='unigram',
+        vocab_size=TEXT_PIECES, hard_vocab_limit=False, model_type='bpe',
         required_chars='abcdefghijklmnopqrstuvwxyz', unk_id=4, bos_id=1, eos_id=2, pad_id=3,
-        control_symbols=['<epad>'], num_threads=1, minloglevel=2)
+        control_symbols=['<epad>'], num_threads=1, minloglevel=2,
+        normalization_rule_name='identity')
     with open(path + '.new', 'wb') as f:
         f.write(out.getvalue())
     os.replace(path + '.new', path)
@@ -381,9 +382,8 @@ def described(seed: int) -> dict:
             'sentences': {s: list(grammar.sentences(s)) for s in ('train', 'test')},
             'transcripts': {s: list(grammar.transcripts(s)) for s in ('train', 'test')},
             'rules': {'answer': 'right when its last word that is listed under kinds[kind] is want',
-                      'match': 'a question is a turn on channel 1 whose text is listed in questions;'
-                               ' its answer is the first turn on channel 0 that starts after it '
-                               'ended'}}
+                      'match': 'a question is a turn on channel 1 whose text is in questions; its '
+                               'answer is the first turn on channel 0 that starts after it ended'}}
 
 
 def _outlive_nobody():
@@ -409,7 +409,7 @@ def _each(title: str, jobs: int, calls: list, *, fresh: bool = False) -> list:
                                mininterval=0.5):
                 future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     return [future.result() for future in futures]
 
@@ -501,8 +501,8 @@ def main(argv=None) -> int:
     hours = done['audio_s'] / 3600
     print(f'{args.out}: {hours:.3f} h of audio in {done["records"]} records, '
           f'{done["bytes"] / hours / 1e6:.2f} MB per audio hour, '
-          f'{done["written_per_s"]:.0f} records/s written, {done["read_per_s"]:.0f} records/s read, '
-          f'{done["wall_s"]:.0f} s in all')
+          f'{done["written_per_s"]:.0f} records/s written, '
+          f'{done["read_per_s"]:.0f} records/s read, {done["wall_s"]:.0f} s in all')
     return 0
 
 

@@ -9,7 +9,8 @@ Two things about the engine shape this module. English rules fuse pairs such as 
 word event, unless the words are joined by no-break spaces. And the engine does not repeat itself
 within a process: the same text spoken twice differs by a few samples. A fresh process that makes
 the same calls in the same order does repeat itself exactly, so a corpus that must be reproducible
-speaks every shard in a process of its own.
+speaks every shard in a process of its own. The voices whose file has a line `breath` (f2, f3, f5,
+whisper and a few more) never repeat themselves, not even so: use others.
 """
 
 import ctypes
@@ -159,8 +160,9 @@ def _synthesize(sentence: str):
     phones = []
     for i, (kind, sample, name) in enumerate(timed):
         if kind == _PHONE and name.strip('_:'):
-            end = timed[i + 1][1] if i + 1 < len(timed) else len(wav)
-            phones.append((name, sample, min(end, len(wav))))
+            end = min(timed[i + 1][1] if i + 1 < len(timed) else len(wav), len(wav))
+            if end > sample:            # some are announced and then swallowed, as the l of "table"
+                phones.append((name, sample, end))
     words = []
     for i, (_, token) in enumerate(tokens):
         start = onsets[i]
@@ -177,7 +179,8 @@ def speak(text: str, *, voice: str, rate_wpm: int = 175, pitch: int = 50,
     voice: an eSpeak NG voice, such as 'en-us' or 'en-us+m3'. rate_wpm: 80..450 words a minute.
     pitch, pitch_range: 0..99. Raises ValueError for an unknown voice or unspeakable text.
     """
-    import soxr         # a polyphase resampler that loads in milliseconds, once per shard
+    import soxr  # a polyphase resampler that loads in milliseconds, once per shard
+
     if not (80 <= rate_wpm <= 450 and 0 <= pitch <= 99 and 0 <= pitch_range <= 99):
         raise ValueError(f'rate_wpm must lie in 80..450 and pitch, pitch_range in 0..99, got '
                          f'{rate_wpm}, {pitch}, {pitch_range}')

@@ -60,8 +60,10 @@ class Line(NamedTuple):
     """One turn before it is spoken.
 
     anchor: the index of the line that it is timed by, or -1 for the start of the dialogue.
-    after_s: with `share` None, seconds from the anchor's end to this line's start (negative: overlap).
+    after_s: with `share` None, seconds from the anchor's end to this line's start, which may be
+    negative (overlap).
     share: otherwise the line starts at this share of the anchor's length (a backchannel inside it).
+    kind: greeting, question, answer, statement, backchannel, interruption or closing.
     cut_s: the system falls silent at the end of the word it is saying this long after the next line
     of the other speaker breaks in; None where nobody interrupts.
     """
@@ -72,7 +74,7 @@ class Line(NamedTuple):
     after_s: float = 0.0
     share: float | None = None
     cut_s: float | None = None
-    kind: str = 'statement'     # greeting question answer statement backchannel interruption closing
+    kind: str = 'statement'
 
 
 # ---------------------------------------------------------------------------------------- stories
@@ -293,7 +295,7 @@ def dialogue(asked: list[Question], rng: np.random.Generator) -> tuple[Line, ...
 
 @functools.cache
 def transcripts(split: str) -> tuple[str, ...]:
-    """Every whole utterance of 'train' or 'test', sorted: stories in one piece, turns one by one."""
+    """Every whole utterance of a split, sorted: stories in one piece, turns one by one."""
     halves = {s for story in stories(split) for s in story.sentences}
     whole = {' '.join(story.sentences) for story in stories(split)}
     return tuple(sorted(set(sentences(split)) - halves | whole))

@@ -88,7 +88,7 @@ def _checked(record: Record):
             if '\n' in item.text or not item.text:
                 raise bad(f'{kind} hold an empty text or one with a line break')
             if not 0 <= item.channel < channels:
-                raise bad(f'{kind}: channel {item.channel} of {item.text!r} is not below {channels}')
+                raise bad(f'{kind}: {item.text!r} is on channel {item.channel} of {channels}')
             if not (0 <= item.start_s <= item.end_s <= record.duration_s + slack_s):
                 raise bad(f'{kind}: {item.text!r} at {item.start_s:.3f}..{item.end_s:.3f} s lies '
                           f'outside 0..{record.duration_s:.3f} s')
@@ -172,7 +172,7 @@ def _builder_class():
 # ------------------------------------------------------------------------------- the directory
 
 def begin(out: str, arguments: dict) -> str:
-    """The directory `<out>.partial` to work in, new or left by an earlier run of the same arguments.
+    """The directory `<out>.partial` to work in, new or left by an earlier run alike.
 
     `arguments` is what the content depends on, as JSON types. Raises ValueError when `out` already
     holds something, or the partial directory is not ours, in use, or of other arguments.
