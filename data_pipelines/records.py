@@ -169,6 +169,23 @@ def _builder_class():
     return Speech
 
 
+@contextlib.contextmanager
+def _features_in_order():
+    """Makes TFDS write the features of an example in a fixed order.
+
+    They are a protobuf map, whose order on disk otherwise changes from one process to the next, so
+    that the same records would never give the same shards.
+    """
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+    before = ExampleSerializer.serialize_example
+    ExampleSerializer.serialize_example = lambda self, example: self.get_tf_example(
+        example).SerializeToString(deterministic=True)
+    try:
+        yield
+    finally:
+        ExampleSerializer.serialize_example = before
+
+
 # ------------------------------------------------------------------------------- the directory
 
 def begin(out: str, arguments: dict) -> str:
@@ -286,7 +303,7 @@ def write(out: str, splits: Mapping[str, Iterable[Record]], *, units: dict | Non
     builder = _builder_class()(data_dir=scratch, file_format='array_record')
     builder.splits = kept
     # TFDS announces itself on stdout, which belongs to the pipeline that calls.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _features_in_order():
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(
             compute_stats=tfds.download.ComputeStatsMode.SKIP, try_download_gcs=False))
     written_s = time.perf_counter() - began
