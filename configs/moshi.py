@@ -8,9 +8,9 @@ over columns and a small depth transformer over the rows of one column.
   smoke    python -m jaxsd train    --config configs/moshi.py:tiny --workdir runs/moshi_tiny
   demo     python -m jaxsd train    --config configs/moshi.py:demo --workdir runs/moshi
   train    python -m jaxsd train    --config configs/moshi.py --stage pretrain --workdir $WORKDIR
-Evidence   same logits as the released implementation with tiny random weights (tests/test_parity.py);
-           the demo (own codec, own corpus) is trained and judged by make quickstart. Trained by us at
-           scale: no.
+Evidence   same logits as the released implementation with tiny random weights
+           (tests/test_parity.py); the demo (own codec, own corpus) is trained and judged by make
+           quickstart. Trained by us at scale: no.
 """
 
 import ml_collections as mlc
@@ -20,7 +20,7 @@ from jaxsd.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, tiny=False, demo=False, steps=0)
+    arg = parse_arg(arg, tiny=False, demo=False, share=1.0)
     c = mlc.ConfigDict()
     c.seed = 0
     c.codec = dict(name='mimi', path='', codebooks=8, frame_hz=12.5, size=2048)
@@ -59,8 +59,9 @@ def get_config(arg=None):
     c.evals = dict()
     if arg.demo or arg.tiny:
         demo(c)
-    if arg.steps:
-        c.stages = tuple(dict(s) | dict(steps=arg.steps) for s in c.stages)
+    if arg.share != 1.0:        # a shorter or longer run of every stage
+        c.stages = tuple(dict(s) | dict(steps=max(1, round(arg.share * s['steps'])))
+                         for s in c.stages)
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=2, heads=4, mlp=64)
         c.head = dict(name='depth', width=16, layers=1, heads=2, mlp=32, fraction=0.5)
@@ -71,29 +72,32 @@ def get_config(arg=None):
 def demo(c) -> None:
     """The system on the demo corpus at a few million parameters; only my stream is spoken.
 
-    Beside dialogues the model hears stories and the users of dialogues on the other stream, with
-    nothing of its own, and writes them down a little late: streaming recognition by delay alone
-    (§5.7), which teaches it to listen.
+    It first learns to listen: stories, and the users of dialogues, come in on the other stream and
+    are written down a little late, streaming recognition by delay alone (§5.7). Then it converses.
     """
     c.codec = parts.demo_codec()
     c.vocab = dict(name='streams', predicted=('mine',), **parts.DEMO_TEXT)
     c.columns = 256
-    c.layout = dict(name='duplex.columns', weight_pad=0.3, weight_epad=0.5, weight_semantic=20.0)
+    quiet = dict(weight_pad=0.1, weight_epad=0.3)   # most text cells of this corpus are padding
+    c.layout = dict(name='duplex.columns', weight_semantic=20.0, **quiet)
     c.frontend = dict(name='summed', dtype='float32')
-    c.backbone = parts.small(c.backbone, width=224, layers=5, heads=2, mlp=576, window_columns=250,
+    c.backbone = parts.small(c.backbone, width=160, layers=6, heads=4, mlp=448, window_columns=250,
                              block_columns=64)
     c.head = dict(name='depth', width=96, layers=2, heads=2, mlp=256, fraction=0.125)
 
     def listening_to(channel):
         return dict(name='duplex.columns', mine='none', theirs=channel, text='theirs',
-                    text_delay_columns=6, weight_pad=0.3, weight_epad=0.5)
+                    text_delay_columns=8, **quiet)
     c.data = dict(path=parts.DEMO, sources=dict(
         dialogue=dict(select=('dialogue',)),
-        listen=dict(select=('story',), layout=listening_to(0)),
-        questions=dict(select=('dialogue',), layout=listening_to(1))))
-    c.stages = (dict(name='duplex', steps=800, batch=8, lr=2e-3, schedule='cosine',
-                     warmup_steps=40, final_lr=0.05, weight_decay=0.05,
-                     data=dict(dialogue=0.5, listen=0.2, questions=0.3), save_steps=100, log_steps=10,
-                     probe_steps=100),)
-    c.evals = dict(likelihood=dict(name='likelihood', sources=('dialogue',)),
+        stories=dict(select=('story',), layout=listening_to(0)),
+        users=dict(select=('dialogue',), layout=listening_to(1))))
+    common = dict(batch=8, schedule='cosine', warmup_steps=40, weight_decay=0.05, save_steps=200,
+                  log_steps=20, probe_steps=200)
+    c.stages = (
+        dict(name='listen', steps=1_000, lr=3e-3, final_lr=0.3, data=dict(stories=0.5, users=0.5),
+             **common),
+        dict(name='duplex', steps=1_500, lr=2e-3, final_lr=0.05, start='listen',
+             data=dict(dialogue=0.7, stories=0.1, users=0.2), **common))
+    c.evals = dict(likelihood=dict(name='likelihood', sources=('dialogue', 'users')),
                    answers=dict(name='answers', source='dialogue'))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spirit-LM Base: one stream of text pieces and speech units, interleaved by words (arXiv 2402.05755).
+"""Spirit-LM Base: one stream of text and speech units, interleaved by words (arXiv 2402.05755).
 
 A text model goes on training on a third each (by tokens) of text, speech, and sentences that keep
 changing between being written and being spoken; the spans are drawn anew each time.
@@ -8,9 +8,9 @@ changing between being written and being spoken; the spans are drawn anew each t
   smoke    python -m jaxsd train    --config configs/spirit_lm.py:tiny --workdir runs/spirit_lm_tiny
   demo     python -m jaxsd train    --config configs/spirit_lm.py:demo --workdir runs/spirit_lm
   train    python -m jaxsd train    --config configs/spirit_lm.py --workdir $WORKDIR
-Evidence   the demo (own units, own corpus, closed vocabulary) is trained and judged by make quickstart.
-           Trained by us at scale: no. The optimizer's betas, decay and warm-up are not stated by the
-           paper; the values here are the project's defaults.
+Evidence   the demo (own units, own corpus, closed vocabulary) is trained and judged by make
+           quickstart. Trained by us at scale: no. The optimizer's betas, decay and warm-up are not
+           stated by the paper; the values here are the project's defaults.
 """
 
 import ml_collections as mlc
@@ -59,7 +59,7 @@ def demo(c, mix: str) -> None:
     c.columns = 256
     c.layout = dict(name='flat.interleave', text_words=(2, 6), speech_words=(2, 6), end='eos')
     c.frontend = dict(name='summed', dtype='float32')
-    c.backbone = parts.small(c.backbone, width=160, layers=5, heads=2, mlp=448, theta=10_000.0,
+    c.backbone = parts.small(c.backbone, width=160, layers=5, heads=4, mlp=448, theta=10_000.0,
                              block_columns=64)
     spoken = ('story', 'dialogue')
 
@@ -74,12 +74,12 @@ def demo(c, mix: str) -> None:
         speech=dict(select=spoken, layout=whole('speech')),
         text=dict(select=('text', 'story'), layout=whole('text'))))
     shares = dict(
-        interleaved=dict(aligned=0.35, asr=0.3, tts=0.25, speech=0.05, text=0.05),
-        pairs=dict(asr=0.475, tts=0.425, speech=0.05, text=0.05),
+        interleaved=dict(aligned=0.25, asr=0.3, tts=0.35, speech=0.05, text=0.05),
+        pairs=dict(asr=0.42, tts=0.48, speech=0.05, text=0.05),
         unimodal=dict(speech=0.75, text=0.25))
     if mix not in shares:
         raise ValueError(f'mix is one of {", ".join(shares)}, got {mix!r}')
-    c.stages = (dict(name='pretrain', steps=500, batch=16, lr=3e-3, schedule='cosine',
+    c.stages = (dict(name='pretrain', steps=700, batch=16, lr=3e-3, schedule='cosine',
                      warmup_steps=40, final_lr=0.05, weight_decay=0.05, data=shares[mix],
                      save_steps=100, log_steps=10, probe_steps=100),)
     c.evals = dict(likelihood=dict(name='likelihood', sources=('aligned', 'asr', 'tts')),

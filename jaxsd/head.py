@@ -153,10 +153,11 @@ class Depth(nnx.Module):
         self.text_out = nn.Dense((sizes.width,), (text.predicted,), ('embed', 'vocab'), rngs=rngs)
         self.inputs = nn.stack(lambda *, rngs: nn.Dense((sizes.width,), (D,), ('embed', 'mlp'),
                                                         rngs=rngs), S, rngs=rngs)
+        # Small tables of odd lengths (an initial token each): their rows are not spread.
         self.text_table = nnx.Param(nn.truncated(rngs.params(), (text.size, D), D),
-                                    axes=('vocab', 'embed'))
+                                    axes=('stream', 'embed'))
         self.tables = nnx.Param(nn.truncated(rngs.params(), (max(P - 1, 1), size, D), D),
-                                axes=('stream', 'vocab', 'embed'))
+                                axes=('stream', 'stream', 'embed'))
         self.blocks = nn.stack(lambda *, rngs: _Layer(
             rngs=rngs, S=S, width=D, heads=heads, mlp=mlp, norm_eps=norm_eps, norm_gain=norm_gain),
             layers, rngs=rngs)

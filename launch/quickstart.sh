@@ -24,7 +24,7 @@ part() {    # part NAME 'what happens' COMMAND...
 jaxsd() { "$python" -m jaxsd "$@"; }
 
 part data 'speaking a small corpus and turning it into tokens' \
-  "$python" -m data_pipelines.demo --out data/demo --hours "${HOURS:-6}"
+  "$python" -m data_pipelines.demo --out data/demo --hours "${HOURS:-10}"
 
 run() {     # run NAME CONFIG SOURCE FORMAT: train, look, measure, export
   local name=$1 config=$2 source=$3 format=$4 work=$runs/$1
@@ -39,7 +39,7 @@ run() {     # run NAME CONFIG SOURCE FORMAT: train, look, measure, export
   part "export-$name" "exporting $name: $work/export" jaxsd export --config "$config" \
     --workdir "$work" --format "$format" --out "$work/export"
 }
-spirit=configs/spirit_lm.py:demo moshi=configs/moshi.py:demo,steps=${MOSHI_STEPS:-300}
+spirit=configs/spirit_lm.py:demo moshi=configs/moshi.py:demo,share=${MOSHI_SHARE:-0.4}
 run spirit_lm "$spirit" aligned hf
 samples=$runs/spirit_lm/samples
 part tts 'spirit_lm reads unseen sentences aloud' jaxsd generate --config "$spirit" \
@@ -50,7 +50,7 @@ part judge 'an independent recognizer listens to them' "$python" -m data_pipelin
 part continue 'spirit_lm goes on with what was said' jaxsd generate --config "$spirit" \
   --workdir "$runs/spirit_lm" --task s2s --count 3 --output "$samples"
 
-echo "moshi is trained for ${MOSHI_STEPS:-300} steps here, too few for good answers: README, Figures."
+echo "moshi is trained for ${MOSHI_SHARE:-0.4} of its demo steps here; README, Figures, has all of it"
 run moshi "$moshi" dialogue kyutai
 part duplex 'moshi answers unseen callers' jaxsd generate --config "$moshi" \
   --workdir "$runs/moshi" --task duplex --count 6 --output "$runs/moshi/samples"

@@ -22,9 +22,9 @@ def config(system: str, kind: str = 'llama', **head) -> mlc.ConfigDict:
     """A model of a few thousand parameters: 'flat' (one row) or 'streams' (text, 3 mine, 3 theirs)."""
     c = mlc.ConfigDict()
     c.seed = 0
-    c.codec = dict(codebooks=3, size=11) if system == 'streams' else dict(codebooks=1, size=20)
-    c.vocab = (dict(name='streams', text_tokens=13, predicted=('mine',), multiple=8)
-               if system == 'streams' else dict(name='line', text_tokens=13, multiple=8))
+    c.codec = dict(codebooks=3, size=12) if system == 'streams' else dict(codebooks=1, size=20)
+    c.vocab = (dict(name='streams', text_tokens=14, predicted=('mine',), multiple=8)
+               if system == 'streams' else dict(name='line', text_tokens=14, multiple=8))
     c.columns = 24
     c.frontend = dict(name='summed', dtype='float32')
     c.backbone = dict(name='decoder', width=16, layers=2, heads=4, kv_heads=4, head_dim=4, mlp=24,
