@@ -90,7 +90,7 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
             empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
                                  jax.eval_shape(grad, trainable, *first))
             ((loss, (terms, metrics)), grads), _ = jax.lax.scan(add, empty, parts)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt = tx.update(grads, state['opt'], trainable)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = (optax.apply_updates(trainable, updates), opt)
@@ -218,7 +218,7 @@ class _Writers:
         self._file.write(json.dumps(entry) + '\n')
         self._file.flush()
         for name, value in _scalars(entry):
-            self._board.add_scalar(name, value, entry['step'])
+            self._board.add_scalar(name.replace(' ', '_'), value, entry['step'])
 
     def close(self):
         if self._first:
