@@ -2,6 +2,7 @@
 """The demo corpus: what is said, when it is said, and that it is the same corpus every time."""
 
 import collections
+import io
 import json
 import os
 import resource
@@ -354,6 +355,25 @@ def test_a_spoken_shard_is_kept_unless_it_is_damaged(tmp_path):
     assert demo._fetch(path) is None
     demo._each('speak', 1, [(demo._speak_shard, (path, items))], fresh=True)
     assert open(path, 'rb').read() == whole
+
+
+def test_kept_audio_is_the_audio_that_was_encoded(corpus, tmp_path):
+    import soundfile
+    items = demo.compose(0.01, 0)[0]
+    items = [items[0], next(i for i in items if i.source == 'dialogue')]
+    spoken, tokens = str(tmp_path / 'spoken'), str(tmp_path / 'tokens')
+    demo._speak_shard(spoken, items)
+    paths = str(corpus / 'units.safetensors'), str(corpus / 'codec.safetensors')
+    demo._encode_shard(spoken, tokens, *paths, True)
+    made = demo._records('train', [items], [spoken], [tokens], [], lambda: None)
+    units, codes = demo._tokenizers(*paths)
+    for record, item in zip(made, items, strict=True):
+        wav, rate_hz = soundfile.read(io.BytesIO(record.wav), always_2d=True, dtype='float32')
+        assert rate_hz == 16000 and len(wav) == round(record.duration_s * 16000)
+        assert wav.shape[1] == len(item.manners) == len(record.units)
+        for c in range(wav.shape[1]):
+            np.testing.assert_array_equal(units.encode(wav[:, c])[0], record.units[c])
+            np.testing.assert_array_equal(codes.encode(wav[:, c]), record.codes[c])
 
 
 def test_nothing_is_made_where_something_else_lies(tmp_path):
