@@ -23,8 +23,21 @@ something on a laptop in minutes, FILE.py:tiny takes two steps. Any value can be
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the flags in one line."""
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog='jaxsd', description='Pretraining of spoken dialogue models in JAX.', epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
@@ -42,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--source', help='a source of config.data.sources (default: the first)')
     p.add_argument('--split', default='train', help='split of the dataset (default: train)')
     p.add_argument('--index', type=int, default=0, help='which record of the source')
-    p.add_argument('--columns', type=int, default=48, help='columns to draw at most')
+    p.add_argument('--columns', type=_positive, default=48, help='columns to draw at most')
     p.add_argument('--png', metavar='OUT.png', help='draw a picture instead of text')
 
     p = verb('train', 'train every stage, or one, resuming what the run directory holds')
@@ -54,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--stage', help='the stage to evaluate (default: the last)')
     p.add_argument('--tasks', help='comma-separated names of config.evals (default: all)')
     p.add_argument('--split', default='test', help='split of the dataset (default: test)')
-    p.add_argument('--limit', type=int, default=0, help='at most so many items per task')
+    p.add_argument('--limit', type=_positive, help='at most so many items per task')
 
     p = verb('generate', 'speak or write with a trained model, from a file or the dataset')
     p.add_argument('--stage', help='the stage to speak with (default: the last)')
@@ -66,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--output', required=True, metavar='OUT',
                    help='a wav or txt file; with examples, a directory for them')
     p.add_argument('--split', default='test', help='split of the dataset (default: test)')
-    p.add_argument('--count', type=int, default=4, help='how many examples')
+    p.add_argument('--count', type=_positive, default=4, help='how many examples')
     p.add_argument('--temperature', type=float, default=None, help='0 is greedy')
     p.add_argument('--top-k', type=int, default=None)
     p.add_argument('--top-p', type=float, default=None)
@@ -168,7 +181,7 @@ def _evaluate(args, config):
     from jaxsd import evaluate
     tasks = tuple(filter(None, (args.tasks or '').split(',')))
     evaluate.run(config, args.workdir, stage_name=args.stage, tasks=tasks, split=args.split,
-                 limit=args.limit or None)
+                 limit=args.limit)
 
 
 def _generate(args, config):
@@ -195,6 +208,9 @@ def _import(args, config):
 
 def _report(args, _):
     from jaxsd import report
+    for workdir in args.workdir:
+        if os.path.isdir(workdir) and not os.path.exists(os.path.join(workdir, 'config.json')):
+            raise ConfigError(f'--workdir {workdir} holds no run (no config.json)')
     report.write(args.workdir, args.out)
     print(args.out)
 
@@ -204,17 +220,31 @@ VERBS = dict(show=_show, train=_train, evaluate=_evaluate, generate=_generate, e
 VERBS['import'] = _import
 
 
+def _foreign(error: BaseException) -> str:
+    """The error's type where other code than ours raised it: its words may not name the cause."""
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    where = trace.tb_frame.f_globals.get('__name__', '')
+    if where.partition('.')[0] == 'jaxsd' or isinstance(error, OSError):
+        return ''
+    return f'{type(error).__name__} in {where or "code"} (JAXSD_TRACEBACK=1 shows where): '
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb. Returns the exit status: 0 only when the thing was done."""
     _quiet()
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        rest, overrides = _split_overrides(sys.argv[1:] if argv is None else list(argv))
+        rest, overrides = _split_overrides(argv)
         args = _parser().parse_args(rest)
         config = None
         if args.verb != 'report':
             config = configs.read(args.config)
             for path, value in overrides:
                 configs.override(config, path, value)
+            for slot in ('codec', 'vocab'):     # the model's own slots are bound when it is built
+                configs.bind(config[slot], f'jaxsd.{slot}', slot)
         elif overrides:
             raise ConfigError('report takes no --config overrides')
         VERBS[args.verb](args, config)
@@ -222,8 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as e:    # ConfigError, CheckpointError, full disks
         if os.environ.get('JAXSD_TRACEBACK') == '1':
             raise
-        reason = ' '.join(str(e).split()) or type(e).__name__
-        print(f'jaxsd {sys.argv[1] if len(sys.argv) > 1 else ""}: {reason[:1000]}', file=sys.stderr)
+        reason = _foreign(e) + (' '.join(str(e).split()) or type(e).__name__)
+        print(f'jaxsd {argv[0] if argv else ""}: {reason[:1000]}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

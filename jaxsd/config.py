@@ -85,7 +85,17 @@ def read(spec: str) -> mlc.ConfigDict:
         raise ConfigError(f'--config: {path} cannot be executed: {type(e).__name__}: {e}') from e
     if not hasattr(module, 'get_config'):
         raise ConfigError(f'--config: {path} defines no get_config(arg)')
-    return checked(module.get_config(arg or None), path)
+    try:
+        config = module.get_config(arg or None)
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(f'--config: get_config({arg!r}) of {path} failed: {type(e).__name__}: '
+                          f'{e}') from e
+    if not isinstance(config, mlc.ConfigDict):
+        raise ConfigError(f'--config: get_config of {path} must return a ConfigDict, not '
+                          f'{type(config).__name__}')
+    return checked(config, path)
 
 
 def checked(config: mlc.ConfigDict, path: str = 'config') -> mlc.ConfigDict:
@@ -173,28 +183,39 @@ def override(config: mlc.ConfigDict, path: str, text: str) -> None:
 
     Raises ConfigError for a path that does not exist, with the names that do, or another type.
     """
+    if not re.fullmatch(r'\w+(\.\w+|\[-?\d+\])*', path):
+        raise ConfigError(f'--config.{path}: write a path like stages[0].lr')
     *folders, last = [int(a[1:-1]) if a.startswith('[') else a
-                      for a in re.findall(r'\[\d+\]|[^.\[\]]+', path)] or ['']
+                      for a in re.findall(r'\[-?\d+\]|\w+', path)]
     at, where = config, ''
     for i, key in enumerate([*folders, last]):
         if isinstance(key, int):
-            if not isinstance(at, tuple | list) or key >= len(at):
-                raise ConfigError(f'--config.{path}: {where} has no item {key}')
-        elif not isinstance(at, mlc.ConfigDict | dict) or key not in at:
-            legal = list(at) if isinstance(at, mlc.ConfigDict | dict) else []
-            raise unknown(f'--config.{path}: {where or "the config"}', str(key), legal)
+            if not isinstance(at, tuple | list) or not 0 <= key < len(at):
+                there = f'items 0..{len(at) - 1}' if isinstance(at, tuple | list) else 'no items'
+                raise ConfigError(f'--config.{path}: {where} has {there}, no item {key}')
+        elif isinstance(at, tuple | list):
+            raise ConfigError(f'--config.{path}: {where} has items; write {where}[0].{key}')
+        elif not isinstance(at, mlc.ConfigDict | dict):
+            raise ConfigError(f'--config.{path}: {where} is a single value without {key!r}')
+        elif key not in at:
+            raise unknown(f'--config.{path}: {where or "the config"}', key, at)
         if i < len(folders):
             where += f'[{key}]' if isinstance(key, int) else f'.{key}' if where else str(key)
             at = at[key]
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         value = text
-    old = at[last]
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+    old, value = plain(at[last]), plain(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(old, float) and number:
         value = float(value)
-    if old is not None and value is not None and not isinstance(value, type(plain(old))):
-        raise ConfigError(f'--config.{path} takes {type(plain(old)).__name__}, got {text!r}')
+    elif isinstance(old, str) and not isinstance(value, str):
+        value = text            # a path may look like a number
+    fits = isinstance(value, type(old)) and isinstance(value, bool) == isinstance(old, bool)
+    # Options inside a slot may be None (no window, say); what stands at the top may not.
+    if old is not None and not fits and not (value is None and folders):
+        raise ConfigError(f'--config.{path} takes {type(old).__name__}, got {text!r}')
     if isinstance(at, tuple):
         raise ConfigError(f'--config.{path}: items of a tuple cannot be set; set a name inside it')
     at[last] = value

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -212,6 +213,28 @@ def _questions(config, path: str) -> tuple[dict, dict]:
         raise ConfigError(f'{path} does not list questions with answers: {e}') from None
 
 
+class Answer(NamedTuple):
+    """How one question was answered. latency: frames from its end to the first word, or None."""
+
+    good: bool
+    waited: bool
+    latency: int | None
+
+
+def score_answer(said, kind: set, want: str, *, begin: float, end: float, until: float) -> Answer:
+    """Scores a question asked during frames `begin`..`end` by the (frame, word) pairs of `said`.
+
+    The answer is what is said from the question's last frame on, before `until` (when the next
+    question begins), and its last word among `kind` counts. A word that begins while the question
+    is being asked is early, but for its first two frames: that was said to what came before.
+    """
+    answer = [(t, w) for t, w in said if end - 1 <= t < until]
+    early = [w for t, w in said if begin + 2 <= t < end - 1]
+    named = [w for _, w in answer if w in kind]
+    return Answer(bool(named) and named[-1] == want, not early,
+                  math.floor(answer[0][0] - end) + 1 if answer else None)
+
+
 def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batch: int = 16,
             questions: str = 'grammar.json') -> dict:
     """The user's side of held-out dialogues is played; are their questions answered, and when?
@@ -241,19 +264,15 @@ def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batc
             turns = [t for t in r.turns if t.channel == 1 and t.text in asked]
             for i, turn in enumerate(turns):
                 q = asked[turn.text]
-                begin, end = turn.start_s * hz, turn.end_s * hz
-                until = turns[i + 1].start_s * hz if i + 1 < len(turns) else math.inf
-                answer = [(t, w) for t, w in said if end - 1 <= t < until]
-                # Words that began before this question belong to what was said before it.
-                early = [w for t, w in said if begin + 2 <= t < end - 1]
-                named = [w for _, w in answer if w in kinds[q['kind']]]
-                good = bool(named) and named[-1] == q['want']
-                total, right, waited = total + 1, right + good, waited + (not early)
+                found = score_answer(
+                    said, kinds[q['kind']], q['want'], begin=turn.start_s * hz, end=turn.end_s * hz,
+                    until=turns[i + 1].start_s * hz if i + 1 < len(turns) else math.inf)
+                total, right, waited = total + 1, right + found.good, waited + found.waited
                 kind = 'sums' if ' plus ' in q['about'] or ' minus ' in q['about'] else 'facts'
                 of, out_of = by_kind.get(kind, (0, 0))
-                by_kind[kind] = (of + good, out_of + 1)
-                if answer:
-                    latency.append(math.floor(answer[0][0] - end) + 1)
+                by_kind[kind] = (of + found.good, out_of + 1)
+                if found.latency is not None:
+                    latency.append(found.latency)
     if not total:
         raise ConfigError(f'answers: split {split} of {source} asks no question of {questions}')
     spread = np.percentile(latency, [10, 50, 90]) if latency else [math.nan] * 3
@@ -280,6 +299,7 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
               for name in tasks or sorted(every)}
     if not chosen:
         raise ConfigError('config.evals names no task')
+    recorded(workdir)       # a file that cannot be added to is said before the work
     lm = generate.load(config, workdir, stage_name)
     entries = []
     for name, task in chosen.items():
@@ -292,19 +312,29 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
 
 
 def record(workdir: str, entries: list[dict]) -> None:
-    """Puts entries into WORKDIR/evaluation.json, replacing older ones of the same task and split."""
+    """Puts entries into WORKDIR/evaluation.json in place of older ones of the same task and split.
+    """
     path = os.path.join(workdir, 'evaluation.json')
-    old = []
-    if os.path.exists(path):
-        try:
-            with open(path, encoding='utf-8') as f:
-                old = json.load(f)
-        except ValueError as e:
-            raise ConfigError(f'{path} cannot be read: {e}; move it away') from None
     new = {(e['task'], e['split'], e.get('stage')) for e in entries}
-    kept = [e for e in old if (e.get('task'), e.get('split'), e.get('stage')) not in new]
+    kept = [e for e in recorded(workdir)
+            if (e.get('task'), e.get('split'), e.get('stage')) not in new]
     clean = json.loads(json.dumps(kept + entries), parse_constant=lambda _: None)   # NaN is no JSON
     rundir.write_atomic(path, json.dumps(clean, indent=1) + '\n')
+
+
+def recorded(workdir: str) -> list[dict]:
+    """The entries of WORKDIR/evaluation.json, if there is one."""
+    path = os.path.join(workdir, 'evaluation.json')
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path, encoding='utf-8') as f:
+            found = json.load(f)
+        if not isinstance(found, list) or not all(isinstance(e, dict) for e in found):
+            raise ValueError('it is no list of entries')
+        return found
+    except ValueError as e:
+        raise ConfigError(f'{path} cannot be read: {e}; move it away') from None
 
 
 def _table(entry: dict) -> None:

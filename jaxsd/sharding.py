@@ -35,6 +35,8 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
 
     Raises ValueError naming `mesh.<axis>` when the sizes do not multiply to the device count.
     """
+    if odd := set(sizes) - set(AXES):
+        raise ValueError(f'mesh names {", ".join(sorted(odd))}; legal: {", ".join(AXES)}, rules')
     devices = np.asarray(jax.devices() if devices is None else devices)
     shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
     free = [axis for axis, n in shape.items() if n == -1]

@@ -17,6 +17,7 @@ from jaxsd import data, generate, model
 from jaxsd import run as rundir
 from jaxsd.config import ConfigError, bind
 from jaxsd.layout import duplex, flat
+from jaxsd.vocab import Text
 
 log = logging.getLogger('jaxsd')
 
@@ -34,6 +35,11 @@ def read_wav(path: str, rate_hz: int) -> np.ndarray:
             wav, rate = f.read(dtype='float32', always_2d=True), f.samplerate
     except (OSError, RuntimeError) as e:        # soundfile's own error is a RuntimeError
         raise ValueError(f'--input {path} cannot be read as audio: {e}') from None
+    if wav.shape[1] > 2:
+        raise ValueError(f'--input {path} has {wav.shape[1]} channels; give one, or two of a '
+                         'dialogue (mine, theirs)')
+    if not np.isfinite(wav).all():
+        raise ValueError(f'--input {path} holds samples that are not finite')
     if rate != rate_hz:
         from scipy.signal import resample_poly
         step = np.gcd(rate, rate_hz)
@@ -63,15 +69,16 @@ def unit_frames(config, vocab, limit: int = 200) -> np.ndarray:
     A run-length-free stream has lost its durations; the released systems predict them with a small
     network, and the mean per unit is the plainest predictor.
     """
-    start, size = vocab.ranges['units']
+    size = vocab.ranges['units'][1]
     runs, frames = np.ones(size), np.ones(size)
-    del start
-    source = next(s for s, o in config.data.sources.items() if 'story' in o['select'])
-    for r in data.examples(config, 'train', source, limit=limit):
-        for units in r.units:
-            values, ends = flat.runs(units)
-            np.add.at(runs, values, 1)
-            np.add.at(frames, values, np.diff(ends, prepend=0))
+    for source in config.data.sources:
+        for r in data.examples(config, 'train', source, limit=limit):
+            for units in r.units:
+                values, ends = flat.runs(units)
+                np.add.at(runs, values, 1)
+                np.add.at(frames, values, np.diff(ends, prepend=0))
+        if runs.max() > 1:          # the first source that has sound is enough
+            break
     return np.maximum(1, np.round(frames / runs)).astype(int)
 
 
@@ -83,22 +90,53 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
         raise ConfigError(f'--task {task} does not fit this config: it has '
                           f'{"several streams; use duplex" if streams else "one stream"}')
     rundir.same_run(workdir, config)
-    lm = generate.load(config, workdir, stage_name)
+    default = generate.Sampler(0.8, 250, 1.0) if streams else generate.Sampler(0.0)
+    sampler = _checked(generate.Sampler(
+        default.temperature if temperature is None else temperature,
+        default.top_k if top_k is None else top_k, default.top_p if top_p is None else top_p))
+    if not 0 <= seed < 1 << 32:
+        raise ConfigError(f'--seed lies in 0..{(1 << 32) - 1}, got {seed}')
+    if os.path.exists(out) and os.path.isdir(out) == (source is not None):
+        raise ConfigError(f'--output {out} is a directory; name a file' if source is not None else
+                          f'--output {out} is a file; name a directory for the examples')
     codec = bind(config.codec, 'jaxsd.codec', 'codec')()
     rate = codec.identity['sample_rate_hz']
-    default = generate.Sampler(0.8, 250, 1.0) if streams else generate.Sampler(0.0)
-    sampler = generate.Sampler(
-        default.temperature if temperature is None else temperature,
-        default.top_k if top_k is None else top_k, default.top_p if top_p is None else top_p)
+    if source is not None:      # before the model, which takes longer to read
+        written = task in ('tts', 't2t')
+        given = _spelled(config, source) if written else read_wav(source, rate)
+    lm = generate.load(config, workdir, stage_name)
     perform = dict(duplex=_duplex, asr=_asr, tts=_tts, s2s=_s2s, t2t=_t2t)[task]
     if source is not None:
-        given = (source if task in ('tts', 't2t') else read_wav(source, rate))
         result = perform(lm, codec, [given], sampler, seed)[0]
         _write(out, result, rate)
         log.info('%s', result['text'])
         log.info('%s: written', out)
         return
     _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate)
+
+
+def _checked(sampler: generate.Sampler) -> generate.Sampler:
+    temperature, top_k, top_p = sampler
+    if not 0 <= temperature < float('inf'):
+        raise ConfigError(f'--temperature is 0 (greedy) or above, got {temperature}')
+    if top_k < 0:
+        raise ConfigError(f'--top-k is a count of tokens (0: all), got {top_k}')
+    if not 0 < top_p <= 1:
+        raise ConfigError(f'--top-p lies above 0 and up to 1 (all), got {top_p}')
+    return sampler
+
+
+def _spelled(config, said: str) -> str:
+    """`said`, if every word of it can be written in the config's pieces."""
+    path = model.make_vocab(config).tokenizer
+    text = Text(path) if path else None
+    if not said.split():
+        raise ValueError('--input is empty: give a text')
+    lost = [w for w in said.split() if text and text.decode(text.encode(w)) != w]
+    if lost:
+        raise ValueError(f'--input: {path} has no pieces for {", ".join(map(repr, lost[:8]))}; '
+                         'write it in the words and letters of the corpus')
+    return said
 
 
 def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
@@ -113,6 +151,7 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
                  codec.decode(r.units[0][None]) for r in records]
         given = [g[None] for g in given]
     results = perform(lm, codec, given, sampler, seed, records=records)
+    _others(os.path.join(out, 'samples.json'), task)
     os.makedirs(out, exist_ok=True)
     entries, references = [], {}
     for i, (r, result) in enumerate(zip(records, results, strict=True)):
@@ -129,14 +168,21 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
         else:
             rundir.write_atomic(os.path.join(out, f'{stem}.txt'), result['text'] + '\n')
         log.info('%s: %s', stem, result['text'])
-    old = []
     path = os.path.join(out, 'samples.json')
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            old = [e for e in json.load(f) if not e['file'].startswith(task)]
-    rundir.write_atomic(path, json.dumps(old + entries, indent=1) + '\n')
+    rundir.write_atomic(path, json.dumps(_others(path, task) + entries, indent=1) + '\n')
     if task == 'tts':
         rundir.write_atomic(os.path.join(out, 'refs.json'), json.dumps(references, indent=1) + '\n')
+
+
+def _others(path: str, task: str) -> list[dict]:
+    """What samples.json lists of other tasks."""
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path, encoding='utf-8') as f:
+            return [e for e in json.load(f) if not e['file'].startswith(f'{task}-')]
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ConfigError(f'{path} cannot be read: {e}; move it away') from None
 
 
 def _write(out: str, result: dict, rate: int) -> None:

@@ -8,6 +8,7 @@ decides its learning-rate multiplier, None freezes it, and every parameter must 
 
 import dataclasses
 import re
+import typing
 
 import jax
 import optax
@@ -64,9 +65,15 @@ def stages(config) -> tuple[Stage, ...]:
         missing = [k for k in required if k not in options]
         if missing:
             raise ConfigError(f'stages[{i}] needs {", ".join(missing)}')
+        for key, value in options.items():
+            kind = typing.get_origin(legal[key].type) or legal[key].type
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float
+                                                         else kind):
+                raise ConfigError(f'stages[{i}].{key} takes {kind.__name__}, got {value!r}')
         stage = Stage(**options)
-        if stage.steps < 1 or stage.batch < 1 or stage.accumulate < 1:
-            raise ConfigError(f'stages[{i}]: steps, batch and accumulate must be positive')
+        for key in ('steps', 'batch', 'accumulate', 'save_steps', 'log_steps', 'keep', 'bad_steps'):
+            if getattr(stage, key) < 1:
+                raise ConfigError(f'stages[{i}].{key} must be positive, got {getattr(stage, key)}')
         if stage.batch % stage.accumulate:
             raise ConfigError(f'stages[{i}].accumulate {stage.accumulate} must divide '
                               f'stages[{i}].batch {stage.batch}')
@@ -115,7 +122,11 @@ def unflatten(flat: dict) -> dict:
 
 def multipliers(stage: Stage, paths) -> dict[str, float | None]:
     """The learning-rate multiplier of each path, None where frozen. Uncovered paths are errors."""
-    rules = [(re.compile(pattern), m) for pattern, m in stage.train]
+    try:
+        rules = [(re.compile(pattern), m) for pattern, m in stage.train]
+    except (re.error, TypeError, ValueError) as e:
+        raise ConfigError(f'stage {stage.name}: train takes pairs of a regular expression and a '
+                          f'multiplier or None: {e}') from None
     out = {}
     for path in paths:
         match = next((m for rule, m in rules if rule.fullmatch(path)), 'none')
