@@ -177,9 +177,7 @@ class _Rows:
 
     def __init__(self, source: _Source, key: tuple):
         self._source, self._key = source, key
-        if not len(source.numbers):
-            raise ConfigError(f'data.sources.{source.name} selects no record of split '
-                              f'{source.split!r} of {source.dataset.path}')
+        _some_records(source)
         count = len(source.numbers)
         sample = np.linspace(0, count - 1, REHEARSED).astype(int)   # repeats where there are few
         widths = np.array([source.draw(i, *key, 'rehearsal', n)[1].tokens.shape[1]
@@ -306,6 +304,28 @@ def batches(config, stage, vocab: Vocab, *, split: str = 'train', start_step: in
     return Batches(make, marks, start_step=start_step, threads=threads)
 
 
+def check(config, stage, vocab: Vocab, *, split: str = 'train') -> None:
+    """Raises what `batches` would raise for options that do not fit each other or the dataset.
+
+    Opens every source of the stage and draws its first record; makes nothing.
+    """
+    weights = _mixture(config, stage)
+    _batch_rows(stage)
+    dataset = open_dataset(_data_options(config)['path'], config['codec'])
+    fill = _tokenizer(vocab)
+    for name in weights:
+        source = _open_source(dataset, config, name, vocab, split=split, fill=fill,
+                              layout=stage.get('layout'))
+        _some_records(source)
+        source.draw(0, int(config['seed']), 'check')
+
+
+def _some_records(source: _Source) -> None:
+    if not len(source.numbers):
+        raise ConfigError(f'data.sources.{source.name} selects no record of split '
+                          f'{source.split!r} of {source.dataset.path}')
+
+
 def one_pass(config, source: str, vocab: Vocab, *, batch: int, split: str = 'test', layout=None,
              limit: int | None = None, process_index: int = 0, process_count: int = 1
              ) -> Iterator[tuple[Batch, Account]]:
@@ -394,6 +414,22 @@ def _fingerprint(dataset: Dataset, config, stage, vocab: Vocab, split: str) -> d
         'dataset': [split, dataset.identity],
     }
     return {name: _digest(part) for name, part in parts.items()}
+
+
+def codec(config) -> dict:
+    """The identity of the codec whose ids the config's dataset holds (units for one codebook)."""
+    manifest = open_dataset(_data_options(config)['path'], config['codec']).manifest
+    return manifest['units' if config['codec']['codebooks'] == 1 else 'codes']
+
+
+def same_codec(state: dict, config) -> None:
+    """Raises ConfigError if the ids of the config's dataset are not those a checkpoint learned."""
+    learned = state.get('codec')
+    if learned and learned['sha256'] != codec(config)['sha256']:
+        raise ConfigError(f'the model learned the ids of codec {learned["name"]} '
+                          f'{learned["sha256"][:12]}, but {config["data"]["path"]} was encoded by '
+                          f'{codec(config)["name"]} {codec(config)["sha256"][:12]}; use the '
+                          'dataset it was trained on, or one encoded by the same codec file')
 
 
 def resume(state: dict, fingerprint: dict[str, str]) -> int:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsd import checkpoint, model
+from jaxsd import checkpoint, data, model
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, plain
 from jaxsd.layout import duplex, flat
@@ -281,6 +281,7 @@ def load(config, workdir: str, stage_name: str | None = None) -> LM:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, stage.name), target)
+    data.same_codec(meta['data'], config)
     return LM(config, stage, model.make_vocab(config), graph, params, int(meta['step']), workdir)
 
 

@@ -145,13 +145,9 @@ def start_params(config, stage: Stage, workdir: str, target):
 
     A stage with low-rank terms takes them fresh and everything else from there.
     """
-    if stage.start == 'init':
+    folder = _start_folder(config, stage, workdir)
+    if folder is None:
         return None
-    names = [s.name for s in stages.stages(config)]
-    folder = (checkpoint.folder_of(workdir, stage.start) if stage.start in names else stage.start)
-    if not os.path.isdir(folder):
-        raise ConfigError(f'stage {stage.name} starts from {stage.start!r}, but there is no '
-                          f'checkpoint in {folder}; train that stage first')
     flat = flatten(target['params'])
     old = {p: x for p, x in flat.items() if not p.rsplit('/', 1)[-1].startswith('lora_')}
     params, _ = checkpoint.restore_params(folder, stages.unflatten(old))
@@ -161,6 +157,18 @@ def start_params(config, stage: Stage, workdir: str, target):
     fresh = jax.jit(lambda key: model.init(config, key, stage.lora),
                     out_shardings=where)(jax.random.key(config.seed))
     return stages.unflatten(flatten(fresh) | flatten(params))
+
+
+def _start_folder(config, stage: Stage, workdir: str) -> str | None:
+    """The checkpoints that `stage` begins with, if any. ConfigError where they are missing."""
+    if stage.start == 'init' or checkpoint.steps(checkpoint.folder_of(workdir, stage.name)):
+        return None
+    names = [s.name for s in stages.stages(config)]
+    folder = (checkpoint.folder_of(workdir, stage.start) if stage.start in names else stage.start)
+    if not os.path.isdir(folder):
+        raise ConfigError(f'stage {stage.name} starts from {stage.start!r}, but there is no '
+                          f'checkpoint in {folder}; train that stage first')
+    return folder
 
 
 # What a run writes.
@@ -292,24 +300,35 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
     except ValueError as e:
         raise ConfigError(str(e)) from None
     v = model.make_vocab(config)
-    for stage in which:     # every data error before any directory or array is made
-        data.fingerprint(config, dataclasses.asdict(stage), v)
+    probes = []
+    for i, stage in enumerate(which):   # whatever can be wrong, before a directory is made
+        data.check(config, dataclasses.asdict(stage), v)
+        abstract_state(config, stage, mesh)
+        _check_batch(config, stage, mesh, v)
+        if stage.start not in [s.name for s in which[:i]]:
+            _start_folder(config, stage, workdir)
+        probes.append(probe_of(stage) if probe_of else None)
     rundir.open_run(workdir, config)
     loss = None
-    for stage in which:
-        loss = _run_stage(config, stage, workdir, mesh, v,
-                          probe_of(stage) if probe_of else None, profile_steps)
+    for stage, probe in zip(which, probes, strict=True):
+        loss = _run_stage(config, stage, workdir, mesh, v, probe, profile_steps)
     return loss
+
+
+def _check_batch(config, stage: Stage, mesh, v) -> None:
+    """Raises ConfigError for rows that do not divide over devices, ValueError for wrong terms."""
+    ways = math.prod(mesh.shape[a] for a in ('data', 'fsdp'))
+    if stage.batch // stage.accumulate % ways:
+        raise ConfigError(f'stage {stage.name}: batch {stage.batch} / accumulate '
+                          f'{stage.accumulate} must divide over {ways} data x fsdp devices')
+    cells = jnp.zeros((1, len(v.rows), 2))
+    model.objective_of(config)(cells, cells, dict(tokens=cells.astype(int), weights=cells))
 
 
 def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps):
     graph, target, by_path = abstract_state(config, stage, mesh)
     rules = sharding.rules_of(plain(config.mesh).get('rules', {}))
     rows = sharding.batch_sharding(rules, mesh)
-    ways = math.prod(mesh.shape[a] for a in ('data', 'fsdp'))
-    if stage.batch // stage.accumulate % ways:
-        raise ConfigError(f'stage {stage.name}: batch {stage.batch} / accumulate '
-                          f'{stage.accumulate} must divide over {ways} data x fsdp devices')
     share = sharding.replicated_fraction(target['params'],
                                          jax.tree.map(lambda x: x.sharding, target['params']))
     if share > 0.02:
@@ -347,13 +366,14 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps):
         batches = data.batches(config, dataclasses.asdict(stage), v, start_step=begin,
                                process_index=jax.process_index(),
                                process_count=jax.process_count())
+        drawn_from = dict(fingerprint=marks, codec=data.codec(config))
         with contextlib.closing(batches):
-            return _loop(config, stage, workdir, mesh, rows, batches, marks, step_fn, state, begin,
-                         saved, probe, profile_steps)
+            return _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, state,
+                         begin, saved, probe, profile_steps)
 
 
-def _loop(config, stage, workdir, mesh, rows, batches, marks, step_fn, state, begin, saved, probe,
-          profile_steps):
+def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, state, begin,
+          saved, probe, profile_steps):
     rate = stages.learning_rate(stage)
     tflops = model_tflops(config, stage.batch * config.columns) / mesh.size
     peak = peak_tflops(mesh.devices.flat[0])
@@ -415,7 +435,7 @@ def _loop(config, stage, workdir, mesh, rows, batches, marks, step_fn, state, be
         positions, since, since_step = 0, now, n
 
     def save(n):
-        saved.save(n, state, data_state=dict(next_step=n, fingerprint=marks))
+        saved.save(n, state, data_state=dict(next_step=n, **drawn_from))
         rundir.ledger(workdir, dict(event='consumed', stage=stage.name, consumed_to=n,
                                         consumed=consumed))
 
@@ -470,7 +490,10 @@ def connect() -> None:
     if coordinator:
         if os.environ.get('JAX_PLATFORMS', '') == 'cpu':
             jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-        jax.distributed.initialize(coordinator, int(os.environ['JAXSD_PROCESSES']),
-                                   int(os.environ['JAXSD_PROCESS_INDEX']))
+        count, index = (os.environ.get(k, '') for k in ('JAXSD_PROCESSES', 'JAXSD_PROCESS_INDEX'))
+        if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+            raise ConfigError('JAXSD_COORDINATOR needs JAXSD_PROCESSES and JAXSD_PROCESS_INDEX, a '
+                              f'count and a number below it; got {count!r} and {index!r}')
+        jax.distributed.initialize(coordinator, int(count), int(index))
     elif os.environ.get('JAXSD_DISTRIBUTED') == '1':
         jax.distributed.initialize()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the model see only what it may, and does speaking step by step equal the training forward?"""
+"""Does the model see only what it may, and is speaking step by step the training forward?"""
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +188,8 @@ def test_remat_changes_nothing():
         c2 = config('flat')
         c2.backbone.remat = remat
         graph = model.abstract(c2)[0]
-        out.append(jax.grad(lambda p, g=graph: jnp.sum(nnx.merge(g, p)(b)[0] * b['weights']))(params))
+        loss = lambda p, g=graph: jnp.sum(nnx.merge(g, p)(b)[0] * b['weights'])     # noqa: E731
+        out.append(jax.grad(loss)(params))
     for other in out[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
                      out[0], other)
@@ -274,7 +275,8 @@ def test_prompts_of_any_length_continue_as_if_alone():
     speaker = generate.ready(graph, params, v, {})
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 13, n) for n in (2, 9, 5)]
-    together = generate.continue_prompts(speaker, prompts, v, kind='speech', most_tokens=12, chunk=5)
+    together = generate.continue_prompts(speaker, prompts, v, kind='speech', most_tokens=12,
+                                         chunk=5)
     alone = [generate.continue_prompts(speaker, [p], v, kind='speech', most_tokens=12)[0]
              for p in prompts]
     for a, b in zip(together, alone, strict=True):

@@ -90,7 +90,8 @@ def collectives(system, mesh) -> dict:
     """How many collectives of each kind the compiled step holds."""
     c, stage, target, by_path, step, b = prepared(system, mesh)
     del c, stage, by_path
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), b)
+    abstract = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+                for k, x in b.items()}
     text = step.lower(target, abstract).compile().as_text()
     kinds = re.findall(r'= \S+ (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)'
                        r'(?:-start)?\(', text)
