@@ -68,6 +68,10 @@ def checksum(x) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
 
 
+# One program for all: many that wait for each other's devices can starve a host of few threads.
+_checksums = jax.jit(lambda arrays: {name: checksum(x) for name, x in arrays.items()})
+
+
 def _named(tree, prefix: str = '') -> dict:
     """The leaves of `tree` by name: `params/head/kernel`, `opt/0/mu/head/kernel`, `step`."""
     return {prefix + jax.tree_util.keystr(path, simple=True, separator='/'): leaf
@@ -79,7 +83,7 @@ def _describe(arrays: dict) -> dict:
         if not isinstance(x, jax.Array) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
             raise ValueError(f'state: {name} must be an array of numbers on a device, got '
                              f'{getattr(x, "dtype", type(x).__name__)}')
-    sums = jax.device_get({name: checksum(x) for name, x in arrays.items()})
+    sums = jax.device_get(_checksums(arrays))
     return {name: {'shape': list(x.shape), 'dtype': str(x.dtype), 'checksum': int(sums[name])}
             for name, x in arrays.items()}
 
@@ -206,7 +210,7 @@ def _load(folder: str, step: int, target, prefix: str, config):
 
 def _flaw(found, prefix: str) -> str:
     tree, meta = found
-    sums = jax.device_get({name: checksum(x) for name, x in _named(tree, prefix).items()})
+    sums = jax.device_get(_checksums(_named(tree, prefix)))
     wrong = [n for n, x in sums.items() if int(x) != meta['leaves'][n]['checksum']]
     return f'{wrong[0]} does not match its checksum' if wrong else ''
 

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a config say what is wrong with it, and is its fingerprint that of what is trained?"""
+
+import os
+import re
+import subprocess
+import sys
+
+import ml_collections as mlc
+import pytest
+
+from jaxsd import config as configs
+from jaxsd.config import ConfigError, bind, fingerprint, override, parse_arg, plain, resolve
+
+WHOLE = """
+import ml_collections as mlc
+from jaxsd.config import parse_arg
+def get_config(arg=None):
+    arg = parse_arg(arg, tiny=False, width=8)
+    c = mlc.ConfigDict({k: {} for k in (
+        'codec', 'vocab', 'layout', 'frontend', 'backbone', 'head', 'objective', 'data', 'mesh',
+        'evals')})
+    c.seed, c.columns = 0, arg.width
+    c.stages = (dict(name='a', lr=1e-3),)
+    return c
+"""
+
+
+def tree():
+    return mlc.ConfigDict(dict(
+        seed=3, columns=64, name='x', rate=0.5, loud=False, none=None, span=(2, 6),
+        backbone=dict(window_columns=8, mlp=dict(width=4)),
+        stages=(dict(name='a', lr=1e-3, data=dict(text=1.0)), dict(name='b', lr=1e-3)),
+        evals=dict(asr=dict(limit=3))))
+
+
+def refused(fn, *args, **options) -> str:
+    with pytest.raises(ConfigError) as e:
+        fn(*args, **options)
+    assert '\n' not in str(e.value)
+    return str(e.value)
+
+
+# Arguments.
+
+def test_arguments_take_the_type_of_their_default():
+    found = parse_arg('tiny,width=12,rate=3,name=x-y', tiny=False, width=8, rate=0.5, name='',
+                      deep=1)
+    assert found.to_dict() == dict(tiny=True, width=12, rate=3.0, name='x-y', deep=1)
+    assert isinstance(found.rate, float)
+    assert parse_arg(None, tiny=True).tiny is True
+    for said, meant in (('tiny=False', False), ('tiny=0', False), ('tiny=true', True)):
+        assert parse_arg(said, tiny=True).tiny is meant
+
+
+@pytest.mark.parametrize(('arg', 'says'), [
+    ('tiney', "unknown config argument 'tiney'; legal: tiny, width"),
+    ('width=wide', "width takes int, got 'wide'"), ('width', "width takes int, got ''"),
+    ('tiny=maybe', "tiny takes true or false, got 'maybe'")])
+def test_arguments_that_are_refused(arg, says):
+    assert says in refused(parse_arg, arg, tiny=False, width=8)
+
+
+# Names and options.
+
+def test_resolve_finds_ours_and_anyones():
+    from jaxsd.layout import flat
+    assert resolve('flat.sequence', 'jaxsd.layout') is flat.sequence
+    assert resolve('json:dumps', 'jaxsd.layout').__name__ == 'dumps'
+
+
+@pytest.mark.parametrize(('name', 'says'), [
+    ('lines', "jaxsd.vocab has no option 'lines'; did you mean 'line'? (legal: "),
+    ('_round_up', "jaxsd.vocab has no option '_round_up'"),
+    ('nosuch.thing', 'cannot import jaxsd.vocab.nosuch'),
+    ('no_such_package:thing', 'cannot import no_such_package'),
+    ('json:nosuch', "json has no option 'nosuch'")])
+def test_resolve_names_what_there_is(name, says):
+    assert says in refused(resolve, name, 'jaxsd.vocab')
+
+
+def layout(record, *, vocab, rng, width: int, end: str = 'none', words=(1, 2)):
+    return record, vocab, rng, width, end, words
+
+
+def test_bind_binds_what_the_function_takes():
+    name = f'{__name__}:layout'
+    made = bind(mlc.ConfigDict(dict(name=name, width=3, words=[4, 5])), 'jaxsd.layout', 'layout',
+                given=('vocab', 'rng'))
+    assert made('r', vocab='v', rng='g') == ('r', 'v', 'g', 3, 'none', (4, 5))
+
+
+@pytest.mark.parametrize(('options', 'says'), [
+    (dict(width=3, edn='eos'), "'edn'; did you mean 'end'? (legal: end, width, words)"),
+    (dict(width=3, vocab=1), "has no option 'vocab'"),      # the caller gives it, not the user
+    (dict(record=1, width=3), "has no option 'record'"), (dict(), 'needs width')])
+def test_bind_names_the_legal_options(options, says):
+    said = refused(bind, dict(name=f'{__name__}:layout') | options, 'jaxsd.layout', 'layout',
+                   given=('vocab', 'rng'))
+    assert said.startswith("layout (name='") and says in said
+
+
+def test_bind_needs_a_name():
+    assert refused(bind, dict(width=3), 'jaxsd.layout', 'stages[1].layout') == (
+        'stages[1].layout needs a name')
+
+
+# Overrides.
+
+@pytest.mark.parametrize(('path', 'text', 'value'), [
+    ('seed', '1_000', 1000), ('rate', '2', 2.0), ('rate', '1e-4', 1e-4), ('name', 'y z', 'y z'),
+    ('name', '2024', '2024'), ('name', "'7'", '7'), ('loud', 'True', True),
+    ('span', '(1, 3)', (1, 3)), ('span', '[1, 3]', (1, 3)), ('none', '3', 3), ('none', 'word', 'word'),
+    ('backbone.window_columns', 'None', None), ('backbone.mlp.width', '5', 5),
+    ('stages[1].lr', '1', 1.0), ('stages[0].data.text', '0', 0.0), ('stages[0].name', 'c', 'c'),
+    ('backbone', "{'mlp': 1}", {'mlp': 1}), ('name', '{[]: 1}', '{[]: 1}')])
+def test_override_sets_and_keeps_the_type(path, text, value):
+    c, before = tree(), plain(tree())
+    override(c, path, text)
+    found = c
+    for key in re.findall(r'\w+', path):
+        found = found[int(key) if key.isdecimal() else key]
+    assert plain(found) == value and type(plain(found)) is type(value)
+    if path in before:              # and nothing else moved
+        assert {k: v for k, v in plain(c).items() if k != path} == {
+            k: v for k, v in before.items() if k != path}
+
+
+@pytest.mark.parametrize(('path', 'text', 'says'), [
+    ('sede', '1', "config has no option 'sede'; did you mean 'seed'? (legal: backbone, columns"),
+    ('backbone.mpl', '1', "backbone has no option 'mpl'; did you mean 'mlp'?"),
+    ('stages[0].nam', '1', "[0] has no option 'nam'; did you mean 'name'? (legal: data, lr, name)"),
+    ('stages[0].data.txt', '1', "stages[0].data has no option 'txt'; did you mean 'text'?"),
+    ('stages[2].lr', '1', 'stages has items 0..1, no item 2'),
+    ('stages[-1].lr', '1', 'stages has items 0..1, no item -1'),
+    ('stages.lr', '1', 'stages has items; write stages[0].lr'),
+    ('stages[0]', '{}', 'set a name inside it'), ('span[0]', '1', 'set a name inside it'),
+    ('seed[0]', '1', 'seed has no items'), ('seed.x', '1', "seed is a single value without 'x'"),
+    ('seed', 'x', "takes int, got 'x'"), ('seed', '1.5', "takes int, got '1.5'"),
+    ('seed', 'True', "takes int, got 'True'"), ('seed', 'None', "takes int, got 'None'"),
+    ('loud', '1', "takes bool, got '1'"), ('rate', 'True', 'takes float'),
+    ('rate', 'nan', 'takes float'), ('span', '3', 'takes tuple'), ('backbone', '3', 'takes dict'),
+    ('stages[0].lr', 'fast', 'takes float'), ('', '1', 'write a path like stages[0].lr'),
+    ('seed.', '1', 'write a path'), ('stages[x].lr', '1', 'write a path')])
+def test_overrides_that_are_refused_change_nothing(path, text, says):
+    c = tree()
+    said = refused(override, c, path, text)
+    assert said.startswith(f'--config.{path}') and says in said
+    assert plain(c) == plain(tree())
+
+
+# Fingerprints.
+
+def test_a_fingerprint_is_of_what_is_trained():
+    first = fingerprint(tree())
+    assert re.fullmatch('[0-9a-f]{12}', first)
+    assert first == fingerprint(plain(tree())) == fingerprint(dict(reversed(plain(tree()).items())))
+    for path, text in (('seed', '4'), ('stages[1].lr', '2e-3'), ('backbone.mlp.width', '5'),
+                       ('stages[0].data.text', '0.5'), ('span', '(6, 2)'), ('none', '0')):
+        c = tree()
+        override(c, path, text)
+        assert fingerprint(c) != first, path
+    c = tree()
+    override(c, 'evals.asr.limit', '9')     # how it is measured is no part of it
+    assert fingerprint(c) == first
+
+
+def test_a_fingerprint_is_the_same_in_another_process():
+    code = ('import os, test_config; from jaxsd.config import fingerprint; '
+            'print(fingerprint(test_config.tree()))')
+    found = {subprocess.run([sys.executable, '-c', code], cwd=os.path.dirname(__file__), text=True,
+                            capture_output=True, check=True,
+                            env=os.environ | {'PYTHONHASHSEED': seed}).stdout for seed in '12'}
+    assert found == {fingerprint(tree()) + '\n'}
+
+
+# Files.
+
+def test_a_file_is_read_with_its_argument(tmp_path):
+    file = tmp_path / 'system.py'
+    file.write_text(WHOLE)
+    assert configs.read(str(file)).columns == 8
+    assert configs.read(f'{file}:width=16,tiny').columns == 16
+
+
+@pytest.mark.parametrize(('text', 'arg', 'says'), [
+    (None, '', 'no file'), ('def get_config(', '', 'cannot be executed: SyntaxError'),
+    ('import no_such_thing', '', "executed: ModuleNotFoundError: No module named 'no_such"),
+    ('x = 1', '', 'defines no get_config(arg)'),
+    ('def get_config(arg): return 1 / 0', '', 'failed: ZeroDivisionError'),
+    ('def get_config(arg): raise KeyError("mix")', '', "failed: KeyError: 'mix'"),
+    ('def get_config(): return 1', '', 'failed: TypeError'),
+    ('def get_config(arg): pass', '', 'must return a ConfigDict, not NoneType'),
+    (WHOLE, ':tinny', "unknown config argument 'tinny'; legal: tiny, width"),
+    (WHOLE.replace('c.seed', 'c.sead'), '', "has no option 'sead'; did you mean 'seed'?"),
+    (WHOLE.replace('c.seed, c.columns = 0, arg.width', ''), '', 'lacks seed, columns')])
+def test_files_that_are_refused(tmp_path, text, arg, says):
+    file = tmp_path / 'system.py'
+    if text is not None:
+        file.write_text(text)
+    said = refused(configs.read, f'{file}{arg}')
+    assert says in said
+    assert str(file) in said or arg

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every file of configs/ three ways: it resolves, its full size builds, its tiny variant learns.
+
+`JAXSD_GOLDEN=write python -m pytest tests/test_configs.py` draws the goldens anew; look at what
+changed before committing it.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from jaxsd import config as configs
+from jaxsd import evaluate, model, train
+from jaxsd import stage as stages
+from jaxsd.config import bind, plain
+from jaxsd.layout import show
+from jaxsd.stage import flatten
+from jaxsd.types import Record, Turn, Word
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / 'tests' / 'golden' / 'configs'
+NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if not p.stem.startswith('_'))
+
+LLAMA_2_7B = 6_738_415_616
+PARAMETERS = {      # of the published size, by overrides
+    # Llama-2-7B with 512 more rows in each of its two tables: 32,000 pieces, 2 markers and 501
+    # units, rounded up to a multiple of 128 (32,512).
+    'spirit_lm': {(): LLAMA_2_7B + 2 * 512 * 4096},
+    # Both speakers are predicted in training. The released checkpoint keeps the depth steps of one
+    # and does not round its 64,785 rows up: 7,687,729,152.
+    'moshi': {(): 8_371_863_552,
+              (('vocab.predicted', "('mine',)"), ('vocab.multiple', '1')): 7_687_729_152},
+}
+
+
+def read(name, arg='', *overrides):
+    c = configs.read(f'{ROOT}/configs/{name}.py' + (f':{arg}' if arg else ''))
+    for path, value in overrides:
+        configs.override(c, path, value)
+    return c
+
+
+def on(corpus, c):
+    """`c` with the files of the small corpus."""
+    c.data.path = str(corpus)
+    c.codec.path = str(corpus / os.path.basename(c.codec.path))
+    c.vocab.tokenizer = str(corpus / os.path.basename(c.vocab.tokenizer))
+    return c
+
+
+def toy(c) -> Record:
+    """Twenty seconds of two speakers whose every number is a small formula, with the ids given."""
+    hz, books = c.codec.frame_hz, c.codec.codebooks
+    frames = np.arange(int(20 * hz))
+    words = tuple(Word(f'w{i}', i // 20 % 2, 0.4 * i + 0.1, 0.4 * i + 0.4,
+                       tuple(10 + (7 * i + j) % 300 for j in range(1 + i % 3 // 2)))
+                  for i in range(48))
+    codes = np.stack([[(frames + 3 * k + 100 * channel) % c.codec.size for k in range(books)]
+                      for channel in (0, 1)]).astype(np.int16)
+    units = tuple((frames // 3 * 5 + channel) % c.codec.size for channel in (0, 1))
+    return Record('toy', 'toy', 'en', 20.0, None if books == 1 else codes,
+                  tuple(u.astype(np.int16) for u in units) if books == 1 else (), words,
+                  turns=(Turn(0, 0.0, 8.0, ''), Turn(1, 8.0, 16.0, ''), Turn(0, 16.0, 20.0, '')))
+
+
+def layouts(c):
+    """(place, options) of every layout in a config."""
+    yield 'layout', c.layout
+    for name, source in c.data.sources.items():
+        if 'layout' in source:
+            yield f'data.sources.{name}.layout', source.layout
+    for i, s in enumerate(stages.stages(c)):
+        if s.layout:
+            yield f'stages[{i}].layout', s.layout
+
+
+def draw(c, options, where):
+    make = bind(options, 'jaxsd.layout', where, given=('vocab', 'rng'))
+    return make(toy(c), vocab=model.make_vocab(c), rng=np.random.default_rng(0))
+
+
+def test_every_config_is_counted():
+    assert NAMES == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_published_size_builds_with_its_parameters(name):
+    for overrides, parameters in PARAMETERS[name].items():
+        c = read(name, '', *overrides)
+        assert model.count(model.abstract(c)[1]) == parameters
+
+
+@pytest.mark.parametrize('arg', ['', 'demo', 'tiny'])
+@pytest.mark.parametrize('name', NAMES)
+def test_everything_a_config_names_is_there(name, arg):
+    """Stages cover every parameter and start from earlier ones; layouts draw; the rest binds."""
+    c = read(name, arg)
+    v, earlier = model.make_vocab(c), []
+    for s in stages.stages(c):
+        paths = flatten(model.abstract(c, s.lora)[1])
+        by_path = stages.multipliers(s, paths)
+        for pattern, multiplier in s.train:     # and no rule is in vain
+            assert multiplier in by_path.values(), (s.name, pattern)
+        assert s.start in ('init', *earlier)
+        earlier.append(s.name)
+        assert s.data and set(s.data) <= set(c.data.sources)
+        stages.learning_rate(s)
+    assert set().union(*(s.data for s in stages.stages(c))) == set(c.data.sources)
+    for where, options in layouts(c):
+        grid = draw(c, options, where)
+        assert grid.tokens.shape[0] == len(v.rows)
+        assert (grid.weights > 0).any(), where
+        for row, tokens, weights in zip(v.rows, grid.tokens, grid.weights, strict=True):
+            inside = (tokens >= row.start) & (tokens < row.start + row.size)
+            assert (inside | (tokens == -1)).all(), (where, row.name)
+            scored = tokens[weights > 0]
+            assert (scored < row.start + row.predicted).all(), (where, row.name)
+    bind(c.codec, 'jaxsd.codec', 'codec')
+    for task, options in c.evals.items():
+        bound = bind(options, 'jaxsd.evaluate', f'evals.{task}', given=('split', 'limit')).keywords
+        assert {bound.get('source', 'none'), *bound.get('sources', ())} <= {'none', *c.data.sources}
+    cells = np.zeros((1, len(v.rows), 2), np.float32)
+    terms = model.objective_of(c)(cells, cells, dict(tokens=cells.astype(int), weights=cells))[0]
+    spoken = {row.name.split()[0] for row in v.rows if row.predicted}
+    assert spoken <= {row for names in plain(c.objective.terms).values() for row in names}
+    assert set(terms) == set(c.objective.terms)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_grid_of_a_fixed_record_is_unchanged(name):
+    c = read(name)
+    v, parts = model.make_vocab(c), []
+    for where, options in layouts(c):
+        parts.append(f'{where}\n' + show.text(draw(c, options, where), v, columns=(0, 40)).rstrip())
+    found, path = '\n\n'.join(parts) + '\n', GOLDEN / f'{name}.txt'
+    if os.environ.get('JAXSD_GOLDEN') == 'write':
+        path.write_text(found, encoding='utf-8')
+    assert found == path.read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_tiny_learns(name, corpus, tmp_path):
+    """Real steps on real speech: every stage ends, and the held-out loss is below that at random.
+
+    Two steps do not show learning through the noise of a batch, so each stage takes a few.
+    """
+    c = on(corpus, read(name, 'tiny'))
+    assert all(s.steps == 2 for s in stages.stages(c))
+    c.stages = tuple(dict(s) | dict(steps=6, save_steps=6) for s in plain(c.stages))
+    work = str(tmp_path / 'run')
+    first = {}
+
+    def probe_of(stage):
+        probe = evaluate.probe(c, stage)
+        if stage.start == 'init':
+            first.update(probe(0, model.init(c, jax.random.key(c.seed), stage.lora)))
+        return probe
+    loss = train.run(c, work, probe_of=probe_of)
+    assert np.isfinite(loss)
+    with open(f'{work}/metrics.jsonl') as f:
+        lines = [json.loads(line) for line in f]
+    for s in stages.stages(c):
+        mine = [x for x in lines if x['stage'] == s.name]
+        assert max(x['step'] for x in mine) == 6
+        assert all(x['skipped_steps'] == 0 for x in mine if 'loss' in x)
+    held_out = [x['held_out'] for x in lines if 'held_out' in x][-1]
+    assert held_out.keys() == first.keys()
+    assert sum(held_out.values()) < 0.97 * sum(first.values())
+
+
+def test_a_stage_is_all_options():
+    """What `stages` may say is what a Stage has: this table is the one that users read."""
+    legal = {f.name for f in dataclasses.fields(stages.Stage)}
+    used = {key for name in NAMES for arg in ('', 'demo') for s in read(name, arg).stages
+            for key in s}
+    assert used <= legal
