@@ -78,7 +78,8 @@ def demo(c) -> None:
     c.codec = parts.demo_codec()
     c.vocab = dict(name='streams', predicted=('mine',), **parts.DEMO_TEXT)
     c.columns = 256
-    quiet = dict(weight_pad=0.1, weight_epad=0.3)   # most text cells of this corpus are padding
+    # Most text cells of this corpus are padding; and it is small enough to be learned by heart.
+    quiet = dict(weight_pad=0.1, weight_epad=0.3, mask_theirs=0.2)
     c.layout = dict(name='duplex.columns', weight_semantic=20.0, **quiet)
     c.frontend = dict(name='summed', dtype='float32')
     c.backbone = parts.small(c.backbone, width=160, layers=6, heads=4, mlp=448, window_columns=250,
@@ -97,7 +98,7 @@ def demo(c) -> None:
     c.stages = (
         dict(name='listen', steps=1_000, lr=3e-3, final_lr=0.3, data=dict(stories=0.5, users=0.5),
              **common),
-        dict(name='duplex', steps=1_500, lr=2e-3, final_lr=0.05, start='listen',
+        dict(name='duplex', steps=2_000, lr=2e-3, final_lr=0.05, start='listen',
              data=dict(dialogue=0.7, stories=0.1, users=0.2), **common))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('dialogue', 'users')),
                    answers=dict(name='answers', source='dialogue'))

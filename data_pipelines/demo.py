@@ -42,7 +42,7 @@ RATES_WPM = (140, 155, 170, 185, 200)
 PITCHES = (35, 45, 55, 65)
 
 SPLITS = {'train': 0.86, 'test': 0.09, 'voice': 0.05}       # shares of the hours
-STORY_SHARE = 0.45
+STORY_SHARE = 0.3
 TEXTS_PER_HOUR, MOST_TEXTS = 1500, 3000
 SHARD_S = 240.0
 FIT_S = 900.0               # channel-seconds that tokenizers learn from
@@ -131,7 +131,7 @@ def compose(hours: float, seed: int) -> tuple[list[Item], list[Item]]:
                         told = told._replace(voice=SYSTEM_VOICE)
                     manners = (told,)
                 else:
-                    asked = [next(sums if rng.random() < 0.7 else facts)
+                    asked = [next(sums if rng.random() < 0.5 else facts)
                              for _ in range(rng.integers(1, 5))]
                     lines = grammar.dialogue(asked, rng)
                     manners = (Manner(SYSTEM_VOICE, 170, 50, 50), manner(split, rng))

@@ -162,7 +162,7 @@ def _asked():
                      f'do you know how many {things} {name} has',
                      f'tell me how many {things} {name} has'):
             yield Question(text, f'count {name} {things}', 'number', n, (n, f'{name} has {n}'))
-    for a, b in itertools.product(range(11), range(11)):
+    for a, b in itertools.product(range(6), range(6)):
         for sign, result in (('plus', a + b), ('minus', a - b)):
             if 0 <= result <= 10:
                 sum_, n = f'{NUMBERS[a]} {sign} {NUMBERS[b]}', NUMBERS[result]

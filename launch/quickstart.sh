@@ -24,7 +24,7 @@ part() {    # part NAME 'what happens' COMMAND...
 jaxsd() { "$python" -m jaxsd "$@"; }
 
 part data 'speaking a small corpus and turning it into tokens' \
-  "$python" -m data_pipelines.demo --out data/demo --hours "${HOURS:-10}"
+  "$python" -m data_pipelines.demo --out data/demo --hours "${HOURS:-16}"
 
 run() {     # run NAME CONFIG SOURCE FORMAT: train, look, measure, export
   local name=$1 config=$2 source=$3 format=$4 work=$runs/$1

@@ -19,7 +19,7 @@ BACKBONES = {       # the kinds of decoder, each with what sets it apart
 
 
 def config(system: str, kind: str = 'llama', **head) -> mlc.ConfigDict:
-    """A model of a few thousand parameters: 'flat' (a row) or 'streams' (text, 3 mine, 3 theirs)."""
+    """A model of a few thousand parameters: 'flat' (a row) or 'streams' (3 codebooks)."""
     c = mlc.ConfigDict()
     c.seed = 0
     c.codec = dict(codebooks=3, size=12) if system == 'streams' else dict(codebooks=1, size=20)

@@ -25,7 +25,7 @@ def run(*argv):
 @pytest.fixture(scope='module', autouse=True)
 def demo():
     if not os.path.exists(os.path.join(ROOT, 'data/demo/manifest.json')):
-        run('data_pipelines.demo', '--out', 'data/demo', '--hours', '6')
+        run('data_pipelines.demo', '--out', 'data/demo', '--hours', '16')
 
 
 def test_interleaving_joins_the_modalities(tmp_path):

@@ -262,6 +262,15 @@ def test_text_is_dropped_as_often_as_asked():
     assert np.mean(lost) == pytest.approx(.3, abs=.05)
 
 
+def test_heard_cells_are_masked_as_often_as_asked():
+    """Only the other speaker's cells go, one by one, and what is mine stays to the bit."""
+    plain, masked = (draw(record(frames=2000), TWO, mask_theirs=p) for p in (0., .2))
+    changed = plain.tokens != masked.tokens
+    assert (masked.tokens[changed] == NOTHING).all() and not changed[:3].any()
+    assert .17 < changed[3:].mean() < .23 and (changed[3] != changed[4]).any()
+    np.testing.assert_array_equal(plain.weights, masked.weights)
+
+
 def test_rules_and_rates_reach_the_grid():
     crowded = record(frames=6, words=[Word('a', 0, .08, .16, (7, 8, 7)),
                                       Word('b', 0, .24, .4, (8,))])

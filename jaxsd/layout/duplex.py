@@ -117,7 +117,7 @@ def place_words(words: Sequence[Word], columns: int, *, frame_hz: float, pad: in
 def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 12.5,
             acoustic_delay_columns: int = 1, text_delay_columns: int = 0, text_rule: str = 'paper',
             mine: int | str = 0, theirs: int | str = 'other', text: str = 'mine',
-            drop_text: float = 0.0, weight_text: float = 1.0, weight_pad: float = 0.5,
+            drop_text: float = 0.0, mask_theirs: float = 0.0, weight_text: float = 1.0, weight_pad: float = 0.5,
             weight_epad: float = 1.0, weight_semantic: float = 100.0, weight_acoustic: float = 1.0,
             weight_theirs: float = 0.0) -> Grid:
     """One column per codec frame: words, then my codes, then theirs (arXiv 2410.00037 §3.4).
@@ -135,7 +135,8 @@ def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz:
     if there is one). A speaker without a channel has NOTHING after the initial tokens. A
     vocabulary with one speaker simply has no rows for the other. `text` says whose words fill the
     text row: 'mine', 'theirs' (with a text delay: streaming recognition) or 'none'; `drop_text` is
-    the probability of losing them. A record without any words has no transcript: the text row is
+    the probability of losing them, and `mask_theirs` that of each heard cell to become NOTHING, so
+    that a model learns what is said and not the recordings it was said in. A record without any words has no transcript: the text row is
     NOTHING, not silence.
 
     Text cells weigh `weight_text`, `weight_pad` or `weight_epad`; codebook 0 `weight_semantic`, the
@@ -148,8 +149,9 @@ def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz:
     _check_vocab(vocab, weight_theirs)
     if text not in (*SPEAKERS, 'none'):
         raise ValueError(f'layout.text must be mine, theirs or none, got {text!r}')
-    if not 0 <= drop_text <= 1:
-        raise ValueError(f'layout.drop_text is a probability, got {drop_text}')
+    for name, p in (('drop_text', drop_text), ('mask_theirs', mask_theirs)):
+        if not 0 <= p <= 1:
+            raise ValueError(f'layout.{name} is a probability, got {p}')
     late = delays(vocab, acoustic_delay_columns=acoustic_delay_columns,
                   text_delay_columns=text_delay_columns)
     if record.codes is None:
@@ -177,6 +179,8 @@ def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz:
                 raise ValueError(f'record {record.id} has {record.codes.shape[1]} codebooks, the '
                                  f'vocabulary has a row {row.name!r}: choose the codec of the data')
             tokens[k] = _encode(record, vocab, k, record.codes[channel[speaker], int(codebook)])
+            if speaker == 'theirs' and mask_theirs:
+                tokens[k, rng.random(frames) < mask_theirs] = NOTHING
             weights[k] = bool(row.predicted) * weight * (weight_theirs if speaker == 'theirs'
                                                          else 1.0)
     return Grid.of(delay(tokens, vocab, late), _shift(weights, late, np.zeros(len(late))))
