@@ -117,9 +117,9 @@ def place_words(words: Sequence[Word], columns: int, *, frame_hz: float, pad: in
 def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 12.5,
             acoustic_delay_columns: int = 1, text_delay_columns: int = 0, text_rule: str = 'paper',
             mine: int | str = 0, theirs: int | str = 'other', text: str = 'mine',
-            drop_text: float = 0.0, mask_theirs: float = 0.0, weight_text: float = 1.0, weight_pad: float = 0.5,
-            weight_epad: float = 1.0, weight_semantic: float = 100.0, weight_acoustic: float = 1.0,
-            weight_theirs: float = 0.0) -> Grid:
+            drop_text: float = 0.0, mask_theirs: float = 0.0, weight_text: float = 1.0,
+            weight_pad: float = 0.5, weight_epad: float = 1.0, weight_semantic: float = 100.0,
+            weight_acoustic: float = 1.0, weight_theirs: float = 0.0) -> Grid:
     """One column per codec frame: words, then my codes, then theirs (arXiv 2410.00037 §3.4).
 
     ::
@@ -136,8 +136,8 @@ def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz:
     vocabulary with one speaker simply has no rows for the other. `text` says whose words fill the
     text row: 'mine', 'theirs' (with a text delay: streaming recognition) or 'none'; `drop_text` is
     the probability of losing them, and `mask_theirs` that of each heard cell to become NOTHING, so
-    that a model learns what is said and not the recordings it was said in. A record without any words has no transcript: the text row is
-    NOTHING, not silence.
+    that a model learns what is said and not the recordings it was said in. A record without any
+    words has no transcript: the text row is NOTHING, not silence.
 
     Text cells weigh `weight_text`, `weight_pad` or `weight_epad`; codebook 0 `weight_semantic`, the
     others `weight_acoustic`, both times `weight_theirs` for the other speaker. These are the alphas
