@@ -110,7 +110,8 @@ def test_bind_needs_a_name():
 @pytest.mark.parametrize(('path', 'text', 'value'), [
     ('seed', '1_000', 1000), ('rate', '2', 2.0), ('rate', '1e-4', 1e-4), ('name', 'y z', 'y z'),
     ('name', '2024', '2024'), ('name', "'7'", '7'), ('loud', 'True', True),
-    ('span', '(1, 3)', (1, 3)), ('span', '[1, 3]', (1, 3)), ('none', '3', 3), ('none', 'word', 'word'),
+    ('span', '(1, 3)', (1, 3)), ('span', '[1, 3]', (1, 3)),
+    ('none', '3', 3), ('none', 'word', 'word'),
     ('backbone.window_columns', 'None', None), ('backbone.mlp.width', '5', 5),
     ('stages[1].lr', '1', 1.0), ('stages[0].data.text', '0', 0.0), ('stages[0].name', 'c', 'c'),
     ('backbone', "{'mlp': 1}", {'mlp': 1}), ('name', '{[]: 1}', '{[]: 1}')])
