@@ -3,6 +3,7 @@
 
 import functools
 
+import by_hand
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,48 +52,15 @@ def forward(lm, x, where):
     return lm(x, where)[0]
 
 
-def by_hand(lm, x, kind: str):
-    """One segment through the decoder in float64 numpy, written from the papers' equations."""
-    o = dict(theta=100.0, pairs='half', window_columns=None, norm_eps=1e-5) | BACKBONES[kind]
-    leaves = jax.tree.map(lambda v: np.asarray(v, np.float64), nnx.to_pure_dict(nnx.state(lm)))
-
-    def norm(x, w):
-        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + o['norm_eps']) * w
-
-    def turn(z):            # [T, N, H] as complex pairs, times exp(i t theta^(-j / pairs))
-        half = z.shape[-1] // 2
-        a, b = ((slice(0, half), slice(half, None)) if o['pairs'] == 'half' else
-                (slice(0, None, 2), slice(1, None, 2)))
-        w = (z[..., a] + 1j * z[..., b]) * np.exp(1j * np.arange(len(z))[:, None, None]
-                                                 * o['theta'] ** (-np.arange(half) / half))
-        out = np.empty_like(z)
-        out[..., a], out[..., b] = w.real, w.imag
-        return out
-    x = np.asarray(x[0], np.float64)
-    T = len(x)
-    back = np.arange(T)[:, None] - np.arange(T)
-    seen = (back >= 0) & (back < (o['window_columns'] or T))
-    for layer in range(2):
-        p = jax.tree.map(lambda v, layer=layer: v[layer], leaves['blocks'])
-        y = norm(x, p['norm_attention']['weight'])
-        q, k, v = (np.einsum('td,dnh->tnh', y, p[n]['kernel']) + p[n].get('bias', 0.0)
-                   for n in 'qkv')
-        q, k = turn(q), turn(k)
-        k, v = (np.repeat(z, q.shape[1] // z.shape[1], axis=1) for z in (k, v))
-        s = np.where(seen, np.einsum('tnh,snh->nts', q, k) / 2.0, -np.inf)
-        s = np.exp(s - s.max(-1, keepdims=True))
-        a = np.einsum('nts,snh->tnh', s / s.sum(-1, keepdims=True), v)
-        x = x + np.einsum('tnh,nhd->td', a, p['out']['kernel'])
-        g, u = np.einsum('td,dcf->ctf', norm(x, p['norm_mlp']['weight']), p['gate_up']['kernel'])
-        x = x + (g / (1 + np.exp(-g)) * u) @ p['down']['kernel']
-    return norm(x, leaves['norm']['weight'])
-
-
 @pytest.mark.parametrize('kind', BACKBONES)
 def test_decoder_by_hand(kind):
+    """Each kind against the equations in double precision."""
     lm, x = made(kind), inputs()
-    np.testing.assert_allclose(forward(lm, x, where_of(COLUMNS))[0], by_hand(lm, x, kind),
-                               rtol=1e-4, atol=1e-4)
+    params = by_hand.float64(nnx.to_pure_dict(nnx.state(lm)))
+    options = {k: v for k, v in BACKBONES[kind].items()
+               if k in ('pairs', 'window_columns', 'norm_eps')}
+    want = by_hand.decoder(params, np.asarray(x[0], np.float64), theta=100.0, **options)
+    np.testing.assert_allclose(forward(lm, x, where_of(COLUMNS))[0], want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('kind', BACKBONES)
