@@ -378,8 +378,21 @@ def _hushed():
 
 
 def _quiet():
-    """Keeps Orbax's own log lines off the console: ours name the step and the reason."""
+    """Keeps Orbax's own lines off the console: ours name the step and the reason."""
     logging.getLogger('absl').addFilter(_not_orbax)     # adding it twice changes nothing
+    if not isinstance(sys.unraisablehook, _NotOfClosedLoops):
+        sys.unraisablehook = _NotOfClosedLoops(sys.unraisablehook)
+
+
+class _NotOfClosedLoops:
+    """Drops what late writes of a failed save say of the event loop that waits no more."""
+
+    def __init__(self, other):
+        self._other = other
+
+    def __call__(self, unraisable):
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            self._other(unraisable)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

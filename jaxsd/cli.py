@@ -7,6 +7,7 @@ flag); a traceback means a bug. JAXSD_TRACEBACK=1 shows it for errors of the fir
 
 import argparse
 import ctypes
+import dis
 import logging
 import os
 import sys
@@ -141,8 +142,15 @@ def _devices() -> None:
                          'jaxsd', 'xla')
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', cache)
     os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '1')
+    import jax
+
     from jaxsd import train
     train.connect()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:     # jax asserts where it knows no such platform
+        raise ConfigError(f'no device for JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: '
+                          f'{e or "jax has no such platform here"}') from None
 
 
 def _show(args, config):
@@ -221,12 +229,13 @@ VERBS['import'] = _import
 
 
 def _foreign(error: BaseException) -> str:
-    """The error's type where other code than ours raised it: its words may not name the cause."""
+    """What to say first of an error that no `raise` of ours made: its words may mislead."""
     trace = error.__traceback__
     while trace.tb_next:
         trace = trace.tb_next
     where = trace.tb_frame.f_globals.get('__name__', '')
-    if where.partition('.')[0] == 'jaxsd' or isinstance(error, OSError):
+    raised = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == 'RAISE_VARARGS'
+    if isinstance(error, OSError) or (raised and where.partition('.')[0] == 'jaxsd'):
         return ''
     return f'{type(error).__name__} in {where or "code"} (JAXSD_TRACEBACK=1 shows where): '
 
@@ -237,7 +246,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         rest, overrides = _split_overrides(argv)
-        args = _parser().parse_args(rest)
+        parser = _parser()
+        args, odd = parser.parse_known_args(rest)
+        if odd:
+            parser.prog += f' {args.verb}'
+            parser.error(f'unrecognized arguments: {" ".join(odd)}')
         config = None
         if args.verb != 'report':
             config = configs.read(args.config)
