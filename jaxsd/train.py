@@ -408,20 +408,22 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
             raise TrainingError(f'stage {stage.name}, step {n}: loss or gradient not finite for '
                                 f'{int(sums["bad_steps"])} steps in a row; lower the learning rate '
                                 'or look at the data')
-        if n == since_step or (n % stage.log_steps and n != stage.steps):
+        if n % stage.log_steps and n != stage.steps:
             return
         now = time.perf_counter()
-        step_s = (now - since) / (n - since_step)
+        # A first step compiles: it has a loss but no honest time.
+        spent_s = now - since if n > since_step else math.nan
+        step_s = spent_s / max(n - since_step, 1)
         entry = dict(
             stage=stage.name, step=n, loss=_finite(loss),
             terms={k: _finite(s / max(w, 1e-6)) for k, (s, w) in sums['terms'].items()},
             metrics={k: _finite(s / w) for k, (s, w) in sums['metrics'].items() if w > 0},
             lr=float(rate(n - 1)), grad_norm=_finite(sums['grad_norm']),
-            skipped_steps=int(sums['skipped_steps']), step_s=step_s,
-            data_wait_fraction=waited / max(now - since, 1e-9),
-            dispatch_fraction=dispatched / max(now - since, 1e-9),
-            tokens_per_s=positions / max(now - since, 1e-9),
-            audio_hours_per_h=audio_s / max(now - since, 1e-9),
+            skipped_steps=int(sums['skipped_steps']), step_s=_finite(step_s),
+            data_wait_fraction=_finite(waited / spent_s),
+            dispatch_fraction=_finite(dispatched / spent_s),
+            tokens_per_s=_finite(positions / spent_s),
+            audio_hours_per_h=_finite(audio_s / spent_s),
             tokens=sum(c['tokens'] for c in consumed.values()),
             audio_hours=sum(c['audio_s'] for c in consumed.values()) / 3600,
             time_s=round(time.time(), 3))
@@ -429,8 +431,8 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
         mfu = f'{100 * tflops / step_s / peak:.1f}%' if peak else 'unknown'
         log.info('completed step: %d, seconds: %.3f, TFLOP/s/device: %.3f, MFU: %s, '
                  'tokens/s/device: %.0f, audio-hours/h: %.1f, data-wait: %.2f%%, loss: %.4f',
-                 n, step_s, tflops / step_s, mfu, entry['tokens_per_s'] / mesh.size,
-                 entry['audio_hours_per_h'], 100 * entry['data_wait_fraction'], loss)
+                 n, step_s, tflops / step_s, mfu, positions / spent_s / mesh.size,
+                 audio_s / spent_s, 100 * waited / spent_s, loss)
         waited = dispatched = audio_s = 0.0
         positions, since, since_step = 0, now, n
 
@@ -458,20 +460,22 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
                 jax.profiler.stop_trace()
             last = n + 1 == stage.steps
             stop = _stop_now(asked, n)
-            if last or stop or (probe and stage.probe_steps and (n + 1) % stage.probe_steps == 0):
-                read(pending)
+            probing = probe and (last or (not stop and stage.probe_steps
+                                          and (n + 1) % stage.probe_steps == 0))
+            saving = last or stop or (n + 1) % stage.save_steps == 0
+            if probing or saving:
+                read(pending)       # what is saved must have been checked and counted
                 pending = None
-                if probe and (last or (not stop and stage.probe_steps)):
+                if probing:
                     held_out = probe(n + 1, state['params'])
                     writers.write(dict(stage=stage.name, step=n + 1, held_out=held_out,
                                        time_s=round(time.time(), 3)))
                     log.info('held out at step %d: %s', n + 1,
                              ', '.join(f'{k} {x:.4f}' for k, x in held_out.items()))
-                since, since_step = time.perf_counter(), n + 1
+                if saving:
+                    save(n + 1)
+                since, since_step, positions = time.perf_counter(), n + 1, 0
                 waited = dispatched = audio_s = 0.0
-                positions = 0
-            if last or stop or (n + 1) % stage.save_steps == 0:
-                save(n + 1)
             if stop and not last:
                 saved.wait()
                 log.info('asked to stop: saved step %d of stage %s; the same command goes on',

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Killed at any moment, a run goes on to the same bits; shared by processes, it is the same run."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxsd import checkpoint
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STEPS = 24
+
+
+def command(system, corpus, work, *options):
+    codec = 'units' if system == 'spirit_lm' else 'codec'
+    return [sys.executable, '-m', 'jaxsd', 'train', '--config', f'configs/{system}.py:tiny',
+            '--workdir', str(work), f'--config.data.path={corpus}',
+            f'--config.vocab.tokenizer={corpus}/text.model',
+            f'--config.codec.path={corpus}/{codec}.safetensors', *options]
+
+
+def quick(system, steps=STEPS):
+    """Several sources in every batch, a checkpoint every fourth step, every step logged."""
+    mix = ("{'aligned': 0.5, 'asr': 0.3, 'speech': 0.2}" if system == 'spirit_lm'
+           else "{'stories': 0.5, 'users': 0.5}")
+    return (f'--config.stages[0].steps={steps}', '--config.stages[0].save_steps=4',
+            '--config.stages[0].lr=0.003', f'--config.stages[0].data={mix}',
+            *(('--stage', 'listen') if system == 'moshi' else ()))
+
+
+def environment(devices=1, **more):
+    return os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'} | more
+
+
+def losses(work) -> dict[int, float]:
+    path, out = os.path.join(work, 'metrics.jsonl'), {}
+    if os.path.exists(path):
+        with open(path) as f:
+            for line in f:
+                if line.endswith('\n') and 'loss' in (entry := json.loads(line)):
+                    assert entry['step'] not in out, 'a step was logged twice'
+                    out[entry['step']] = entry['loss']
+    return out
+
+
+@pytest.mark.parametrize('system', ('spirit_lm',
+                                    pytest.param('moshi', marks=pytest.mark.slow)))
+def test_killed_and_resumed_is_the_same_run_to_the_bit(system, corpus, tmp_path):
+    """kill -9 in mid-run, with packing and mixing: losses and parameters are bit-identical."""
+    straight, broken = tmp_path / 'straight', tmp_path / 'broken'
+    run = dict(cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(system, corpus, straight, *quick(system)), **run)
+
+    process = subprocess.Popen(command(system, corpus, broken, *quick(system)), cwd=ROOT,
+                               env=environment(), stdout=subprocess.DEVNULL)
+    stage = 'pretrain' if system == 'spirit_lm' else 'listen'
+    folder = checkpoint.folder_of(str(broken), stage)
+    limit = time.monotonic() + 120
+    while not (checkpoint.steps(folder) and max(losses(broken), default=0) >= 6):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed_at = max(losses(broken))
+    assert killed_at < STEPS, 'the run was over before it was killed'
+    subprocess.run(command(system, corpus, broken, *quick(system)), **run)
+
+    assert losses(broken) == losses(straight)
+    assert sorted(losses(straight)) == list(range(1, STEPS + 1))
+    a, b = (checkpoint.read_meta(checkpoint.folder_of(str(w), stage)) for w in (straight, broken))
+    assert a['step'] == b['step'] == STEPS
+    assert a['leaves'] == b['leaves']       # shapes, dtypes and checksums of every array
+    ledgers = []
+    for work in (straight, broken):
+        with open(work / 'ledger.jsonl') as f:
+            ledgers.append([json.loads(line) for line in f])
+    assert [e['event'] for e in ledgers[1] if e['event'] in ('start', 'resume')] == ['start',
+                                                                                    'resume']
+    consumed = [[e['consumed'] for e in ledger if e['event'] == 'consumed'][-1]
+                for ledger in ledgers]
+    assert consumed[0] == consumed[1] and len(consumed[0]) == (3 if system == 'spirit_lm' else 2)
+    print(f'{system}: killed after step {killed_at}; {STEPS} losses and '
+          f'{len(a["leaves"])} arrays identical to the bit')
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(corpus, tmp_path):
+    """Real processes over gloo: the losses of one process with as many devices."""
+    options = quick('spirit_lm', steps=6)
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    subprocess.run(command('spirit_lm', corpus, one, *options), cwd=ROOT, check=True,
+                   env=environment(2), stdout=subprocess.DEVNULL)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    processes = [subprocess.Popen(
+        command('spirit_lm', corpus, two, *options), cwd=ROOT, stdout=subprocess.DEVNULL,
+        env=environment(1, JAXSD_COORDINATOR=f'127.0.0.1:{port}', JAXSD_PROCESSES='2',
+                        JAXSD_PROCESS_INDEX=str(i))) for i in range(2)]
+    assert [p.wait(timeout=240) for p in processes] == [0, 0]
+    a, b = losses(one), losses(two)
+    assert a.keys() == b.keys() and len(a) == 6
+    assert max(abs(a[k] - b[k]) for k in a) < 1e-5
+
+
+def test_terminated_saves_and_goes_on(corpus, tmp_path):
+    """SIGTERM: the step in hand is saved, the exit status is 0, the same command finishes."""
+    work = tmp_path / 'run'
+    options = (*quick('spirit_lm', 400), '--config.stages[0].save_steps=1000')
+    process = subprocess.Popen(command('spirit_lm', corpus, work, *options), cwd=ROOT,
+                               env=environment(), stdout=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 120
+    while max(losses(work), default=0) < 3:
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.005)
+    process.terminate()
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and 'asked to stop: saved step' in said
+    saved = checkpoint.steps(checkpoint.folder_of(str(work), 'pretrain'))
+    assert len(saved) == 1 and 3 <= saved[0] < 400
+    assert max(losses(work)) == saved[0]
