@@ -23,7 +23,7 @@ part() {    # part NAME 'what happens' COMMAND...
 }
 jaxsd() { "$python" -m jaxsd "$@"; }
 
-part data 'speaking a small corpus and turning it into tokens' \
+[ -e data/demo/manifest.json ] || part data 'speaking a corpus and turning it into tokens' \
   "$python" -m data_pipelines.demo --out data/demo --hours "${HOURS:-16}"
 
 run() {     # run NAME CONFIG SOURCE FORMAT: train, look, measure, export
