@@ -3,28 +3,26 @@
 
 The step is a pure function of plain dicts; modules exist only while it is traced. The loop
 dispatches step n and then reads the numbers of step n-1, so the host never waits for the loss it
-has just asked for. Everything a run leaves behind goes through `checkpoint` (checkpoints, ledger)
-and three small writers here (console, metrics.jsonl, TensorBoard).
+has just asked for. What a run leaves behind goes through `checkpoint` and `journal`.
 """
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import logging
 import math
 import os
 import signal
-import subprocess
+import threading
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
-from jaxsd import checkpoint, data, model, sharding
+from jaxsd import checkpoint, data, journal, model, sharding
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, plain
@@ -34,11 +32,6 @@ log = logging.getLogger('jaxsd')
 
 Probe = Callable
 """probe(step, params) -> {name: value}: held-out numbers, called every probe_steps."""
-
-# bf16 peaks of one device, TFLOP/s, from the vendors' data sheets (dense).
-PEAK_TFLOPS = {'TPU v4': 275, 'TPU v5 lite': 197, 'TPU v5e': 197, 'TPU v5': 459, 'TPU v5p': 459,
-               'TPU v6 lite': 918, 'NVIDIA A100-SXM4-80GB': 312, 'NVIDIA H100 80GB HBM3': 989,
-               'NVIDIA H200': 989, 'NVIDIA B200': 2250}
 
 
 class TrainingError(RuntimeError):
@@ -52,11 +45,11 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
     """step(state, batch) -> (state, sums), pure.
 
     state: params (nested dict), opt, step, bad_steps (consecutive) and skipped_steps (in all).
-    sums: {'terms': {name: (sum, weight)}, 'metrics': ..., 'loss', 'grad_norm', 'bad_steps',
+    sums: {'terms': {name: (sum, weight)}, 'metrics': ..., 'loss', 'grad_norm', 'lr', 'bad_steps',
     'skipped_steps'}, all scalars. A step whose loss or gradient is not finite changes nothing but
-    the counters.
+    the counters; the schedule does not move on either.
     """
-    tx = stages.optimizer(stage, by_path)
+    tx, rate = stages.optimizer(stage, by_path), stages.learning_rate(stage)
 
     def sums_of(params, batch, key):
         logp, hit = nnx.merge(graph, params)(batch, key, place)
@@ -96,12 +89,13 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
         new = (optax.apply_updates(trainable, updates), opt)
         trainable, opt = jax.tree.map(lambda a, b: jnp.where(good, a, b), new,
                                       (trainable, state['opt']))
+        lr = jnp.asarray(rate(state['step'] - state['skipped_steps']), jnp.float32)
         bad = jnp.where(good, 0, state['bad_steps'] + 1)
         skipped = state['skipped_steps'] + jnp.where(good, 0, 1)
         state = dict(params=stages.join(trainable, frozen), opt=opt, step=state['step'] + 1,
                      bad_steps=bad, skipped_steps=skipped)
-        return state, dict(terms=terms, metrics=metrics, loss=loss, grad_norm=norm, bad_steps=bad,
-                           skipped_steps=skipped)
+        return state, dict(terms=terms, metrics=metrics, loss=loss, grad_norm=norm, lr=lr,
+                           bad_steps=bad, skipped_steps=skipped)
     return step
 
 
@@ -141,22 +135,24 @@ def fresh_state(config, stage: Stage, target, by_path, params=None):
 
 
 def start_params(config, stage: Stage, workdir: str, target):
-    """Parameters to begin `stage` with: None for 'init', else those of the stage or path it names.
+    """(parameters to begin `stage` with, where they come from): (None, 'init') or those it names.
 
     A stage with low-rank terms takes them fresh and everything else from there.
     """
     folder = _start_folder(config, stage, workdir)
     if folder is None:
-        return None
+        return None, 'init'
     flat = flatten(target['params'])
     old = {p: x for p, x in flat.items() if not p.rsplit('/', 1)[-1].startswith('lora_')}
-    params, _ = checkpoint.restore_params(folder, stages.unflatten(old))
+    params, meta = checkpoint.restore_params(folder, stages.unflatten(old))
+    data.same_codec(meta['data'], config)
+    source = f'step {meta["step"]} of {stage.start}'
     if len(old) == len(flat):
-        return params
+        return params, source
     where = jax.tree.map(lambda x: x.sharding, target['params'])
     fresh = jax.jit(lambda key: model.init(config, key, stage.lora),
                     out_shardings=where)(jax.random.key(config.seed))
-    return stages.unflatten(flatten(fresh) | flatten(params))
+    return stages.unflatten(flatten(fresh) | flatten(params)), source
 
 
 def _start_folder(config, stage: Stage, workdir: str) -> str | None:
@@ -171,121 +167,44 @@ def _start_folder(config, stage: Stage, workdir: str) -> str | None:
     return folder
 
 
-# What a run writes.
-
-def model_tflops(config, columns: int, row_columns: float | None = None) -> float:
-    """TFLOPs of one forward and backward pass over `columns` columns, attention counted causally.
-
-    Every matrix is counted twice per use (multiply, add) and three times per step (forward and two
-    backward products). `row_columns` is the length of a packed segment (default: the whole row).
-    Recomputation is not counted: this is the model's work, not the machine's.
-    """
-    _, shapes, _ = model.abstract(config)
-    flat = {p: int(np.prod(x.shape)) for p, x in flatten(shapes).items() if p.endswith('/kernel')}
-    used = sum(flat.values())
-    head, back = config.head, config.backbone
-    if head['name'] == 'tied':
-        used += shapes['frontend']['table'].size
-    flops = 2.0 * used
-    seen = (row_columns or config.columns) / 2
-    if back.get('window_columns'):
-        seen = min(seen, back.window_columns)
-    flops += 4.0 * back.layers * back.heads * back.head_dim * seen
-    return 3.0 * flops * columns / 1e12
-
-
-def peak_tflops(device) -> float | None:
-    return PEAK_TFLOPS.get(device.device_kind)
-
-
-def _revision() -> str:
-    try:
-        out = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True,
-                             text=True, timeout=10, cwd=os.path.dirname(__file__), check=False)
-        return out.stdout.strip() or 'unknown'
-    except (OSError, subprocess.SubprocessError):
-        return 'unknown'
-
-
-class _Writers:
-    """metrics.jsonl and TensorBoard events of one run, from process 0 only."""
-
-    def __init__(self, workdir: str, step: int, stage: str):
-        self._first = jax.process_index() == 0
-        if not self._first:
-            return
-        from tensorboardX import SummaryWriter
-        path = os.path.join(workdir, 'metrics.jsonl')
-        _drop_after(path, stage, step)
-        self._file = open(path, 'a', encoding='utf-8')
-        self._board = SummaryWriter(os.path.join(workdir, 'tensorboard', stage), purge_step=step)
-
-    def write(self, entry: dict):
-        if not self._first:
-            return
-        self._file.write(json.dumps(entry) + '\n')
-        self._file.flush()
-        for name, value in _scalars(entry):
-            self._board.add_scalar(name.replace(' ', '_'), value, entry['step'])
-
-    def close(self):
-        if self._first:
-            self._file.close()
-            self._board.close()
-
-
-def _scalars(entry, path=''):
-    for key, value in entry.items():
-        at = f'{path}/{key}' if path else key
-        if isinstance(value, dict):
-            yield from _scalars(value, at)
-        elif isinstance(value, int | float) and key != 'step':
-            yield at, value
-
-
-def _drop_after(path: str, stage: str, step: int):
-    """Removes lines of `stage` past `step`: a killed run wrote them and this run will again."""
-    if not os.path.exists(path):
-        return
-    kept = []
-    with open(path, encoding='utf-8') as f:
-        for line in f:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if entry.get('stage') != stage or entry.get('step', 0) <= step:
-                kept.append(line if line.endswith('\n') else line + '\n')
-    rundir.write_atomic(path, ''.join(kept))
-
-
-def _finite(x) -> float | None:
-    """A float for JSON: None where it is not finite (JSON has no NaN)."""
-    x = float(x)
-    return x if math.isfinite(x) else None
-
-
 # The loop.
 
 @contextlib.contextmanager
 def _asked_to_stop():
-    """A list that becomes non-empty on SIGTERM or SIGINT: save, then leave."""
-    asked: list[int] = []
-    old = {s: signal.signal(s, lambda n, _: asked.append(n))
-           for s in (signal.SIGTERM, signal.SIGINT)}
+    """A function to call after every step: True once SIGTERM or SIGINT came (save, then leave).
+
+    The processes of a distributed run agree on the step: jax's own service hears SIGTERM there and
+    tells the others, so SIGINT is passed on as that. A second SIGINT interrupts at once.
+    """
+    shared = jax.process_count() > 1
+    asked, interrupts, calls = [], [], itertools.count()
+
+    def heard(number, _):
+        if number == signal.SIGINT:
+            if interrupts:
+                raise KeyboardInterrupt
+            interrupts.append(number)
+        if shared:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            asked.append(number)
+
+    def stop() -> bool:
+        if shared:
+            from jax.experimental import multihost_utils
+            if multihost_utils.reached_preemption_sync_point(next(calls)):
+                asked.append(signal.SIGTERM)
+        return bool(asked)
+
+    numbers = (signal.SIGINT,) if shared else (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()        # Python lets only the main thread listen
+    old = {s: signal.signal(s, heard) for s in numbers}
     try:
-        yield asked
+        yield stop
     finally:
         for s, handler in old.items():
-            signal.signal(s, handler)
-
-
-def _stop_now(asked: list, step: int) -> bool:
-    """Whether to stop at `step`; all processes of a distributed run agree on the step."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-        return bool(asked) or multihost_utils.reached_preemption_sync_point(step)
-    return bool(asked)
+            signal.signal(s, handler if handler is not None else signal.SIG_DFL)
 
 
 def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, profile_steps=()):
@@ -310,8 +229,9 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
         probes.append(probe_of(stage) if probe_of else None)
     rundir.open_run(workdir, config)
     loss = None
-    for stage, probe in zip(which, probes, strict=True):
-        loss = _run_stage(config, stage, workdir, mesh, v, probe, profile_steps)
+    with _asked_to_stop() as stop:
+        for stage, probe in zip(which, probes, strict=True):
+            loss = _run_stage(config, stage, workdir, mesh, v, probe, profile_steps, stop)
     return loss
 
 
@@ -325,7 +245,22 @@ def _check_batch(config, stage: Stage, mesh, v) -> None:
     model.objective_of(config)(cells, cells, dict(tokens=cells.astype(int), weights=cells))
 
 
-def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps):
+def _share_of_rows(rows, batch: int) -> tuple[int, int]:
+    """(index, count): which of `count` equal parts of a batch the devices of this process hold.
+
+    Processes that split only the tensor axis hold the same rows, so that count may be below the
+    number of processes. Raises ConfigError where they are not one consecutive part.
+    """
+    held = {s[0].indices(batch)[:2]
+            for s in rows.addressable_devices_indices_map((batch,)).values()}
+    first, last, size = min(held)[0], max(held)[1], sum(b - a for a, b in held)
+    if size != last - first or first % size or batch % size:
+        raise ConfigError(f'mesh: the devices of process {jax.process_index()} hold separate rows '
+                          'of a batch; make mesh.data x mesh.fsdp a multiple of the process count')
+    return first // size, batch // size
+
+
+def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, stop):
     graph, target, by_path = abstract_state(config, stage, mesh)
     rules = sharding.rules_of(plain(config.mesh).get('rules', {}))
     rows = sharding.batch_sharding(rules, mesh)
@@ -336,147 +271,154 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps):
     step_fn = jax.jit(make_step(graph, model.objective_of(config), stage, by_path,
                                 sharding.placer(rules, mesh), config.seed),
                       donate_argnums=0,
-                      out_shardings=(jax.tree.map(lambda x: x.sharding, target), None))
+                      out_shardings=(jax.tree.map(lambda x: x.sharding, target),
+                                     sharding.replicated(mesh)))
     marks = data.fingerprint(config, dataclasses.asdict(stage), v)
     with checkpoint.Checkpoints(workdir, stage.name, config=config, keep=stage.keep) as saved:
         found = saved.resume(target)
         if found:
             state, meta = found
-            begin = int(meta['step'])
+            begin, counted = int(meta['step']), meta['data'].get('consumed', {})
             data.resume(meta['data'], marks)
+            if begin >= stage.steps:
+                log.info('stage %s is done (%d steps)', stage.name, stage.steps)
+                return None
+            begun = dict(event='resume', stage=stage.name, step=begin)
         else:
-            state = fresh_state(config, stage, target, by_path,
-                                start_params(config, stage, workdir, target))
-            begin = 0
+            params, source = start_params(config, stage, workdir, target)
+            state = fresh_state(config, stage, target, by_path, params)
+            begin, counted = 0, {}
+            begun = dict(event='start', stage=stage.name, step=0, start=source)
         parameters = model.count(target['params'])
         trained = model.count(stages.split(target['params'], by_path)[0])
-        rundir.ledger(workdir, dict(
-            event='resume' if found else 'start', stage=stage.name, step=begin,
-            revision=_revision(), fingerprint=fingerprint(config), devices=mesh.size,
+        rundir.ledger(workdir, begun | dict(
+            revision=journal.revision(), fingerprint=fingerprint(config), devices=mesh.size,
             device_kind=mesh.devices.flat[0].device_kind, processes=jax.process_count(),
             mesh={k: int(n) for k, n in mesh.shape.items() if n > 1},
             parameters=parameters, trained_parameters=trained,
             dataset=marks['dataset']))
-        if begin >= stage.steps:
-            log.info('stage %s is done (%d steps)', stage.name, stage.steps)
-            return None
-        log.info('stage %s: steps %d..%d, %.2f M parameters (%.2f M trained), mesh %s', stage.name,
-                 begin, stage.steps, parameters / 1e6, trained / 1e6,
-                 {k: int(n) for k, n in mesh.shape.items() if n > 1} or 'one device')
+        log.info('stage %s: steps %d..%d, %.2f M parameters (%.2f M trained), mesh %s, from %s',
+                 stage.name, begin, stage.steps, parameters / 1e6, trained / 1e6,
+                 {k: int(n) for k, n in mesh.shape.items() if n > 1} or 'one device',
+                 begun.get('start', f'step {begin}'))
+        share = _share_of_rows(rows, stage.batch)
         batches = data.batches(config, dataclasses.asdict(stage), v, start_step=begin,
-                               process_index=jax.process_index(),
-                               process_count=jax.process_count())
+                               process_index=share[0], process_count=share[1])
         drawn_from = dict(fingerprint=marks, codec=data.codec(config))
         with contextlib.closing(batches):
             return _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, state,
-                         begin, saved, probe, profile_steps)
+                         begin, journal.Consumed(stage, counted, share[0]), saved, probe,
+                         profile_steps, stop)
 
 
 def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, state, begin,
-          saved, probe, profile_steps):
-    rate = stages.learning_rate(stage)
-    tflops = model_tflops(config, stage.batch * config.columns) / mesh.size
-    peak = peak_tflops(mesh.devices.flat[0])
-    writers = _Writers(workdir, begin, stage.name)
-    consumed = {}
-    for entry in rundir.read_ledger(workdir):       # resumed counts go on where they stopped
-        if entry.get('stage') == stage.name and entry.get('consumed_to', begin + 1) <= begin:
-            consumed = entry['consumed']
-    consumed = {s: dict(c) for s, c in consumed.items()}
-    pending = None
-    loss = None
+          consumed, saved, probe, profile_steps, stop):
+    tflops = journal.model_tflops(config, stage.batch * config.columns) / mesh.size
+    peak = journal.peak_tflops(mesh.devices.flat[0])
+    first_trace, last_trace = profile_steps or (stage.steps, stage.steps)
+    if profile_steps and not (begin < last_trace and first_trace < stage.steps):
+        log.warning('stage %s: steps %d..%d are to be traced, but steps %d..%d are to be trained',
+                    stage.name, first_trace, last_trace, begin, stage.steps)
+
+    def put(arrays):
+        return {k: jax.make_array_from_process_local_data(rows, x) for k, x in arrays.items()}
+
+    # Filling the data pipeline and compiling come before the clock: every step's time is a step's.
+    ahead = [next(batches)]
+    start = time.perf_counter()
+    step_fn = step_fn.lower(state, put(ahead[0][0])).compile()
+    log.info('compiled in %.1f s', time.perf_counter() - start)
+
+    writers = journal.Writers(workdir, begin, stage.name)
+    pending = loss = None
     # waited: for data; dispatched: host work of handing a step over; both since the last line.
     waited = dispatched = 0.0
-    since, since_step, positions, audio_s = time.perf_counter(), begin, 0, 0.0
+    since, since_step, before = time.perf_counter(), begin, consumed.before
 
     def read(pending):
-        """The numbers of an earlier step, checked; written every log_steps."""
-        nonlocal waited, dispatched, since, since_step, positions, audio_s, loss
+        """The numbers of an earlier step, counted and checked; written every log_steps."""
+        nonlocal waited, dispatched, since, since_step, before, loss
         n, sums, account = pending
         sums = jax.device_get(sums)
         loss = float(sums['loss'])
-        if n == begin + 1:      # this one compiled: the clock starts after it
-            since, since_step, waited, dispatched = time.perf_counter(), n, 0.0, 0.0
-        for source, counts in account.items():
-            into = consumed.setdefault(source, {})
-            for k, x in counts.items():
-                into[k] = into.get(k, 0) + x
-            if n > begin + 1:
-                positions += counts['tokens']
-                audio_s += counts['audio_s']
+        consumed.add(account)
+        if n % stage.log_steps == 0 or n == stage.steps:
+            now, counted = time.perf_counter(), consumed.total()
+            spent_s, count = max(now - since, 1e-9), n - since_step
+
+            def grown(k):
+                return sum(c[k] for c in counted.values()) - sum(c[k] for c in before.values())
+
+            finite = journal.finite
+            entry = dict(
+                stage=stage.name, step=n, loss=finite(loss),
+                terms={k: finite(s / max(w, 1e-6)) for k, (s, w) in sums['terms'].items()},
+                metrics={k: finite(s / w) for k, (s, w) in sums['metrics'].items() if w > 0},
+                lr=float(sums['lr']), grad_norm=finite(sums['grad_norm']),
+                skipped_steps=int(sums['skipped_steps']), step_s=spent_s / count,
+                data_wait_fraction=waited / spent_s, dispatch_fraction=dispatched / spent_s,
+                tokens_per_s=grown('tokens') / spent_s,
+                audio_hours_per_h=grown('audio_s') / spent_s,
+                tokens=sum(c['tokens'] for c in counted.values()),
+                audio_hours=sum(c['audio_s'] for c in counted.values()) / 3600,
+                time_s=round(time.time(), 3))
+            writers.write(entry)
+            speed = tflops * count / spent_s
+            log.info('completed step: %d, seconds: %.3f, TFLOP/s/device: %.3f, MFU: %s, '
+                     'tokens/s/device: %.0f, audio-hours/h: %.1f, data-wait: %.2f%%, loss: %.4f',
+                     n, entry['step_s'], speed, f'{100 * speed / peak:.1f}%' if peak else 'unknown',
+                     entry['tokens_per_s'] / mesh.size, entry['audio_hours_per_h'],
+                     100 * entry['data_wait_fraction'], loss)
+            waited = dispatched = 0.0
+            since, since_step, before = now, n, counted
         if int(sums['bad_steps']) >= stage.bad_steps:
             raise TrainingError(f'stage {stage.name}, step {n}: loss or gradient not finite for '
                                 f'{int(sums["bad_steps"])} steps in a row; lower the learning rate '
                                 'or look at the data')
-        if n % stage.log_steps and n != stage.steps:
-            return
-        now = time.perf_counter()
-        # A first step compiles: it has a loss but no honest time.
-        spent_s = now - since if n > since_step else math.nan
-        step_s = spent_s / max(n - since_step, 1)
-        entry = dict(
-            stage=stage.name, step=n, loss=_finite(loss),
-            terms={k: _finite(s / max(w, 1e-6)) for k, (s, w) in sums['terms'].items()},
-            metrics={k: _finite(s / w) for k, (s, w) in sums['metrics'].items() if w > 0},
-            lr=float(rate(n - 1)), grad_norm=_finite(sums['grad_norm']),
-            skipped_steps=int(sums['skipped_steps']), step_s=_finite(step_s),
-            data_wait_fraction=_finite(waited / spent_s),
-            dispatch_fraction=_finite(dispatched / spent_s),
-            tokens_per_s=_finite(positions / spent_s),
-            audio_hours_per_h=_finite(audio_s / spent_s),
-            tokens=sum(c['tokens'] for c in consumed.values()),
-            audio_hours=sum(c['audio_s'] for c in consumed.values()) / 3600,
-            time_s=round(time.time(), 3))
-        writers.write(entry)
-        mfu = f'{100 * tflops / step_s / peak:.1f}%' if peak else 'unknown'
-        log.info('completed step: %d, seconds: %.3f, TFLOP/s/device: %.3f, MFU: %s, '
-                 'tokens/s/device: %.0f, audio-hours/h: %.1f, data-wait: %.2f%%, loss: %.4f',
-                 n, step_s, tflops / step_s, mfu, positions / spent_s / mesh.size,
-                 audio_s / spent_s, 100 * waited / spent_s, loss)
-        waited = dispatched = audio_s = 0.0
-        positions, since, since_step = 0, now, n
 
     def save(n):
-        saved.save(n, state, data_state=dict(next_step=n, **drawn_from))
+        counted = consumed.total()
+        saved.save(n, state, data_state=dict(next_step=n, consumed=counted, **drawn_from))
         rundir.ledger(workdir, dict(event='consumed', stage=stage.name, consumed_to=n,
-                                        consumed=consumed))
+                                    consumed=counted))
 
-    with _asked_to_stop() as asked, contextlib.closing(writers):
+    tracing = False
+    with contextlib.closing(writers):
         for n in range(begin, stage.steps):
-            if profile_steps and n == profile_steps[0]:
+            if first_trace <= n < last_trace and not tracing:
                 jax.profiler.start_trace(os.path.join(workdir, 'profile'))
+                tracing = True
             start = time.perf_counter()
-            arrays, account = next(batches)
+            arrays, account = ahead.pop() if ahead else next(batches)
             waited += time.perf_counter() - start
             start = time.perf_counter()
-            batch = {k: jax.make_array_from_process_local_data(rows, x) for k, x in arrays.items()}
-            state, sums = step_fn(state, batch)
+            state, sums = step_fn(state, put(arrays))
             dispatched += time.perf_counter() - start
             if pending:
                 read(pending)
             pending = (n + 1, sums, account)
-            if profile_steps and n + 1 == profile_steps[1]:
+            last, leaving = n + 1 == stage.steps, stop()
+            if tracing and (last or leaving or n + 1 == last_trace):
                 jax.block_until_ready(sums)
                 jax.profiler.stop_trace()
-            last = n + 1 == stage.steps
-            stop = _stop_now(asked, n)
-            probing = probe and (last or (not stop and stage.probe_steps
+                tracing = False
+            probing = probe and (last or (stage.probe_steps and not leaving
                                           and (n + 1) % stage.probe_steps == 0))
-            saving = last or stop or (n + 1) % stage.save_steps == 0
-            if probing or saving:
-                read(pending)       # what is saved must have been checked and counted
-                pending = None
-                if probing:
-                    held_out = probe(n + 1, state['params'])
-                    writers.write(dict(stage=stage.name, step=n + 1, held_out=held_out,
-                                       time_s=round(time.time(), 3)))
-                    log.info('held out at step %d: %s', n + 1,
-                             ', '.join(f'{k} {x:.4f}' for k, x in held_out.items()))
-                if saving:
-                    save(n + 1)
-                since, since_step, positions = time.perf_counter(), n + 1, 0
-                waited = dispatched = audio_s = 0.0
-            if stop and not last:
+            saving = last or leaving or (n + 1) % stage.save_steps == 0
+            if not (probing or saving):
+                continue
+            read(pending)       # what is saved has been checked and counted
+            pending, paused = None, time.perf_counter()
+            if saving:          # first, so that an error while probing loses nothing
+                save(n + 1)
+            if probing:
+                held_out = probe(n + 1, state['params'])
+                writers.write(dict(stage=stage.name, step=n + 1, held_out=held_out,
+                                   time_s=round(time.time(), 3)))
+                log.info('held out at step %d: %s', n + 1,
+                         ', '.join(f'{k} {x:.4f}' for k, x in held_out.items()))
+            since += time.perf_counter() - paused       # a step's time is without these
+            if leaving:
                 saved.wait()
                 log.info('asked to stop: saved step %d of stage %s; the same command goes on',
                          n + 1, stage.name)

@@ -39,6 +39,7 @@ LAYERS = {
     'model': (3, (), JAX | {'flax'}, {'optax', 'orbax'}),
     'stage': (3, (), JAX | {'flax', 'optax'}, {'orbax'}),
     'checkpoint': (3, (), JAX | {'orbax', 'etils'}, {'optax'}),
+    'journal': (4, (), ANY, set()),
     'train': (5, (), ANY, set()),
     'generate': (5, (), ANY, set()),
     'speak': (5, ('generate',), ANY, set()),
