@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is what streaming decode says what the model would have said, cell by cell, read all at once?"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections as mlc
+import numpy as np
+import pytest
+import sentencepiece
+from flax import nnx
+from small import built
+
+from jaxsd import generate, model
+from jaxsd.config import ConfigError
+from jaxsd.generate import FREE, Sampler
+from jaxsd.layout import duplex
+from jaxsd.types import NOTHING
+from jaxsd.vocab import Text, initial, streams
+
+LATE = (2, 0, 1, 1, 0, 1, 1)        # of text, mine 0..2, theirs 0..2
+SPREAD = Sampler(1.0)
+
+
+def speaker_of(system: str, kind: str, **samplers):
+    c, graph, params = built(system, kind)
+    v = model.make_vocab(c)
+    return v, generate.ready(graph, params, v, samplers, c.backbone.get('window_columns'))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(graph, params, tokens_KT, segment_T):
+    return nnx.merge(graph, params).scores(dict(
+        tokens=tokens_KT[None], position=jnp.arange(tokens_KT.shape[1])[None],
+        segment=segment_T[None]))
+
+
+def teacher(speaker, tokens_KT):
+    """Scores per row [T, V] of the training forward over one sequence that is already there."""
+    K, T = tokens_KT.shape
+    padded, segment = np.full((K, 64), NOTHING, np.int32), np.zeros(64, np.int32)
+    padded[:, :T], segment[:T] = tokens_KT, 1
+    out = _scores(speaker.graph, speaker.params, padded, segment)
+    return [None if s is None else np.asarray(s[0, :T]) for s in out]
+
+
+def assert_greedy(v, speaker, said_KT, plan_KT):
+    """Every cell that the plan left free holds the best id, given everything said before it."""
+    free = 0
+    for k, (row, s) in enumerate(zip(v.rows, teacher(speaker, said_KT), strict=True)):
+        if s is None:
+            assert not (plan_KT[k] == FREE).any()
+            continue
+        for t in np.flatnonzero(plan_KT[k] == FREE):
+            chosen = said_KT[k, t] - row.start
+            assert 0 <= chosen < row.predicted
+            assert s[t - 1, chosen] > s[t - 1].max() - 1e-4, (row.name, t)
+            free += 1
+    return free
+
+
+def heard(frames: int, seed: int = 0):
+    return np.random.default_rng(seed).integers(0, 12, (3, frames))
+
+
+# The plan of a conversation.
+
+def test_a_plan_is_what_training_would_have_drawn():
+    """The heard rows of a plan are those of the layout's own delays; mine are free after them."""
+    c, _, _ = built('streams', 'helium')
+    v, codes = model.make_vocab(c), heard(9)
+    plan = generate.conversation_plan(v, codes, LATE)
+    aligned = np.full((7, 9), NOTHING)
+    for book in range(3):
+        aligned[4 + book] = v.encode(f'theirs {book}', codes[book])
+    drawn = duplex.delay(aligned, v, LATE)
+    np.testing.assert_array_equal(plan[4:], drawn[4:])
+    for k, row in enumerate(v.rows):
+        assert (plan[k, :1 + LATE[k]] == initial(row)).all()
+        if k < 4:
+            assert (plan[k, 1 + LATE[k]:] == FREE).all()
+    # Undelayed, the codes come back, but for those that fell off the end.
+    back = duplex.undelay(plan, LATE)
+    np.testing.assert_array_equal(back[4], aligned[4])
+    np.testing.assert_array_equal(back[5:, :8], aligned[5:, :8])
+    assert (back[5:, 8] == NOTHING).all()
+
+
+def test_a_plan_may_give_my_voice_instead():
+    v = model.make_vocab(built('streams', 'helium')[0])
+    plan = generate.conversation_plan(v, heard(5), LATE, speaker='mine')
+    np.testing.assert_array_equal(plan[1, 1:], v.encode('mine 0', heard(5)[0]))
+    assert (plan[4, 1:] == FREE).all()
+
+
+def test_a_plan_shorter_than_its_delays_and_a_code_out_of_range():
+    v = model.make_vocab(built('streams', 'helium')[0])
+    plan = generate.conversation_plan(v, heard(1), (5, 0, 3, 3, 0, 3, 3))
+    assert plan.shape == (7, 2) and plan[5].tolist() == [initial(v.rows[5])] * 2
+    with pytest.raises(ValueError, match='theirs 0 ids must lie in'):
+        generate.conversation_plan(v, np.full((3, 4), 99), LATE)
+
+
+# A conversation.
+
+@pytest.mark.parametrize('kind', ('helium', 'qwen2'))
+def test_conversation_is_the_training_forward(kind):
+    """Several conversations at once, of different lengths, much longer than the window where there
+    is one: heard cells as given, initial tokens in place, all else the model's first choice."""
+    v, speaker = speaker_of('streams', kind)
+    plans = [generate.conversation_plan(v, heard(n, seed=n), LATE) for n in (63, 20, 1)]
+    said = generate.converse(speaker, plans)
+    for plan, column in zip(plans, said, strict=True):
+        assert column.shape == plan.shape
+        known = plan != FREE
+        np.testing.assert_array_equal(column[known], plan[known])
+        free = (1 + 3) * (plan.shape[1] - 1) - sum(min(d, plan.shape[1] - 1) for d in LATE[:4])
+        assert assert_greedy(v, speaker, column, plan) == free
+    # And what I hear undelayed is what was given.
+    back = duplex.undelay(said[1], LATE)
+    for book in range(3):
+        kept = 20 - LATE[4 + book]
+        np.testing.assert_array_equal(back[4 + book, :kept],
+                                      v.encode(f'theirs {book}', heard(20, seed=20)[book, :kept]))
+    if kind == 'helium':    # the window matters here: without it, other choices
+        wide = speaker._replace(graph=wider(speaker))
+        with pytest.raises(AssertionError):
+            assert_greedy(v, wide, said[0], plans[0])
+
+
+def wider(speaker):
+    """The same model without its window."""
+    lm = nnx.eval_shape(lambda p: nnx.merge(speaker.graph, p), speaker.params)
+    lm.backbone.window_columns = None
+    return nnx.split(lm)[0]
+
+
+def test_conversations_together_are_each_alone():
+    v, speaker = speaker_of('streams', 'mistral')
+    plans = [generate.conversation_plan(v, heard(n, seed=n), LATE) for n in (40, 11)]
+    together = generate.converse(speaker, plans)
+    for plan, column in zip(plans, together, strict=True):
+        np.testing.assert_array_equal(generate.converse(speaker, [plan])[0], column)
+
+
+def test_what_is_heard_later_changes_nothing_said_earlier():
+    v, speaker = speaker_of('streams', 'helium')
+    codes = heard(30)
+    other = codes.copy()
+    other[:, 17:] = (other[:, 17:] + 5) % 12
+    a, b = (generate.converse(speaker, [generate.conversation_plan(v, x, LATE)])[0]
+            for x in (codes, other))
+    # Column 1 + 17 is the first that holds another code, and the one after it may answer.
+    np.testing.assert_array_equal(a[:4, :19], b[:4, :19])
+    assert (a[:4, 19:] != b[:4, 19:]).any()
+
+
+def test_memory_does_not_grow_with_a_conversation(monkeypatch):
+    """The ring holds the window however long the conversation; without a window, all of it."""
+    rings = []
+
+    class Watched(generate.Stream):
+        def __init__(self, *args, columns, **options):
+            super().__init__(*args, columns=columns, **options)
+            rings.append((columns, self._cache['k'].shape[2]))
+
+        def more(self, *args, **options):
+            before = jax.tree.map(jnp.shape, self._cache)
+            out = super().more(*args, **options)
+            assert jax.tree.map(jnp.shape, self._cache) == before
+            return out
+    monkeypatch.setattr(generate, 'Stream', Watched)
+    for kind, frames in (('helium', 63), ('helium', 127), ('qwen2', 127)):
+        v, speaker = speaker_of('streams', kind)
+        generate.converse(speaker, [generate.conversation_plan(v, heard(frames), LATE)])
+    assert rings == [(7, 7), (7, 7), (128, 128)]
+
+
+@pytest.mark.parametrize('parts', [(1,) * 12, (5, 1, 6)])
+def test_frame_by_frame_is_all_at_once(parts):
+    """Drawn at a temperature: the keys, too, depend on the column alone."""
+    v, speaker = speaker_of('streams', 'helium', text=SPREAD, mine=SPREAD)
+    plan = np.stack([generate.conversation_plan(v, heard(13, seed=s), LATE) for s in (0, 1)])
+
+    def begin():
+        stream = generate.Stream(speaker, rows=2, columns=7, key=jax.random.key(3))
+        return stream, stream.first([p[:, :1] for p in plan], plan[:, :, 1])
+    rest = np.moveaxis(plan[:, :, 2:], 2, 0)
+    stream, first = begin()
+    whole = np.asarray(stream.more(rest))
+    stream, again = begin()
+    np.testing.assert_array_equal(first, again)
+    cuts = np.cumsum(parts)[:-1]
+    pieces = [np.asarray(stream.more(part)) for part in np.split(rest, cuts)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    assert len({tuple(c) for c in whole[:, 0, :4]}) > 6         # it does vary
+
+
+def test_keys_and_samplers():
+    """The same key says the same again, another key another thing; rows draw as they are told."""
+    v, speaker = speaker_of('streams', 'helium', text=SPREAD)
+    assert speaker.samplers == (SPREAD,) + (generate.GREEDY,) * 6
+    plan = [generate.conversation_plan(v, heard(30), LATE)]
+    a, again, b = (generate.converse(speaker, plan, key=jax.random.key(k))[0] for k in (1, 1, 2))
+    np.testing.assert_array_equal(a, again)
+    assert (a[0] != b[0]).any()
+
+
+# One row.
+
+def reference(speaker, v, prompt, kind, most_tokens):
+    """Greedy continuation by reading everything anew for every token."""
+    allowed, out = generate.allowed_ids(v, kind), []
+    for _ in range(most_tokens):
+        tokens = np.concatenate([prompt, out]).astype(np.int32)
+        out.append(int(np.where(allowed, teacher(speaker, tokens[None])[0][-1], -np.inf).argmax()))
+        if out[-1] == v.specials['eos']:
+            return out[:-1]
+    return out
+
+
+def test_prompts_of_any_length_continue_as_if_read_anew():
+    """Together and chunk by chunk, up to EOS (which is not returned) or the most tokens."""
+    v, speaker = speaker_of('flat', 'mistral')
+    # An EOS that is likelier than by chance, so that some sequences end early and some do not.
+    kernel = speaker.params['head']['out']['kernel']
+    params = dict(speaker.params, head=dict(out=dict(kernel=kernel.at[:, 2].multiply(1.5))))
+    speaker = speaker._replace(params=params)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 14, n) for n in (2, 33, 5, 1, 12)]
+    for kind in ('speech', 'text'):
+        got = generate.continue_prompts(speaker, prompts, v, kind=kind, most_tokens=14, chunk=4)
+        want = [reference(speaker, v, p, kind, 14) for p in prompts]
+        assert [g.tolist() for g in got] == want
+        lengths = {len(w) for w in want}
+        assert len(lengths) > 1 and max(lengths) == 14, lengths     # both ways to end were seen
+
+
+def test_only_what_is_allowed_is_ever_said():
+    """Of text: its pieces but BOS. Of speech: its units. EOS in both, markers and padding never."""
+    v, speaker = speaker_of('flat', 'llama', tokens=Sampler(50.0))      # nearly uniform
+    start, size = v.ranges['units']
+    text = set(range(14)) - {v.specials['bos']}
+    units = set(range(start, start + size))
+    rng = np.random.default_rng(1)
+    for kind, legal in (('text', text), ('speech', units | {v.specials['eos']})):
+        assert set(np.flatnonzero(generate.allowed_ids(v, kind))) == legal
+        prompts = [rng.integers(0, v.size, 4) for _ in range(24)]
+        got = generate.continue_prompts(speaker, prompts, v, kind=kind, most_tokens=30,
+                                        key=jax.random.key(5))
+        said = {int(t) for ids in got for t in ids}
+        assert said == legal - {v.specials['eos']}
+
+
+# Samplers.
+
+def distribution(logits, sampler):
+    """What `sampler` draws from, in float64: temperature, top k, then top p of what is left."""
+    p = np.exp(logits / sampler.temperature - (logits / sampler.temperature).max())
+    order = np.argsort(-p)
+    if sampler.top_k:
+        p[order[sampler.top_k:]] = 0
+    p /= p.sum()
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= sampler.top_p]] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize('sampler', [
+    Sampler(1.0), Sampler(0.5), Sampler(2.0), Sampler(1.0, top_k=1), Sampler(0.7, top_k=3),
+    Sampler(1.0, top_k=100), Sampler(1.0, top_p=0.6), Sampler(1.5, top_p=0.01),
+    Sampler(1.3, top_k=4, top_p=0.7)])
+def test_samplers_draw_from_the_distribution_they_name(sampler):
+    logits = np.array([1.0, 0.2, 2.0, -1.0, 0.7, -np.inf, 1.9])      # one id is forbidden
+    want, n = distribution(logits, sampler), 40_000
+    ids = np.asarray(jax.jit(generate.draw, static_argnums=2)(
+        jnp.tile(jnp.asarray(logits, jnp.float32), (n, 1)), jax.random.key(0), sampler))
+    got = np.bincount(ids, minlength=7) / n
+    assert not got[want == 0].any()
+    np.testing.assert_allclose(got, want, atol=4.5 * np.sqrt(0.25 / n))
+    assert (got[want > 0] > 0).all()
+
+
+def test_temperature_zero_is_argmax_and_rows_draw_apart():
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((50, 9)), jnp.float32)
+    np.testing.assert_array_equal(generate.draw(logits, jax.random.key(0), generate.GREEDY),
+                                  logits.argmax(-1))
+    same = jnp.zeros((200, 9))
+    assert len(set(np.asarray(generate.draw(same, jax.random.key(0), SPREAD)).tolist())) == 9
+
+
+# Prompts and words.
+
+def test_prompt_and_markers():
+    v = model.make_vocab(built('flat', 'llama')[0])
+    got = generate.prompt(v, '[Text]', [5, 6], '[Speech]')
+    assert got.tolist() == [1, 14, 5, 6, 15] and got.dtype.kind == 'i'
+    pair = dict(name='flat.sequence', fields=('speech', 'text'))
+    c = mlc.ConfigDict(dict(layout=dict(name='flat.interleave'), data=dict(sources=dict(
+        asr=dict(layout=pair), named=dict(layout=pair | dict(markers=('[A]', '[B]'))),
+        plain=dict()))))
+    assert generate.markers(c, 'asr') == ('[Speech]', '[Text]')
+    assert generate.markers(c, 'named') == ('[A]', '[B]')
+    with pytest.raises(ConfigError, match=r'data.sources.plain must be drawn by two fields'):
+        generate.markers(c, 'plain')
+
+
+def test_words_of_a_text_row(tmp_path):
+    """Pieces from where a word begins to where the next does; silence and nothing between them."""
+    corpus = tmp_path / 'corpus.txt'
+    corpus.write_text('hello big world of blue birds\nbig birds hello\n' * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / 'text'), vocab_size=24, model_type='bpe',
+        unk_id=4, bos_id=1, eos_id=2, pad_id=3, control_symbols=[], minloglevel=2,
+        user_defined_symbols=['<epad>'], hard_vocab_limit=False)
+    text = Text(str(tmp_path / 'text.model'))
+    v = streams(dict(codebooks=2, size=5), text_tokens=text.size)
+    hello, world = text.encode('hello'), text.encode('world')
+    assert len(world) > 1
+    row = np.full(20, v.specials['pad'])
+    row[2], row[3:3 + len(hello)] = v.specials['epad'], hello
+    at = 3 + len(hello)
+    row[at:at + len(world)] = world
+    row[19], row[0] = NOTHING, initial(v.rows[0])
+    # A pause inside a word does not break it.
+    row[at + len(world)], row[at + len(world) - 1] = world[-1], v.specials['pad']
+    assert generate.words_at(v, text, row) == [(3, 'hello'), (at, 'world')]
+    assert generate.words_at(v, text, np.full(5, NOTHING)) == []
