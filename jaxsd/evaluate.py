@@ -6,6 +6,7 @@ returns `metrics` (name -> number), `items` (how many things were measured), and
 and a `histogram`. Results go to WORKDIR/evaluation.json, one entry per task and split.
 """
 
+import copy
 import json
 import logging
 import math
@@ -29,9 +30,15 @@ log = logging.getLogger('jaxsd')
 
 # Likelihood.
 
-def _totals(config, graph):
-    """A jitted (params, batch) -> (terms, metrics) of sums and weights."""
-    objective = model.objective_of(config)
+def _totals(config, stage: stages.Stage):
+    """A jitted (params, batch) -> (terms, metrics) of sums and weights, of every column.
+
+    A head that trains on a random share of the columns scores all of them here.
+    """
+    whole = copy.deepcopy(config)
+    if 'fraction' in whole.head:
+        whole.head.fraction = 1.0
+    graph, objective = model.abstract(whole, stage.lora)[0], model.objective_of(config)
 
     @jax.jit
     def totals(params, batch):
@@ -40,7 +47,7 @@ def _totals(config, graph):
     return totals
 
 
-def _likelihood(config, graph, params, vocab, source, *, split, limit, batch, totals):
+def _likelihood(config, params, vocab, source, *, split, limit, batch, totals):
     sums: dict = {}
     weight_of = {}
     for arrays, _ in data.one_pass(config, source, vocab, batch=batch, split=split, limit=limit):
@@ -54,10 +61,10 @@ def _likelihood(config, graph, params, vocab, source, *, split, limit, batch, to
 def likelihood(lm: generate.LM, *, split: str, limit: int | None, sources: tuple[str, ...],
                batch: int = 16) -> dict:
     """Nats per token and accuracy of every range of the line, per source; whole records, packed."""
-    totals = _totals(lm.config, lm.graph)
+    totals = _totals(lm.config, lm.stage)
     metrics = {}
     for source in sources:
-        found = _likelihood(lm.config, lm.graph, lm.params, lm.vocab, source, split=split,
+        found = _likelihood(lm.config, lm.params, lm.vocab, source, split=split,
                             limit=limit, batch=batch, totals=totals)
         metrics |= {f'{source}/{name}': x for name, x in found.items()}
     return dict(metrics=metrics, items=len(sources), note='teacher-forced; nats per scored token')
@@ -68,14 +75,13 @@ def probe(config, stage: stages.Stage):
     task = plain(config.evals).get('likelihood')
     if not task:
         return None
-    graph, _, _ = model.abstract(config, stage.lora)
-    totals, vocab = _totals(config, graph), model.make_vocab(config)
+    totals, vocab = _totals(config, stage), model.make_vocab(config)
 
     def held_out(step, params):
         del step
         out = {}
         for source in task['sources']:
-            found = _likelihood(config, graph, params, vocab, source, split='test', limit=64,
+            found = _likelihood(config, params, vocab, source, split='test', limit=64,
                                 batch=16, totals=totals)
             out |= {f'{source}/{k}': x for k, x in found.items() if k.startswith('loss/')}
         return out
@@ -88,17 +94,21 @@ def _said(record) -> str:
     return ' '.join(w.text for w in record.words)
 
 
+def error_rates(said: list[str], heard: list[str]) -> dict[str, float]:
+    """Word errors per word, pooled over sentences, and how many sentences have none, in percent."""
+    import jiwer
+    exact = np.mean([a == b for a, b in zip(said, heard, strict=True)])
+    return {'WER %': 100 * jiwer.wer(said, heard), 'exact %': 100 * float(exact)}
+
+
 def asr(lm: generate.LM, *, split: str, limit: int | None, source: str) -> dict:
     """Word error rate of writing down held-out speech (jiwer), greedy."""
-    import jiwer
     records = list(data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit))
     given, asked = generate.markers(lm.config, source)
     units = [flat.speech_tokens(r.units[0], lm.vocab) for r in records]
     heard = generate.transcribe(lm, units, given, asked)
-    said = [_said(r) for r in records]
-    exact = np.mean([a == b for a, b in zip(said, heard, strict=True)])
-    return dict(metrics={'WER %': 100 * jiwer.wer(said, heard), 'exact %': 100 * exact},
-                items=len(records), note='greedy; words pooled over sentences')
+    return dict(metrics=error_rates([_said(r) for r in records], heard), items=len(records),
+                note='greedy; words pooled over sentences')
 
 
 def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener: str = 'asr'
@@ -107,13 +117,13 @@ def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener
 
     The floor is the same transcripts against other sentences. Generation is greedy.
     """
-    import jiwer
     records = list(data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit))
     said = [_said(r) for r in records]
     spoken = generate.read_aloud(lm, said, *generate.markers(lm.config, source))
     heard = generate.transcribe(lm, spoken, *generate.markers(lm.config, listener))
-    return dict(metrics={'round-trip WER %': 100 * jiwer.wer(said, heard),
-                         'wrong-sentence WER %': 100 * jiwer.wer(said[1:] + said[:1], heard)},
+    others = said[1:] + said[:1]
+    return dict(metrics={'round-trip WER %': error_rates(said, heard)['WER %'],
+                         'wrong-sentence WER %': error_rates(others, heard)['WER %']},
                 items=len(records), note='greedy synthesis, transcribed by the same model')
 
 
@@ -235,6 +245,35 @@ def score_answer(said, kind: set, want: str, *, begin: float, end: float, until:
                   math.floor(answer[0][0] - end) + 1 if answer else None)
 
 
+def score_dialogue(said, turns, asked: dict, kinds: dict, frame_hz: float
+                   ) -> list[tuple[str, Answer]]:
+    """('sums' or 'facts', Answer) of each of the user's `turns` that is a question in `asked`."""
+    turns = [t for t in turns if t.channel == 1 and t.text in asked]
+    ends = [*(t.start_s * frame_hz for t in turns[1:]), math.inf]
+    out = []
+    for turn, until in zip(turns, ends, strict=False):
+        q = asked[turn.text]
+        of = 'sums' if ' plus ' in q['about'] or ' minus ' in q['about'] else 'facts'
+        out.append((of, score_answer(said, kinds[q['kind']], q['want'], until=until,
+                                     begin=turn.start_s * frame_hz, end=turn.end_s * frame_hz)))
+    return out
+
+
+def summary(found: list[tuple[str, Answer]]) -> tuple[dict, list[int]]:
+    """(metrics, latencies of those answered) of scored questions, at least one."""
+    def percent(values):
+        return 100 * float(np.mean(values))
+    latency = [a.latency for _, a in found if a.latency is not None]
+    spread = np.percentile(latency, [10, 50, 90]) if latency else [math.nan] * 3
+    metrics = {'correct %': percent([a.good for _, a in found]),
+               'waited %': percent([a.waited for _, a in found]),
+               'answered %': percent([a.latency is not None for _, a in found]),
+               'latency frames p10': float(spread[0]), 'latency frames median': float(spread[1]),
+               'latency frames p90': float(spread[2])}
+    return metrics | {f'correct %/{of}': percent([a.good for o, a in found if o == of])
+                      for of in sorted({of for of, _ in found})}, latency
+
+
 def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batch: int = 16,
             questions: str = 'grammar.json') -> dict:
     """The user's side of held-out dialogues is played; are their questions answered, and when?
@@ -253,35 +292,18 @@ def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batc
     speaker = lm.speaker({'mine': generate.Sampler(0.8, 250)})
     text = lm.text()
     records.sort(key=lambda r: r.codes.shape[-1])       # so that few columns are padding
-    right = waited = total = 0
-    latency, by_kind = [], {}
+    found = []
     for n, part in enumerate(generate.in_parts(records, batch)):
         plans = [generate.conversation_plan(v, r.codes[1], late) for r in part]
         plans += plans[:1] * (batch - len(part))
         filled = generate.converse(speaker, plans, key=jax.random.fold_in(jax.random.key(0), n))
         for r, columns in zip(part, filled, strict=False):
             said = generate.words_at(v, text, duplex.undelay(columns, late)[0])
-            turns = [t for t in r.turns if t.channel == 1 and t.text in asked]
-            for i, turn in enumerate(turns):
-                q = asked[turn.text]
-                found = score_answer(
-                    said, kinds[q['kind']], q['want'], begin=turn.start_s * hz, end=turn.end_s * hz,
-                    until=turns[i + 1].start_s * hz if i + 1 < len(turns) else math.inf)
-                total, right, waited = total + 1, right + found.good, waited + found.waited
-                kind = 'sums' if ' plus ' in q['about'] or ' minus ' in q['about'] else 'facts'
-                of, out_of = by_kind.get(kind, (0, 0))
-                by_kind[kind] = (of + found.good, out_of + 1)
-                if found.latency is not None:
-                    latency.append(found.latency)
-    if not total:
+            found += score_dialogue(said, r.turns, asked, kinds, hz)
+    if not found:
         raise ConfigError(f'answers: split {split} of {source} asks no question of {questions}')
-    spread = np.percentile(latency, [10, 50, 90]) if latency else [math.nan] * 3
-    metrics = {'correct %': 100 * right / total, 'waited %': 100 * waited / total,
-               'answered %': 100 * len(latency) / total,
-               'latency frames p10': float(spread[0]), 'latency frames median': float(spread[1]),
-               'latency frames p90': float(spread[2])}
-    metrics |= {f'correct %/{k}': 100 * a / b for k, (a, b) in sorted(by_kind.items())}
-    return dict(metrics=metrics, items=total, histogram=dict(
+    metrics, latency = summary(found)
+    return dict(metrics=metrics, items=len(found), histogram=dict(
         name=f'latency in frames of {1000 / hz:.0f} ms', values=[float(x) for x in latency]),
         note='the model hears the user frame by frame; everything it says is its own')
 

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is what `evaluate` reports what a plain reading of the model's own scores says?"""
+
+import copy
+import functools
+import json
+import math
+import os
+
+import jax
+import jiwer
+import numpy as np
+import pytest
+from flax import nnx
+from test_configs import on, read
+
+from jaxsd import checkpoint, data, evaluate, generate, model
+from jaxsd import run as rundir
+from jaxsd import stage as stages
+from jaxsd.config import ConfigError
+from jaxsd.generate import words_at
+from jaxsd.layout import flat
+from jaxsd.types import NOTHING
+
+
+def made(corpus, name, work=None) -> generate.LM:
+    """A tiny model with random weights, large enough that its choices differ; on disk in `work`."""
+    c = on(corpus, read(name, 'tiny'))
+    stage = stages.find(c, None)
+    graph, _, _ = model.abstract(c, stage.lora)
+    params = jax.tree.map(lambda x: 2 * x, model.init(c, jax.random.key(7), stage.lora))
+    if work:
+        rundir.open_run(str(work), c)
+        with checkpoint.Checkpoints(str(work), stage.name, config=c, keep=1) as saved:
+            saved.save(3, dict(params=params), data_state={}, wait=True)
+    return generate.LM(c, stage, model.make_vocab(c), graph, params, 3, str(work))
+
+
+@pytest.fixture(scope='module')
+def flat_lm(corpus, tmp_path_factory):
+    return made(corpus, 'spirit_lm', tmp_path_factory.mktemp('spirit') / 'run')
+
+
+@pytest.fixture(scope='module')
+def streams_lm(corpus, tmp_path_factory):
+    return made(corpus, 'moshi', tmp_path_factory.mktemp('moshi') / 'run')
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def alone(lm, tokens_KT):
+    """Per row, log-probabilities [T, V] of what follows each column of one unpacked example.
+
+    The example stands in a row of a multiple of 64 columns; what comes after it is empty.
+    """
+    K, T = tokens_KT.shape
+    columns = -(-T // 64) * 64
+    tokens = np.full((1, K, columns), NOTHING, np.int32)
+    tokens[0, :, :T] = tokens_KT
+    inside = (np.arange(columns) < T).astype(np.int32)[None]
+    batch = dict(tokens=tokens, segment=inside, position=np.arange(columns)[None].astype(np.int32))
+    rows = _jitted(lm.graph)(lm.params, batch)
+    return [None if r is None else log_softmax(r[0, :T]) for r in rows]
+
+
+@functools.cache
+def _jitted(graph):
+    return jax.jit(lambda params, batch: nnx.merge(graph, params).scores(batch))
+
+
+# Likelihood.
+
+@pytest.mark.parametrize(('system', 'source'), [
+    ('flat_lm', 'aligned'), ('flat_lm', 'asr'), ('flat_lm', 'text'), ('streams_lm', 'dialogue'),
+    ('streams_lm', 'users')])
+def test_likelihood_is_that_of_every_record_alone(request, system, source):
+    """Packing, chunks, a head's random share of columns: nothing of it may show in the numbers."""
+    lm, limit = request.getfixturevalue(system), 5
+    found = evaluate.likelihood(lm, split='train', limit=limit, sources=(source,),
+                                batch=2)['metrics']
+    sums, weights, examples = {}, {}, 0
+
+    def add(name, value, weight):
+        sums[name] = sums.get(name, 0.0) + value
+        weights[name] = weights.get(name, 0.0) + weight
+    objective = lm.config.objective.terms
+    for arrays, _ in data.one_pass(lm.config, source, lm.vocab, batch=2, split='train',
+                                   limit=limit):
+        for i, segment in enumerate(arrays['segment']):
+            for s in range(1, segment.max() + 1):
+                at = np.flatnonzero(segment == s)
+                tokens, weight = arrays['tokens'][i][:, at], arrays['weights'][i][:, at]
+                examples += 1
+                for row, logp, ids, w in zip(lm.vocab.rows, alone(lm, tokens), tokens, weight,
+                                             strict=True):
+                    for t in np.flatnonzero(w):
+                        local = ids[t] - row.start
+                        nats = -logp[t - 1, local]
+                        for term, names in objective.items():
+                            if row.name.split()[0] in names:
+                                add(f'loss/{term}', w[t] * nats, w[t])
+                        name = lm.vocab.name(int(ids[t]))[0]
+                        add(f'nats/{name}', nats, 1)
+                        add(f'accuracy/{name}', float(logp[t - 1].argmax() == local), 1)
+    assert examples == limit
+    wanted = {f'{source}/{k}': sums[k] / weights[k] for k in sums}
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=2e-4, err_msg=name)
+
+
+def test_a_probe_is_the_likelihood_of_the_first_records(flat_lm):
+    held_out = evaluate.probe(flat_lm.config, flat_lm.stage)(7, flat_lm.params)
+    sources = flat_lm.config.evals.likelihood.sources
+    whole = evaluate.likelihood(flat_lm, split='test', limit=64, sources=sources)['metrics']
+    assert held_out == pytest.approx({k: v for k, v in whole.items() if '/loss/' in k})
+    c = copy.deepcopy(flat_lm.config)
+    c.evals = {}
+    assert evaluate.probe(c, flat_lm.stage) is None
+
+
+# Recognition and synthesis.
+
+def greedy(lm, prompt, kind, most):
+    """One sequence continued by argmax over whole forward passes of what there is so far."""
+    start, size = lm.vocab.ranges['text' if kind == 'text' else 'units']
+    legal = set(range(start, start + size)) - {lm.vocab.specials['bos']}
+    legal = sorted(legal | {lm.vocab.specials['eos']})
+    ids, out = list(prompt), []
+    while len(out) < most:
+        logp = alone(lm, np.array([ids], np.int32))[0][-1]
+        chosen = legal[int(np.argmax(logp[legal]))]
+        if chosen == lm.vocab.specials['eos']:
+            break
+        ids.append(chosen)
+        out.append(chosen)
+    return out
+
+
+@pytest.fixture(scope='module')
+def heard(flat_lm):
+    """The first test records, and what the model writes down of each: plain greedy decoding."""
+    records = list(data.examples(flat_lm.config, 'train', 'asr', vocab=flat_lm.vocab, limit=3))
+    v, text = flat_lm.vocab, flat_lm.text()
+    out = []
+    for r in records:
+        runs = [int(u) for i, u in enumerate(r.units[0]) if i == 0 or u != r.units[0][i - 1]]
+        units = [v.ranges['units'][0] + u for u in runs]
+        prompt = [v.specials['bos'], v.specials['[Speech]'], *units, v.specials['[ASR]']]
+        out.append(text.decode(greedy(flat_lm, prompt, 'text', 48)))
+    return records, out
+
+
+def test_recognition_is_greedy_and_scored_over_all_words(flat_lm, heard):
+    records, wrote = heard
+    found = evaluate.asr(flat_lm, split='train', limit=3, source='asr')
+    said = [' '.join(w.text for w in r.words) for r in records]
+    assert found['metrics']['WER %'] == pytest.approx(100 * jiwer.wer(said, wrote))
+    assert found['metrics']['exact %'] == 0 and found['items'] == 3
+    assert any(wrote)
+
+
+def test_errors_are_counted_in_percent():
+    """Known transcripts in, known rates out: one word added, one replaced, one lost, of ten."""
+    said = ['the cat sat', 'two and two', 'yes', 'i do not']
+    assert evaluate.error_rates(said, said) == {'WER %': 0, 'exact %': 100}
+    heard = ['the cat sat down', 'two and three', 'yes', 'i do']
+    assert evaluate.error_rates(said, heard) == pytest.approx({'WER %': 30, 'exact %': 25})
+    assert evaluate.error_rates(['a', 'b'], ['b', 'a']) == {'WER %': 100, 'exact %': 0}
+
+
+def test_the_round_trip_is_read_aloud_and_then_written_down(flat_lm, heard):
+    """Through the model's own units; the floor compares with the sentences of others."""
+    said = [' '.join(w.text for w in r.words) for r in heard[0]]
+    found = evaluate.tts(flat_lm, split='train', limit=3, source='tts')['metrics']
+    spoken = generate.read_aloud(flat_lm, said, '[Text]', '[TTS]')
+    wrote = generate.transcribe(flat_lm, spoken, '[Speech]', '[ASR]')
+    assert found == pytest.approx({
+        'round-trip WER %': 100 * jiwer.wer(said, wrote),
+        'wrong-sentence WER %': 100 * jiwer.wer([said[1], said[2], said[0]], wrote)})
+
+
+def test_reading_aloud_stays_in_its_units(flat_lm):
+    start, size = flat_lm.vocab.ranges['units']
+    spoken = generate.read_aloud(flat_lm, ['the'], '[Text]', '[TTS]', most_tokens=40)
+    assert len(spoken) == 1 and 0 < len(spoken[0]) <= 40
+    assert ((spoken[0] >= start) & (spoken[0] < start + size)).all()
+    v = flat_lm.vocab
+    prompt = [v.specials['bos'], v.specials['[Text]'], *flat_lm.text().encode('the'),
+              v.specials['[TTS]']]
+    assert list(spoken[0]) == greedy(flat_lm, prompt, 'speech', 40)
+
+
+# Stories.
+
+def test_stories_are_scored_like_a_reader_would(flat_lm):
+    found = evaluate.stories(flat_lm, split='train', limit=6, source='aligned')
+    lm, v = flat_lm, flat_lm.vocab
+    records = [r for r in data.examples(lm.config, 'train', 'aligned', vocab=v, limit=6)
+               if len(r.turns) == 2]
+    assert found['items'] == len(records) >= 2
+    halves = []
+    for r in records:
+        cut_s = (r.turns[0].end_s + r.turns[1].start_s) / 2
+        frame = round(cut_s * 25)
+        words = [[w for w in r.words if w.start_s < cut_s],
+                 [w for w in r.words if w.start_s >= cut_s]]
+        assert ' '.join(w.text for w in words[0]) == r.turns[0].text
+        assert ' '.join(w.text for w in words[1]) == r.turns[1].text
+        halves.append(dict(T=[flat.text_tokens(w, v) for w in words],
+                           S=[flat.speech_tokens(u, v) for u in (r.units[0][:frame],
+                                                                 r.units[0][frame:])]))
+
+    def nats(prompt, continuation):
+        ids = np.concatenate([prompt, continuation]).astype(np.int32)
+        logp = alone(lm, ids[None])[0]
+        return -np.mean([logp[t - 1, ids[t]] for t in range(len(prompt), len(ids))])
+    for a in 'TS':
+        for b in 'TS':
+            good, right = [], []
+            for i, r in enumerate(records):
+                others = [j for k in range(1, len(records)) for j in [(i + k) % len(records)]
+                          if records[j].turns[1].text != r.turns[1].text]
+                voice = [j for j in others
+                         if records[j].style[0].split()[0] == r.style[0].split()[0]]
+                j = (voice or others)[0]
+                marker = {'T': v.specials['[Text]'], 'S': v.specials['[Speech]']}
+                prompt = [v.specials['bos'], marker[a], *halves[i][a][0], *[marker[b]] * (a != b)]
+                good.append(nats(prompt, halves[i][b][1]))
+                right.append(good[-1] < nats(prompt, halves[j][b][1]))
+            np.testing.assert_allclose(found['metrics'][f'nats/{a}->{b}'], np.mean(good), rtol=1e-4)
+            assert found['metrics'][f'right %/{a}->{b}'] == pytest.approx(100 * np.mean(right))
+
+
+# Conversation.
+
+NUMBERS = {'one', 'two', 'three'}
+
+
+@pytest.mark.parametrize(('said', 'good', 'waited', 'latency'), [
+    ([(30, 'it'), (31, 'is'), (32, 'two')], True, True, 10),            # right
+    ([(30, 'it'), (31, 'is'), (32, 'three')], False, True, 10),         # wrong
+    ([(25, 'two'), (27, 'no'), (28, 'three')], False, True, 5),         # the last one counts
+    ([(25, 'three'), (27, 'no'), (28, 'two'), (30, 'yes')], True, True, 5),
+    ([(15, 'two')], False, False, None),                                # early, and no answer
+    ([(15, 'well'), (24, 'two')], True, False, 4),                      # early, but then right
+    ([(11, 'bye'), (24, 'two')], True, True, 4),                        # still of what came before
+    ([(12, 'bye'), (24, 'two')], True, False, 4),
+    ([(19, 'two')], False, False, None),
+    ([(20, 'two')], True, True, 0),                                     # in its last frame
+    ([(21, 'two')], True, True, 1),
+    ([(50, 'two')], False, True, None), ([(49, 'two')], True, True, 29),  # the next one has begun
+    ([(30, 'it'), (31, 'rains')], False, True, 10),                     # no word of the kind
+    ([], False, True, None)])
+def test_one_answer(said, good, waited, latency):
+    """A question in frames 10 to 20.5; the next one begins in frame 50."""
+    found = evaluate.score_answer(said, NUMBERS, 'two', begin=10.0, end=20.5, until=50.0)
+    assert (found.good, found.waited, found.latency) == (good, waited, latency)
+
+
+def test_the_last_question_has_all_the_time():
+    found = evaluate.score_answer([(999, 'two')], NUMBERS, 'two', begin=1, end=9.25, until=math.inf)
+    assert found == (True, True, 990)
+
+
+def test_answers_are_counted_over_questions(streams_lm):
+    """What was said is written by hand into the text rows of the corpus's own dialogues.
+
+    The first question of a dialogue is answered rightly 7 frames late and the others are not
+    answered; one dialogue says a wrong word at once, and another one talks into its question.
+    """
+    lm, v = streams_lm, streams_lm.vocab
+    text, hz = lm.text(), lm.config.codec.frame_hz
+    asked, kinds = evaluate._questions(lm.config, f'{lm.config.data.path}/grammar.json')
+    found, latencies, questions, right = [], [], 0, []
+    records = [r for r in data.examples(lm.config, 'train', 'dialogue', vocab=v)
+               if any(t.channel == 1 and t.text in asked for t in r.turns)]
+    assert len(records) >= 3
+    for n, r in enumerate(records):
+        turns = [t for t in r.turns if t.channel == 1 and t.text in asked]
+        questions += len(turns)
+        q, end = asked[turns[0].text], math.floor(turns[0].end_s * hz)
+        wrong = next(w for w in sorted(kinds[q['kind']]) if w != q['want'])
+        row = np.full(1 + r.codes.shape[-1], v.specials['pad'])
+        at, word = (end, wrong) if n == 1 else (end + 7, q['want'])
+        ids = text.encode(word)
+        assert at + len(ids) <= len(row) and (len(turns) == 1 or at < turns[1].start_s * hz)
+        row[at:at + len(ids)] = ids
+        latencies.append(at - end)
+        right.append(n != 1)
+        if n == 2:
+            row[end - 4] = text.encode('the')[0]
+        said = generate.words_at(v, text, row)
+        scored = evaluate.score_dialogue(said, r.turns, asked, kinds, hz)
+        assert len(scored) == len(turns)
+        assert all((a.good, a.waited, a.latency) == (False, True, None) for _, a in scored[1:])
+        assert (' plus ' in q['about'] or ' minus ' in q['about']) == (scored[0][0] == 'sums')
+        found += scored
+    metrics, spread = evaluate.summary(found)
+    assert spread == latencies and latencies.count(0) == 1
+    assert metrics['correct %'] == pytest.approx(100 * sum(right) / questions)
+    assert metrics['waited %'] == pytest.approx(100 * (questions - 1) / questions)
+    assert metrics['answered %'] == pytest.approx(100 * len(records) / questions)
+    assert metrics['latency frames median'] == 7
+    for of in ('sums', 'facts'):
+        these = [a.good for o, a in found if o == of]
+        if these:
+            assert metrics[f'correct %/{of}'] == pytest.approx(100 * sum(these) / len(these))
+
+
+def test_no_answer_at_all_has_no_latency():
+    metrics, spread = evaluate.summary([('facts', evaluate.Answer(False, True, None))])
+    assert spread == [] and math.isnan(metrics['latency frames median'])
+    assert metrics['answered %'] == 0 and 'correct %/sums' not in metrics
+
+
+def test_answers_of_a_model_that_is_listening(streams_lm):
+    """The real loop: everything is counted, whatever an untrained model says."""
+    found = evaluate.answers(streams_lm, split='test', limit=2, source='dialogue', batch=2)
+    assert found['items'] >= 1
+    assert all(0 <= v <= 100 for k, v in found['metrics'].items() if '%' in k)
+
+
+def test_answers_need_questions(streams_lm, tmp_path):
+    with pytest.raises(ConfigError, match='does not list questions with answers'):
+        evaluate.answers(streams_lm, split='test', limit=1, source='dialogue', questions='nosuch')
+    (tmp_path / 'other.json').write_text('{"questions": {}, "kinds": {}}')
+    with pytest.raises(ConfigError, match='asks no question of /.*/other.json'):
+        evaluate.answers(streams_lm, split='test', limit=1, source='dialogue',
+                         questions=str(tmp_path / 'other.json'), batch=2)
+
+
+def test_words_stand_where_their_first_piece_does(streams_lm):
+    v, text = streams_lm.vocab, streams_lm.text()
+    word = next(w for w in ('qzx', 'zqj') if len(text.encode(w)) > 1)       # letter by letter
+    s = v.specials
+    row = [s['pad'], s['epad'], *text.encode('the'), s['pad'], *text.encode(word), s['epad'],
+           *text.encode('the'), NOTHING, s['eos'], v.rows[0].size - 1]
+    first, second = 2, 3 + len(text.encode('the'))
+    third = second + len(text.encode(word)) + 1
+    assert words_at(v, text, np.array(row)) == [(first, 'the'), (second, word), (third, 'the')]
+    pieces = list(text.encode(word))        # a word whose pieces are spread goes on
+    spread = [pieces[0], s['pad'], *pieces[1:]]
+    assert words_at(v, text, np.array(spread)) == [(0, word)]
+
+
+# What is written.
+
+def test_results_replace_those_of_the_same_task_and_split(flat_lm, capsys):
+    lm = flat_lm
+    first = evaluate.run(lm.config, lm.workdir, tasks=('likelihood',), limit=2)
+    assert (first[0]['task'], first[0]['split'], first[0]['stage'], first[0]['step']) == (
+        'likelihood', 'test', 'pretrain', 3)
+    assert 'aligned/loss/tokens' in capsys.readouterr().out
+    evaluate.run(lm.config, lm.workdir, tasks=('likelihood',), split='train', limit=2)
+    evaluate.run(lm.config, lm.workdir, tasks=('stories',), limit=4)
+    evaluate.run(lm.config, lm.workdir, tasks=('likelihood',), limit=1)
+    stored = evaluate.recorded(lm.workdir)
+    assert [(e['task'], e['split']) for e in stored] == [
+        ('likelihood', 'train'), ('stories', 'test'), ('likelihood', 'test')]
+    assert stored[2]['metrics'] != first[0]['metrics']
+    assert evaluate.likelihood(lm, split='test', limit=1, sources=tuple(
+        lm.config.evals.likelihood.sources))['metrics'] == pytest.approx(stored[2]['metrics'])
+
+
+def test_what_is_not_a_number_is_written_as_none(tmp_path):
+    entry = dict(task='answers', split='test', items=0, metrics={'a': math.nan, 'b': math.inf,
+                                                                 'c': 1.5},
+                 histogram=dict(name='x', values=[math.nan, 2.0]))
+    evaluate.record(str(tmp_path), [entry])
+    with open(tmp_path / 'evaluation.json') as f:
+        text = f.read()
+    assert 'NaN' not in text and 'Infinity' not in text
+    stored = json.loads(text)[0]
+    assert stored['metrics'] == {'a': None, 'b': None, 'c': 1.5}
+    assert stored['histogram']['values'] == [None, 2.0]
+    evaluate.record(str(tmp_path), [dict(entry, split='voice')])
+    assert len(evaluate.recorded(str(tmp_path))) == 2
+    assert os.listdir(tmp_path) == ['evaluation.json']
