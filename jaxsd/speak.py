@@ -264,6 +264,9 @@ def _duplex(lm, codec, wavs, sampler, seed, records=None):
     late = generate.layout_delays(lm.config, lm.vocab)
     heard = ([r.codes[1] for r in records] if records else
              [codec.encode(w[-1]) for w in wavs])        # the second channel of two is the user's
+    if min(codes.shape[1] for codes in heard) <= max(late):
+        raise ValueError(f'--input is too short to answer: it needs {max(late) + 1} frames of '
+                         f'{1 / codec.identity["frame_hz"]:.2f} s')
     plans = [generate.conversation_plan(lm.vocab, codes, late) for codes in heard]
     filled = generate.converse(lm.speaker({'mine': sampler}), plans, key=jax.random.key(seed))
     text, hz = lm.text(), codec.identity['frame_hz']

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does `generate` write the files it says it does, from sound, from text, and from the dataset?"""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import soundfile
+from test_cli import flags
+from test_configs import on, read
+from test_evaluate import made
+
+from jaxsd import cli, codec, data, generate, speak
+from jaxsd.config import ConfigError
+from jaxsd.layout import flat
+
+FLAT = ('asr', 'tts', 's2s', 't2t')
+
+
+@pytest.fixture(scope='module')
+def flat_lm(corpus, tmp_path_factory):
+    return made(corpus, 'spirit_lm', tmp_path_factory.mktemp('spirit') / 'run')
+
+
+@pytest.fixture(scope='module')
+def streams_lm(corpus, tmp_path_factory):
+    return made(corpus, 'moshi', tmp_path_factory.mktemp('moshi') / 'run')
+
+
+@pytest.fixture(scope='module')
+def sounds(corpus, flat_lm, streams_lm, tmp_path_factory):
+    """A second of mono, of stereo (sound on the right alone), of another rate; and a blink."""
+    folder = tmp_path_factory.mktemp('sounds')
+    units = codec.kmeans(**options(flat_lm))
+    record = next(data.examples(flat_lm.config, 'test', 'asr'))
+    wav = units.decode(record.units[0][None, :25])
+    assert wav.shape == (16000,)
+    soundfile.write(folder / 'mono.wav', wav, 16000)
+    soundfile.write(folder / 'stereo.wav', np.stack([0 * wav, wav], 1), 16000)
+    soundfile.write(folder / 'other.flac', np.repeat(wav, 3)[:48000], 48000)
+    soundfile.write(folder / 'blink.wav', wav[:5], 16000)
+    return folder
+
+
+def options(lm):
+    return {k: v for k, v in lm.config.codec.items() if k != 'name'}
+
+
+def run(lm, task, out, source=None, **changes):
+    speak.run(lm.config, lm.workdir, out=str(out), source=None if source is None else str(source),
+              **(dict(task=task, stage_name=None, split='test', count=2, temperature=None,
+                      top_k=None, top_p=None, seed=0) | changes))
+    return out
+
+
+def sound_of(path):
+    wav, rate = soundfile.read(path, always_2d=True)
+    assert rate == 16000 and soundfile.info(path).subtype == 'PCM_16'
+    assert np.isfinite(wav).all() and np.abs(wav).max() <= 1
+    return wav.T
+
+
+# One input.
+
+@pytest.mark.parametrize('name', ['mono.wav', 'stereo.wav', 'other.flac', 'blink.wav'])
+def test_sound_to_text(flat_lm, sounds, tmp_path, name):
+    """What is written down is the transcript of the units of the sound, its channels averaged."""
+    out = run(flat_lm, 'asr', tmp_path / 'said.txt', sounds / name)
+    wav, rate = soundfile.read(sounds / name, always_2d=True)
+    wav = wav.mean(1)[::rate // 16000].astype(np.float32)
+    units = codec.kmeans(**options(flat_lm)).encode(wav)[0]
+    ids = [flat.speech_tokens(units, flat_lm.vocab)]
+    wanted = generate.transcribe(flat_lm, ids, '[Speech]', '[ASR]')[0]
+    found = out.read_text()
+    assert found.endswith('\n') and os.listdir(tmp_path) == ['said.txt']
+    if name != 'other.flac':        # whose resampling is not ours to repeat
+        assert found == wanted + '\n'
+
+
+def test_text_to_sound_lasts_as_long_as_its_units(flat_lm, tmp_path):
+    out = run(flat_lm, 'tts', tmp_path / 'deep' / 'said.wav', 'the')
+    wav = sound_of(out)
+    start, size = flat_lm.vocab.ranges['units']
+    spoken = generate.read_aloud(flat_lm, ['the'], '[Text]', '[TTS]')[0] - start
+    frames = speak.unit_frames(flat_lm.config, flat_lm.vocab)[spoken].sum()
+    assert wav.shape == (1, frames * 640)       # 25 frames a second of 16,000 samples
+    assert os.listdir(out.parent) == ['said.wav']
+
+
+def test_sound_goes_on(flat_lm, sounds, tmp_path):
+    """All of the file, and then more: longer than what was given, deduplicated and held again."""
+    one, again, two = (run(flat_lm, 's2s', tmp_path / name, sounds / 'mono.wav', temperature=1.0,
+                           seed=seed)
+                       for name, seed in (('one.wav', 1), ('again.wav', 1), ('two.wav', 2)))
+    given = codec.kmeans(**options(flat_lm)).encode(soundfile.read(sounds / 'mono.wav',
+                                                                   dtype='float32')[0])[0]
+    frames = speak.unit_frames(flat_lm.config, flat_lm.vocab)
+    assert sound_of(one).shape[1] >= frames[flat.runs(given)[0]].sum() * 640
+    assert one.read_bytes() == again.read_bytes() != two.read_bytes()
+
+
+def test_text_goes_on(flat_lm, tmp_path):
+    out = run(flat_lm, 't2t', tmp_path / 'more.txt', 'the cat')
+    assert re.fullmatch(r'the cat \| .*\n', out.read_text())
+
+
+def test_a_conversation_about_a_file(streams_lm, sounds, tmp_path):
+    """Two channels, mine and theirs; theirs is the file's last channel after the codec."""
+    heard = codec.rvq(**options(streams_lm))
+    with pytest.raises(ValueError, match='too short to answer: it needs 2 frames of 0.08 s'):
+        run(streams_lm, 'duplex', tmp_path / 'blink.wav', sounds / 'blink.wav')
+    assert not os.listdir(tmp_path)
+    for name in ('mono.wav', 'stereo.wav'):
+        wav = sound_of(run(streams_lm, 'duplex', tmp_path / name, sounds / name))
+        said = soundfile.read(sounds / name, dtype='float32', always_2d=True)[0].T
+        codes = heard.encode(said[-1])
+        late = max(generate.layout_delays(streams_lm.config, streams_lm.vocab))
+        n = codes.shape[1] - late           # the last columns have no fine codes of mine yet
+        assert wav.shape == (2, n * 1280)
+        theirs = np.clip(heard.decode(codes[:, :n]), -1, 1)
+        np.testing.assert_allclose(wav[1], theirs, atol=1e-4)
+    a, b = (run(streams_lm, 'duplex', tmp_path / f'{s}.wav', sounds / 'mono.wav', seed=s)
+            for s in (1, 2))
+    assert not np.array_equal(sound_of(a)[0], sound_of(b)[0])
+    np.testing.assert_array_equal(sound_of(a)[1], sound_of(b)[1])
+
+
+# Examples of the dataset.
+
+@pytest.mark.parametrize('task', FLAT)
+def test_examples_of_one_stream(flat_lm, tmp_path, task):
+    out = run(flat_lm, task, tmp_path / 'out')
+    records = list(data.examples(flat_lm.config, 'test', 'tts' if task == 'tts' else 'asr',
+                                 limit=2))
+    said = [' '.join(w.text for w in r.words) for r in records]
+    names, spoken = sorted(os.listdir(out)), task in ('tts', 's2s')
+    stems = [f'{task}-{i:03d}' for i in range(2)]
+    extra = {'tts': ['refs.json', 'samples.json', 'true'], 's2s': ['samples.json'],
+             'asr': ['samples.json'], 't2t': ['samples.json']}[task]
+    assert names == sorted([f'{s}.{"wav" if spoken else "txt"}' for s in stems] + extra)
+    listed = json.loads((out / 'samples.json').read_text())
+    assert [e['file'] for e in listed] == ([f'{s}.wav' for s in stems] if spoken else [])
+    for entry, r in zip(listed, records, strict=False):
+        assert entry['title'] == f'{task}: {r.id}' and sound_of(out / entry['file']).shape[0] == 1
+    if task == 'tts':
+        assert json.loads((out / 'refs.json').read_text()) == {
+            f'{s}.wav': text for s, text in zip(stems, said, strict=True)}
+        for s, r in zip(stems, records, strict=True):       # what right units would sound like
+            assert sound_of(out / 'true' / f'{s}.wav').shape[1] == len(r.units[0]) * 640
+    if task == 't2t':
+        for s, text in zip(stems, said, strict=True):
+            words = text.split()
+            assert (out / f'{s}.txt').read_text().startswith(
+                ' '.join(words[:max(1, len(words) // 2)]) + ' | ')
+    if task == 'asr':
+        units = [flat.speech_tokens(r.units[0], flat_lm.vocab) for r in records]
+        assert [(out / f'{s}.txt').read_text()[:-1] for s in stems] == generate.transcribe(
+            flat_lm, units, '[Speech]', '[ASR]')
+
+
+def test_examples_of_many_streams(streams_lm, tmp_path):
+    out = run(streams_lm, 'duplex', tmp_path / 'out', count=1)
+    record = next(data.examples(streams_lm.config, 'test', 'dialogue'))
+    assert sorted(os.listdir(out)) == ['duplex-000.wav', 'samples.json']
+    (entry,) = json.loads((out / 'samples.json').read_text())
+    assert entry['channels'] == ['mine', 'theirs'] and entry['title'] == f'duplex: {record.id}'
+    late = max(generate.layout_delays(streams_lm.config, streams_lm.vocab))
+    assert sound_of(out / entry['file']).shape == (2, (record.codes.shape[-1] - late) * 1280)
+    times = [float(t) for t in re.findall(r'\[(\S+) s\]', entry['text'])]
+    assert times == sorted(times) and all(0 <= t < record.duration_s for t in times)
+
+
+def test_samples_of_several_tasks_are_listed_together(flat_lm, tmp_path):
+    for count in (2, 1):
+        run(flat_lm, 'tts', tmp_path / 'out', count=count)
+        run(flat_lm, 's2s', tmp_path / 'out', count=1)
+    listed = json.loads((tmp_path / 'out' / 'samples.json').read_text())
+    assert [e['file'] for e in listed] == ['tts-000.wav', 's2s-000.wav']
+    (tmp_path / 'out' / 'samples.json').write_text('[{"fil')
+    with pytest.raises(ConfigError, match='samples.json cannot be read.*move it away'):
+        run(flat_lm, 'tts', tmp_path / 'out', count=1)
+    assert (tmp_path / 'out' / 'samples.json').read_text() == '[{"fil'
+
+
+# Small things.
+
+def test_units_are_held_as_long_as_they_usually_are(flat_lm):
+    runs, frames = {}, {}
+    for r in data.examples(flat_lm.config, 'train', 'aligned', limit=200):
+        last = None
+        for u in r.units[0].tolist():
+            runs[u] = runs.get(u, 1) + (u != last)      # one more run of one frame for every unit
+            frames[u] = frames.get(u, 1) + 1
+            last = u
+    found = speak.unit_frames(flat_lm.config, flat_lm.vocab)
+    assert len(found) == flat_lm.config.codec.size and found.min() == 1
+    for u in range(len(found)):
+        assert found[u] == max(1, round(frames.get(u, 1) / runs.get(u, 1))), u
+    assert found.max() > 1
+
+
+def test_a_wav_is_written_whole_and_clipped(tmp_path):
+    wav = np.array([[0.5, 2.0, -3.0], [0, 0.25, 1.0]], np.float32)
+    speak.write_wav(str(tmp_path / 'x.wav'), wav, 16000)
+    np.testing.assert_allclose(sound_of(tmp_path / 'x.wav'), np.clip(wav, -1, 1), atol=1e-4)
+    assert os.listdir(tmp_path) == ['x.wav']
+
+
+def test_a_sound_is_read_at_the_rate_of_the_codec(tmp_path):
+    t = np.arange(48000) / 48000
+    soundfile.write(tmp_path / 'tone.wav', 0.5 * np.sin(2 * np.pi * 440 * t), 48000)
+    wav = speak.read_wav(str(tmp_path / 'tone.wav'), 16000)
+    assert wav.shape == (1, 16000) and wav.dtype == np.float32
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
+    np.testing.assert_allclose(wav[0, 200:-200], tone[200:-200], atol=5e-3)
+
+
+# The verbs.
+
+def test_generate_and_show_through_the_command_line(corpus, flat_lm, tmp_path, capsys):
+    """As a user does it: generate from text, look at what is read, as text and as a picture."""
+    from PIL import Image
+    argv = [a for a in flags(corpus) if 'save_steps' not in a]
+    assert cli.main(['generate', *argv, '--workdir', flat_lm.workdir, '--task', 'tts', '--input',
+                     'the', '--output',
+                     str(tmp_path / 'a.wav'), '--temperature', '0.9', '--top-k', '5', '--top-p',
+                     '0.9', '--seed', '3']) == 0
+    assert sound_of(tmp_path / 'a.wav').shape[0] == 1
+    capsys.readouterr()
+    assert cli.main(['show', *argv, '--source', 'asr', '--columns', '500']) == 0
+    shown = capsys.readouterr().out
+    c = on(corpus, read('spirit_lm', 'tiny'))
+    record = next(data.examples(c, 'train', 'asr'))
+    assert '[Speech]' in shown and '[ASR]' in shown and 'BOS' in shown
+    for word in record.words:
+        assert word.text in shown
+    units = [f'u{u}' for u in flat.runs(record.units[0])[0]]
+    words = shown.replace("'", ' ').split()
+    assert [w for w in words if re.fullmatch(r'u\d+', w)] == units
+    assert cli.main(['show', *argv, '--index', '1', '--png', str(tmp_path / 'grid.png')]) == 0
+    with Image.open(tmp_path / 'grid.png') as image:
+        assert image.format == 'PNG' and min(image.size) > 50
