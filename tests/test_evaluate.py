@@ -346,6 +346,8 @@ def test_words_stand_where_their_first_piece_does(streams_lm):
     pieces = list(text.encode(word))        # a word whose pieces are spread goes on
     spread = [pieces[0], s['pad'], *pieces[1:]]
     assert words_at(v, text, np.array(spread)) == [(0, word)]
+    inner = next(i for i in pieces if not text.piece(i).startswith('\u2581'))
+    assert words_at(v, text, np.array([s['pad'], inner])) == [(1, text.decode([inner]))]
 
 
 # What is written.

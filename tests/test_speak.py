@@ -154,6 +154,18 @@ def test_examples_of_one_stream(flat_lm, tmp_path, task):
             words = text.split()
             assert (out / f'{s}.txt').read_text().startswith(
                 ' '.join(words[:max(1, len(words) // 2)]) + ' | ')
+    if task == 's2s':       # the first half of what is heard, and what the model makes of it
+        speech, frames = codec.kmeans(**options(flat_lm)), speak.unit_frames(flat_lm.config,
+                                                                             flat_lm.vocab)
+        heard = [flat.speech_tokens(speech.encode(speech.decode(r.units[0][None]))[0],
+                                    flat_lm.vocab) for r in records]
+        heard = [h[:len(h) // 2] for h in heard]
+        more = generate.continue_prompts(
+            flat_lm.speaker(), [generate.prompt(flat_lm.vocab, '[Speech]', h) for h in heard],
+            flat_lm.vocab, kind='speech', most_tokens=300)
+        for s, h, m in zip(stems, heard, more, strict=True):
+            units = np.concatenate([h, m]) - flat_lm.vocab.ranges['units'][0]
+            assert sound_of(out / f'{s}.wav').shape[1] == frames[units].sum() * 640
     if task == 'asr':
         units = [flat.speech_tokens(r.units[0], flat_lm.vocab) for r in records]
         assert [(out / f'{s}.txt').read_text()[:-1] for s in stems] == generate.transcribe(
