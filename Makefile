@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 .PHONY: help env quickstart test test-all test-peers lint clean
 
 help:
-	@echo 'make quickstart   speech, two trained models, evaluation, audio and one report (20 minutes)'
+	@echo 'make quickstart   speech, two trained models, evaluation, audio and one report'
 	@echo 'make test         the test suite (no accelerator needed)'
 	@echo 'make test-all     also the slow tests'
 	@echo 'make test-peers   compares with the PyTorch implementations, in $(PEERS)'
