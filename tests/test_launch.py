@@ -4,6 +4,7 @@
 import os
 import pathlib
 import re
+import shutil
 import shlex
 import subprocess
 import sys
@@ -15,8 +16,8 @@ VERB = ['train', '--config', 'configs/a b.py:demo', "--config.data.path='x y'", 
         'runs/$1']
 
 
-def run(script, *args, **env):
-    return subprocess.run(['bash', str(LAUNCH / script), *args], capture_output=True, text=True,
+def run(script, *args, folder=LAUNCH, **env):
+    return subprocess.run(['bash', str(folder / script), *args], capture_output=True, text=True,
                           timeout=60, env=os.environ | {k: str(v) for k, v in env.items()})
 
 
@@ -93,7 +94,10 @@ def test_the_quickstart_skips_what_is_done(tmp_path):
     python.write_text(f'#!/bin/bash\necho "$*" >> {log}\ncase "$*" in '
                       '*"evaluate --config configs/moshi"*) exit "${BAD:-0}";; esac\n')
     python.chmod(0o755)
-    settings = dict(PYTHON=python, RUNS=tmp_path / 'runs')
+    folder = tmp_path / 'launch'        # a tree of its own: it looks for data/demo beside itself
+    folder.mkdir()
+    shutil.copy(LAUNCH / 'quickstart.sh', folder)
+    settings = dict(PYTHON=python, RUNS=tmp_path / 'runs', folder=folder)
     first = run('quickstart.sh', **settings, BAD=3)
     assert first.returncode == 3 and 'Done' not in first.stdout
     begun = log.read_text().splitlines()
