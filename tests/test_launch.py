@@ -4,8 +4,8 @@
 import os
 import pathlib
 import re
-import shutil
 import shlex
+import shutil
 import subprocess
 import sys
 
