@@ -74,15 +74,35 @@ def stages(config) -> tuple[Stage, ...]:
         for key in ('steps', 'batch', 'accumulate', 'save_steps', 'log_steps', 'keep', 'bad_steps'):
             if getattr(stage, key) < 1:
                 raise ConfigError(f'stages[{i}].{key} must be positive, got {getattr(stage, key)}')
+        for key in ('warmup_steps', 'probe_steps', 'lr', 'final_lr', 'weight_decay'):
+            if not 0 <= getattr(stage, key) < float('inf'):
+                raise ConfigError(f'stages[{i}].{key} must be finite and not negative, got '
+                                  f'{getattr(stage, key)}')
         if stage.batch % stage.accumulate:
             raise ConfigError(f'stages[{i}].accumulate {stage.accumulate} must divide '
                               f'stages[{i}].batch {stage.batch}')
         if stage.schedule not in ('constant', 'cosine'):
             raise ConfigError(f"stages[{i}].schedule is 'constant' or 'cosine', "
                               f'got {stage.schedule!r}')
+        if stage.schedule == 'cosine' and stage.warmup_steps >= stage.steps:
+            raise ConfigError(f'stages[{i}].warmup_steps {stage.warmup_steps} must be below '
+                              f'stages[{i}].steps {stage.steps}')
+        if not re.fullmatch(r'\w[\w.-]*', stage.name):
+            raise ConfigError(f'stages[{i}].name {stage.name!r} must be a plain name: it becomes a '
+                              'directory')
         if stage.name in (s.name for s in out):
             raise ConfigError(f'stages[{i}].name {stage.name!r} is taken by an earlier stage')
+        for key in stage.lora:
+            if key not in ('rank', 'scale'):
+                raise unknown(f'stages[{i}].lora', key, ('rank', 'scale'))
+        if missing := [k for k in ('rank', 'scale') if stage.lora and k not in stage.lora]:
+            raise ConfigError(f'stages[{i}].lora needs {", ".join(missing)}')
         out.append(stage)
+    names = [s.name for s in out]
+    for i, stage in enumerate(out):
+        if stage.start in names[i:]:
+            which = 'the stage itself' if stage.start == stage.name else 'a later stage'
+            raise ConfigError(f'stages[{i}].start {stage.start!r} is {which}; name an earlier one')
     if not out:
         raise ConfigError('stages is empty: a config needs at least one')
     return tuple(out)
@@ -123,7 +143,8 @@ def unflatten(flat: dict) -> dict:
 def multipliers(stage: Stage, paths) -> dict[str, float | None]:
     """The learning-rate multiplier of each path, None where frozen. Uncovered paths are errors."""
     try:
-        rules = [(re.compile(pattern), m) for pattern, m in stage.train]
+        rules = [(re.compile(pattern), None if m is None else float(m))
+                 for pattern, m in stage.train]
     except (re.error, TypeError, ValueError) as e:
         raise ConfigError(f'stage {stage.name}: train takes pairs of a regular expression and a '
                           f'multiplier or None: {e}') from None
