@@ -19,6 +19,19 @@ def normal(*shape, seed: int = 0):
 
 
 @pytest.mark.parametrize('pairs', ('half', 'interleaved'))
+def test_rotary_is_a_rotation_of_pairs(pairs):
+    """Pair j of a column at position t, as a complex number, times exp(i t theta^(-2 j / H))."""
+    x, at = normal(2, 5, 3, 8), np.array([[0, 1, 2, 7, 30], [3, 3, 0, 900, 5]])
+    got = np.asarray(nn.rotate(jnp.asarray(x), jnp.asarray(at), theta=100.0, pairs=pairs))
+    first, second = ((slice(0, 4), slice(4, 8)) if pairs == 'half' else
+                     (slice(0, 8, 2), slice(1, 8, 2)))
+    z = (x[..., first] + 1j * x[..., second]) * np.exp(
+        1j * at[..., None, None] * 100.0 ** (-2 * np.arange(4) / 8))
+    np.testing.assert_allclose(got[..., first], z.real, atol=2e-4)
+    np.testing.assert_allclose(got[..., second], z.imag, atol=2e-4)
+
+
+@pytest.mark.parametrize('pairs', ('half', 'interleaved'))
 def test_rotary_products_depend_on_the_distance_alone(pairs):
     q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
 
