@@ -46,7 +46,9 @@ class Story(NamedTuple):
 class Question(NamedTuple):
     """A question as asked, what it is about, and the word that a right answer has last of its kind.
 
-    answers: ways to say it, each ending the checkable part with `want`.
+    answers: ways to say it, each ending the checkable part with `want`. They name what was asked
+    about before they say the point: a careful speaker shows what he has understood, and a model
+    whose text comes first can look the point up by words that it has written itself.
     """
 
     text: str
@@ -140,28 +142,28 @@ def _asked():
     """Every question in every wording, wordings of one subject together."""
     for thing, place in _WHERE.items():
         where = PLACES[place]
-        short = thing.split()[-1]
         for text in (f'where is the {thing}', f'where can i find the {thing}',
                      f'do you know where the {thing} is', f'tell me where the {thing} is'):
             yield Question(text, f'where {thing}', 'place', place,
-                           (where, f'it is {where}', f'the {short} is {where}'))
+                           (f'the {thing} is {where}', f'you can find the {thing} {where}'))
     for thing, color in _COLOR.items():
         for text in (f'what color is the {thing}', f'what is the color of the {thing}',
                      f'do you know the color of the {thing}', f'tell me the color of the {thing}'):
             yield Question(text, f'color {thing}', 'color', color,
-                           (color, f'it is {color}', f'the {thing} is {color}'))
+                           (f'the {thing} is {color}', f'the color of the {thing} is {color}'))
     for thing, name in _HAS.items():
         for text in (f'who has the {thing}', f'who has the {thing} now',
                      f'do you know who has the {thing}', f'tell me who has the {thing}'):
             yield Question(text, f'who {thing}', 'name', name,
-                           (name, f'it is {name}'))
+                           (f'{name} has the {thing}', f'the {thing} is with {name}'))
     for (name, things), count in _COUNT.items():
         n = NUMBERS[count]
         for text in (f'how many {things} does {name} have',
                      f'what is the number of {things} {name} has',
                      f'do you know how many {things} {name} has',
                      f'tell me how many {things} {name} has'):
-            yield Question(text, f'count {name} {things}', 'number', n, (n, f'{name} has {n}'))
+            yield Question(text, f'count {name} {things}', 'number', n,
+                           (f'{name} has {n} {things}', f'the number of {things} is {n}'))
     for a, b in itertools.product(range(6), range(6)):
         for sign, result in (('plus', a + b), ('minus', a - b)):
             if 0 <= result <= 10:
@@ -169,7 +171,7 @@ def _asked():
                 for text in (f'what is {sum_}', f'how much is {sum_}', f'do you know {sum_}',
                              f'tell me {sum_}'):
                     yield Question(text, sum_, 'number', n,
-                                   (n, f'it is {n}', f'{sum_} is {n}'))
+                                   (f'{sum_} is {n}', f'{sum_} makes {n}'))
 
 
 @functools.cache
