@@ -25,7 +25,8 @@ from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, plain, unknown
 from jaxsd.export import rules, safetensors
-from jaxsd.export.families import FAMILIES, Family, disagreements, facts
+from jaxsd.export.facts import disagreements, facts
+from jaxsd.export.families import FAMILIES, Family
 from jaxsd.stage import flatten, unflatten
 
 log = logging.getLogger('jaxsd')
