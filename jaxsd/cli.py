@@ -20,7 +20,8 @@ log = logging.getLogger('jaxsd')
 EPILOG = """\
 A config is a Python file with get_config(arg): FILE.py is the published size, FILE.py:demo learns
 something on a laptop in minutes, FILE.py:tiny takes two steps. Any value can be overridden with
---config.path=value, as in --config.stages[0].lr=1e-4 or --config.mesh.fsdp=4.
+--config.path=value, as in --config.stages[0].lr=1e-4 or --config.mesh.fsdp=4, also one that the
+file leaves at its default.
 """
 
 
@@ -135,13 +136,17 @@ def _quiet() -> None:
     logging.getLogger('jaxsd').propagate = True
 
 
-def _devices() -> None:
-    """Settings that must precede the first use of jax."""
+def _before_jax() -> None:
+    """Settings that must precede the first import of jax."""
     _keep_memory()
     cache = os.path.join(os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache')),
                          'jaxsd', 'xla')
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', cache)
     os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '1')
+
+
+def _devices() -> None:
+    """Joins the other processes and finds the devices. Raises ConfigError where there are none."""
     import jax
 
     from jaxsd import train
@@ -243,6 +248,7 @@ def _foreign(error: BaseException) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb. Returns the exit status: 0 only when the thing was done."""
     _quiet()
+    _before_jax()
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         rest, overrides = _split_overrides(argv)

@@ -16,12 +16,17 @@ import json
 import os
 import re
 import sys
+import typing
 from typing import Any
 
 import ml_collections as mlc
 
 KEYS = ('seed', 'codec', 'vocab', 'columns', 'layout', 'frontend', 'backbone', 'head', 'objective',
         'stages', 'data', 'mesh', 'evals')
+
+
+SLOTS = ('codec', 'vocab', 'layout', 'frontend', 'backbone', 'head', 'objective')
+"""The keys that name a mechanism: `head` is looked up in jaxsd.head."""
 
 
 class ConfigError(ValueError):
@@ -178,16 +183,47 @@ def fingerprint(config) -> str:
     return hashlib.sha256(to_json(tree).encode()).hexdigest()[:12]
 
 
+def _unwritten(config, keys: list, at) -> dict[str, Any]:
+    """{name: default} of what may stand in `at`, found by `keys`, though the file leaves it out."""
+    match keys:
+        case ['stages', int()]:
+            reader = resolve('Stage', 'jaxsd.stage')
+        case ['stages', int(), 'data']:
+            return dict.fromkeys(config['data'].get('sources', {}), 0.0)
+        case ['mesh']:
+            axes = importlib.import_module('jaxsd.sharding').AXES
+            return dict.fromkeys(axes, 1) | {'rules': {}}
+        case ['data', 'sources', str()]:
+            return {'layout': {}}
+        case ['evals', str()] if 'name' in at:
+            reader = resolve(at['name'], 'jaxsd.evaluate')
+        case [*_, slot] if slot in SLOTS and 'name' in at:
+            reader = resolve(at['name'], f'jaxsd.{slot}')
+        case _:
+            return {}
+    # What has no default stands in the file, or is given by the caller of the function.
+    return {k: _default(p) for k, p in options_of(reader).items() if p.default is not p.empty}
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    """The default, whose type an override keeps; None where the parameter may be of several."""
+    kind = typing.get_origin(parameter.annotation) or parameter.annotation
+    fits = isinstance(kind, type) and isinstance(parameter.default, kind)
+    return parameter.default if fits else None
+
+
 def override(config: mlc.ConfigDict, path: str, text: str) -> None:
     """Sets `stages[0].lr` and the like to a Python literal (or a bare string), keeping its type.
 
-    Raises ConfigError for a path that does not exist, with the names that do, or another type.
+    An option that the file leaves out may be set as well, if the function or the part that reads
+    that place of the config has it. Raises ConfigError for a path that does not exist, with the
+    names that do, or another type.
     """
     if not re.fullmatch(r'\w+(\.\w+|\[-?\d+\])*', path):
         raise ConfigError(f'--config.{path}: write a path like stages[0].lr')
     *folders, last = [int(a[1:-1]) if a.startswith('[') else a
                       for a in re.findall(r'\[-?\d+\]|\w+', path)]
-    at, where = config, ''
+    at, where, unwritten = config, '', {}
     for i, key in enumerate([*folders, last]):
         if isinstance(key, int):
             if not isinstance(at, tuple | list) or not 0 <= key < len(at):
@@ -198,7 +234,12 @@ def override(config: mlc.ConfigDict, path: str, text: str) -> None:
         elif not isinstance(at, mlc.ConfigDict | dict):
             raise ConfigError(f'--config.{path}: {where} is a single value without {key!r}')
         elif key not in at:
-            raise unknown(f'--config.{path}: {where or "the config"}', key, at)
+            unwritten = _unwritten(config, folders[:i], at)
+            if key not in unwritten:
+                raise unknown(f'--config.{path}: {where or "the config"}', key, {*at, *unwritten})
+            if i < len(folders):
+                raise ConfigError(f'--config.{path}: the config has no {where}.{key} yet; give all '
+                                  f'of it, as in --config.{where}.{key}={{...}}')
         if i < len(folders):
             where += f'[{key}]' if isinstance(key, int) else f'.{key}' if where else str(key)
             at = at[key]
@@ -206,7 +247,7 @@ def override(config: mlc.ConfigDict, path: str, text: str) -> None:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         value = text
-    old, value = plain(at[last]), plain(value)
+    old, value = plain(unwritten[last] if last in unwritten else at[last]), plain(value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(old, float) and number:
         value = float(value)

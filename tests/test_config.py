@@ -31,7 +31,7 @@ def tree():
         seed=3, columns=64, name='x', rate=0.5, loud=False, none=None, span=(2, 6),
         backbone=dict(window_columns=8, mlp=dict(width=4)),
         stages=(dict(name='a', lr=1e-3, data=dict(text=1.0)), dict(name='b', lr=1e-3)),
-        evals=dict(asr=dict(limit=3))))
+        data=dict(sources=dict(text={})), evals=dict(asr=dict(limit=3))))
 
 
 def refused(fn, *args, **options) -> str:
@@ -127,10 +127,60 @@ def test_override_sets_and_keeps_the_type(path, text, value):
             k: v for k, v in before.items() if k != path}
 
 
+def system():
+    """What a file of a system may leave out, left out."""
+    return mlc.ConfigDict(dict(
+        vocab=dict(name='streams', text_tokens=9), backbone=dict(name='decoder', width=8),
+        layout=dict(name='duplex.columns'), mesh=dict(fsdp=-1),
+        data=dict(path='d', sources=dict(a=dict(select=('x',)), b=dict(select=('y',)))),
+        stages=(dict(name='one', steps=1, batch=4, lr=1.0, data=dict(a=1.0)),),
+        evals=dict(listening=dict(name='tts', source='b'))))
+
+
+@pytest.mark.parametrize(('path', 'text', 'value'), [
+    ('stages[0].accumulate', '2', 2), ('stages[0].weight_decay', '0', 0.0),
+    ('stages[0].betas', '(0.8, 0.9)', (0.8, 0.9)), ('stages[0].start', '7', '7'),
+    ('stages[0].lora', "{'rank': 2, 'scale': 1.0}", dict(rank=2, scale=1.0)),
+    ('stages[0].data.b', '1', 1.0), ('mesh.tensor', '2', 2),
+    ('mesh.rules', "{'column': 'data'}", dict(column='data')),
+    ('backbone.window_columns', '16', 16), ('backbone.qkv_bias', 'True', True),
+    ('backbone.pairs', 'interleaved', 'interleaved'), ('vocab.multiple', '8', 8),
+    ('vocab.speakers', "['mine']", ('mine',)), ('layout.theirs', '0', 0),
+    ('layout.theirs', 'none', 'none'), ('layout.weight_text', '2', 2.0),
+    ('data.sources.a.layout', "{'name': 'flat.sequence'}", dict(name='flat.sequence')),
+    ('evals.listening.listener', 'b', 'b')])
+def test_what_a_file_leaves_out_can_be_overridden(path, text, value):
+    """The reader's own signature says which names there are, and of which type."""
+    c = system()
+    override(c, path, text)
+    found = c
+    for key in re.findall(r'\w+', path):
+        found = found[int(key) if key.isdecimal() else key]
+    assert plain(found) == value and type(plain(found)) is type(value)
+
+
+@pytest.mark.parametrize(('path', 'text', 'says'), [
+    ('stages[0].acumulate', '2', "did you mean 'accumulate'? (legal: accumulate, bad_steps, batch"),
+    ('stages[0].accumulate', '1.5', "takes int, got '1.5'"),
+    ('stages[0].clip', 'much', "takes float, got 'much'"),
+    ('stages[0].data.c', '1', 'legal: a, b'), ('mesh.fspd', '2', "did you mean 'fsdp'? (legal: "),
+    ('backbone.windw_columns', '2', "did you mean 'window_columns'? (legal: block_columns, "),
+    ('backbone.rngs', '2', "backbone has no option 'rngs'"),        # not the user's to give
+    ('layout.rng', '2', "layout has no option 'rng'"),
+    ('mesh.rules.column', 'data', 'no mesh.rules yet; give all of it, as in --config.mesh.rules='),
+    ('stages[0].lora.rank', '2', 'no stages[0].lora yet; give all of it'),
+    ('evals.listening.split', 'x', "has no option 'split'"), ('evals.asr.source', 'a', 'listening'),
+    ('data.sources.c.select', '()', 'legal: a, b')])
+def test_what_cannot_be_added_to_a_file(path, text, says):
+    c = system()
+    assert says in refused(override, c, path, text)
+    assert plain(c) == plain(system())
+
+
 @pytest.mark.parametrize(('path', 'text', 'says'), [
     ('sede', '1', "config has no option 'sede'; did you mean 'seed'? (legal: backbone, columns"),
     ('backbone.mpl', '1', "backbone has no option 'mpl'; did you mean 'mlp'?"),
-    ('stages[0].nam', '1', "[0] has no option 'nam'; did you mean 'name'? (legal: data, lr, name)"),
+    ('stages[0].nam', '1', "[0] has no option 'nam'; did you mean 'name'? (legal: accum"),
     ('stages[0].data.txt', '1', "stages[0].data has no option 'txt'; did you mean 'text'?"),
     ('stages[2].lr', '1', 'stages has items 0..1, no item 2'),
     ('stages[-1].lr', '1', 'stages has items 0..1, no item -1'),
