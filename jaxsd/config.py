@@ -82,6 +82,8 @@ def read(spec: str) -> mlc.ConfigDict:
     path, _, arg = spec.partition(':')
     if not os.path.isfile(path):
         raise ConfigError(f'--config: no file {path}')
+    if not path.endswith('.py'):
+        raise ConfigError(f'--config: {path} is no Python file: its name must end in .py')
     try:
         module = _import_file(path)
     except ConfigError:

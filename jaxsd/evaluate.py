@@ -71,10 +71,20 @@ def likelihood(lm: generate.LM, *, split: str, limit: int | None, sources: tuple
 
 
 def probe(config, stage: stages.Stage):
-    """A held-out likelihood for `train`, of the `likelihood` task's sources; None without it."""
+    """A held-out likelihood for `train`, of the `likelihood` task's sources; None without it.
+
+    Raises ConfigError at once, not in the middle of training, for a source that cannot be scored.
+    """
     task = plain(config.evals).get('likelihood')
     if not task:
         return None
+    bind(task, 'jaxsd.evaluate', 'evals.likelihood', given=('split', 'limit'))
+    for source in task['sources']:
+        try:
+            next(data.one_pass(config, source, model.make_vocab(config), batch=1, limit=1), None)
+        except ConfigError as e:
+            raise ConfigError(f'evals.likelihood: {e}; name other sources there, or measure '
+                              'nothing with --config.evals={}') from None
     totals, vocab = _totals(config, stage), model.make_vocab(config)
 
     def held_out(step, params):

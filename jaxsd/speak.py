@@ -99,6 +99,8 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
     if os.path.exists(out) and os.path.isdir(out) == (source is not None):
         raise ConfigError(f'--output {out} is a directory; name a file' if source is not None else
                           f'--output {out} is a file; name a directory for the examples')
+    if source is not None and task in ('asr', 't2t') and out.endswith('.wav'):
+        raise ConfigError(f'--task {task} writes text, no sound: name --output {out} .txt')
     codec = bind(config.codec, 'jaxsd.codec', 'codec')()
     rate = codec.identity['sample_rate_hz']
     if source is not None:      # before the model, which takes longer to read

@@ -158,6 +158,8 @@ def test_a_config_is_refused_before_anything_is_woken(tmp_path):
     ('data.path=', 'data.path is empty'),
     ('data.path=nowhere', 'nowhere'), ('vocab.tokenizer=nowhere', 'nowhere'),
     ('stages[0].steps=0', 'stages[0].steps must be positive'),
+    ('stages[0].accumulate=3', 'stages[0].accumulate 3 must divide'),
+    ('head.chunk_colums=3', "did you mean 'chunk_columns'?"),
     ('stages[0].batch=12', 'must divide over 8'),
     ('stages[0].schedule=linear', "'constant' or 'cosine'")])
 def test_overrides(refused, corpus, tmp_path, override, says):
@@ -193,6 +195,11 @@ def test_overrides(refused, corpus, tmp_path, override, says):
     ('c.stages[0]["train"] = (("(", 1.),)', 'train takes pairs of a regular expression'),
     ('c.stages[0]["save_steps"] = 0', 'stages[0].save_steps must be positive'),
     ('c.objective = dict(name="weighted_ce", terms=dict(x=("mine",)))', "the rows are ['tokens']"),
+    ('c.evals.likelihood.sources = ("alinged",)',
+     "evals.likelihood: data.sources has no option 'alinged'; did you mean 'aligned'?"),
+    ('c.data.sources.mine = dict(select=("novel",)); c.evals.likelihood.sources = ("mine",)',
+     "evals.likelihood: data.sources.mine.select names 'novel'; "),
+    ('del c.evals.likelihood["sources"]', "evals.likelihood (name='likelihood') needs sources"),
     ('c.mesh = dict(fspd=8)', 'mesh names fspd; legal: data, fsdp, tensor, expert'),
     ('c.mesh = dict(data=-1, rules=dict(wdth=None))', "mesh.rules names ['wdth']; legal: layer")])
 def test_config_files(refused, config, tmp_path, edit, says):
@@ -204,6 +211,7 @@ def test_a_missing_config_file(refused, tmp_path):
     refused(['show', '--config', tmp_path / 'none.py'], 'no file', tmp_path / 'none.py')
     refused(['show', '--config', f'{ROOT}/configs/moshi.py:tinny'],
             "unknown config argument 'tinny'; legal: tiny, demo")
+    refused(['show', '--config', f'{ROOT}/README.md'], 'README.md is no Python file')
 
 
 # Datasets.
@@ -400,6 +408,8 @@ def test_a_checkpoint_of_another_config(refused, corpus, spirit, tmp_path):
     ('generate', ['--task', 'asr', '--input', '{full}/nan.wav'], 'samples that are not finite'),
     ('generate', ['--task', 'tts', '--input', 'the', '--output', '{full}'],
      'is a directory; name a'),
+    ('generate', ['--task', 'asr', '--input', '{full}/still.wav', '--output', '{out}.wav'],
+     '--task asr writes text, no sound'),
     ('generate', ['--task', 'tts', '--output', '{full}/text.wav'], 'is a file; name a directory')])
 def test_what_is_asked_of_a_run(refused, corpus, spirit, inputs, tmp_path, verb, more, says):
     before = contents(spirit), contents(inputs)
