@@ -11,6 +11,7 @@ meets half of it and a pipeline that was killed finds what it had finished::
     out/text.model ...          whatever else the pipeline placed there (tokenizers, codecs)
 """
 
+import concurrent.futures
 import contextlib
 import fcntl
 import functools
@@ -303,9 +304,14 @@ def write(out: str, splits: Mapping[str, Iterable[Record]], *, units: dict | Non
     builder = _builder_class()(data_dir=scratch, file_format='array_record')
     builder.splits = kept
     # TFDS announces itself on stdout, which belongs to the pipeline that calls.
-    with contextlib.redirect_stdout(io.StringIO()), _features_in_order():
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(
-            compute_stats=tfds.download.ComputeStatsMode.SKIP, try_download_gcs=False))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), _features_in_order():
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(
+                compute_stats=tfds.download.ComputeStatsMode.SKIP, try_download_gcs=False))
+    except concurrent.futures.BrokenExecutor:       # a RuntimeError too, of the caller's own
+        raise
+    except RuntimeError as e:                       # what array_record makes of a full disk
+        raise OSError(f'{out} cannot be written: {" ".join(str(e).split())}') from e
     written_s = time.perf_counter() - began
     os.rename(builder.data_path, target)
 

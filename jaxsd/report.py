@@ -92,8 +92,10 @@ def _write_whole(path: str, content: bytes):
             f.write(content)
         os.chmod(partial, 0o644)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as e:
         os.unlink(partial)
+        if isinstance(e, OSError):
+            raise OSError(e.errno, f'{e.strerror} while writing', path) from None
         raise
 
 

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,20 @@ def _lock(path: pathlib.Path):
     with open(path, 'w') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture
+def file_limit():
+    """`with file_limit(size):` no file can grow past `size` bytes, which stands for a full disk."""
+    @contextlib.contextmanager
+    def limit(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return limit
 
 
 @pytest.fixture(scope='session')

@@ -506,6 +506,15 @@ def test_a_full_disk(corpus, tmp_path, size_kb):
         assert set(left) <= {'filler'}
 
 
+def test_a_full_disk_names_the_file(refused, file_limit, corpus, spirit, tmp_path):
+    out = tmp_path / 'page.html'
+    grid = ['show', *flags(corpus, 'moshi'), '--source', 'dialogue', '--png', tmp_path / 'grid.png']
+    for argv in (grid, ['report', '--workdir', spirit, '--out', out]):
+        with file_limit(4096):
+            refused(argv, 'File too large', argv[-1])
+        assert not os.listdir(tmp_path)
+
+
 # What is no fault of the user's.
 
 def test_bugs_are_not_hidden(monkeypatch, capsys, corpus):

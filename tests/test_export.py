@@ -48,6 +48,15 @@ def folder(tmp_path_factory):
     return out
 
 
+def test_a_full_disk_leaves_nothing(file_limit, tmp_path):
+    config, format = CASES['llama']
+    out = tmp_path / 'out'
+    for size in (0, 9000):      # nothing can be written; the tensors cannot
+        with file_limit(size), pytest.raises(OSError, match=f'--out: {out} cannot be written: '):
+            export.save(config, released.random_params(config, 1), str(out), format)
+        assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_there_and_back(name, tmp_path):
     config, format = CASES[name]

@@ -121,6 +121,22 @@ def test_given_tokenizers_are_used_and_copied(made, good, tmp_path):
     assert {k: v['crc32'] for k, v in after.items()} == {k: v['crc32'] for k, v in before.items()}
 
 
+def test_a_full_disk_is_said_in_one_line(good, made, file_limit, tmp_path, capsys):
+    for i in range(12):
+        for kind in ('wav', 'json'):
+            shutil.copy(good[0] / f'd0.{kind}', tmp_path / f'{i}.{kind}')
+    rows = write_rows(tmp_path / 'rows.jsonl', [{'path': f'{i}.wav'} for i in range(12)])
+    before = sorted(os.listdir(tmp_path))
+    units = made / 'units.safetensors'
+    with file_limit(units.stat().st_size):      # the tokenizers fit, the shard does not
+        code = speech.main(['--manifest', rows, '--out', str(tmp_path / 'out'), '--keep-wav',
+                            '--units', str(units), '--text-model', str(made / 'text.model'),
+                            '--jobs', '1', '--test-share', '0'])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert code == 1 and said.startswith('speech: ') and 'File too large' in said
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def _broken(good, folder):
     """Every kind of bad row: (row, what its sound's sidecar holds or None, the kind expected)."""
     source, _ = good

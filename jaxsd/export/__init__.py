@@ -161,8 +161,11 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
         files = sorted(os.listdir(partial))
         os.chmod(partial, 0o755)
         os.replace(partial, out)
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(e, OSError | safetensors.Error):
+            reason = getattr(e, 'strerror', None) or e
+            raise OSError(f'--out: {out} cannot be written: {reason}') from None
         raise
     return {'bytes': size, 'tensors': len(keys), 'files': files}
 

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+Error = safetensors.SafetensorError
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 DTYPES = ('F64', 'F32', 'F16', 'BF16')
 JSON_BYTES = 64 << 20

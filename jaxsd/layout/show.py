@@ -198,6 +198,8 @@ def picture(grid: Grid, vocab: Vocab, path: str, *, columns: tuple[int, int] | N
     try:
         figure.savefig(partial, format=kind, dpi=130, bbox_inches='tight', pad_inches=0.15)
         os.replace(partial, path)
+    except OSError as e:
+        raise OSError(e.errno, f'{e.strerror} while writing', path) from None
     finally:
         if os.path.exists(partial):
             os.remove(partial)
