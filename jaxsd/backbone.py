@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxsd import nn
 from jaxsd.sharding import Place, anywhere
-from jaxsd.types import Sizes, Where, check
+from jaxsd.types import Sizes, Where, check, positive
 
 
 class Block(nnx.Module):
@@ -46,6 +46,14 @@ class Decoder(nnx.Module):
                  window_columns: int | None = None, norm_eps: float = 1e-5,
                  norm_gain: str = 'late', qkv_bias: bool = False, remat: str = 'full',
                  block_columns: int = 512):
+        positive('backbone', width=width, layers=layers, heads=heads, kv_heads=kv_heads,
+                 head_dim=head_dim, mlp=mlp, block_columns=block_columns,
+                 window_columns=1 if window_columns is None else window_columns)
+        if head_dim % 2 or theta <= 0:
+            raise ValueError(f'backbone: rotary positions need an even head_dim and a theta above '
+                             f'0, got {head_dim} and {theta}')
+        if pairs not in ('half', 'interleaved'):
+            raise ValueError(f"backbone.pairs is 'half' or 'interleaved', got {pairs!r}")
         if width != sizes.width:
             raise ValueError(f'backbone.width {width} and the model width {sizes.width} must agree')
         if heads % kv_heads:

@@ -262,6 +262,7 @@ def main(argv: list[str] | None = None) -> int:
             config = configs.read(args.config)
             for path, value in overrides:
                 configs.override(config, path, value)
+            configs.bounded(config)
             for slot in ('codec', 'vocab'):     # the model's own slots are bound when it is built
                 configs.bind(config[slot], f'jaxsd.{slot}', slot)
         elif overrides:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import types
 import typing
 from typing import Any
 
@@ -113,7 +114,15 @@ def checked(config: mlc.ConfigDict, path: str = 'config') -> mlc.ConfigDict:
     missing = [k for k in KEYS if k not in config]
     if missing:
         raise ConfigError(f'{path} lacks {", ".join(missing)}')
+    bounded(config)
     return config
+
+
+def bounded(config: mlc.ConfigDict) -> None:
+    """Raises ConfigError for numbers at the top that nothing can be made with."""
+    for key, least, most in (('seed', 0, (1 << 32) - 1), ('columns', 2, 1 << 24)):
+        if not isinstance(config[key], int) or not least <= config[key] <= most:
+            raise ConfigError(f'{key} is a whole number in {least}..{most}, got {config[key]!r}')
 
 
 def resolve(name: str, home: str):
@@ -158,8 +167,8 @@ def bind(options, home: str, path: str, *, given=()):
     Raises ConfigError for an option the function does not take or a required one that is missing.
     """
     options = plain(options)
-    name = options.pop('name', None)
-    if name is None:
+    name = options.pop('name', None) if isinstance(options, dict) else None
+    if not isinstance(name, str):
         raise ConfigError(f'{path} needs a name')
     fn = resolve(name, home)
     legal = {k: p for k, p in options_of(fn).items() if k not in given}
@@ -169,7 +178,23 @@ def bind(options, home: str, path: str, *, given=()):
     missing = [k for k, p in legal.items() if p.default is p.empty and k not in options]
     if missing:
         raise ConfigError(f'{path} (name={name!r}) needs {", ".join(missing)}')
+    for key, value in options.items():
+        kinds = _kinds(legal[key].annotation)
+        if kinds and not any(isinstance(value, k) and (k is bool or not isinstance(value, bool))
+                             for k in kinds):
+            takes = ' or '.join(k.__name__ for k in kinds if k is not int or float not in kinds)
+            raise ConfigError(f'{path}.{key} takes {takes.replace("NoneType", "None")}, '
+                              f'got {value!r}')
     return functools.partial(fn, **options)
+
+
+def _kinds(annotation) -> tuple[type, ...]:
+    """The types that an annotated parameter takes, () where it is not annotated by types."""
+    parts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
+    kinds = [typing.get_origin(part) or part for part in parts]
+    if inspect.Parameter.empty in kinds or not all(isinstance(k, type) for k in kinds):
+        return ()
+    return (*kinds, int) if float in kinds else tuple(kinds)
 
 
 def to_json(config) -> str:

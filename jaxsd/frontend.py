@@ -15,6 +15,8 @@ class Summed(nnx.Module):
     """
 
     def __init__(self, sizes: Sizes, *, rngs, dtype: str = 'bfloat16'):
+        if dtype not in ('float32', 'bfloat16', 'float16'):
+            raise ValueError(f"frontend.dtype is 'float32', 'bfloat16' or 'float16', got {dtype!r}")
         self.table = nnx.Param(nn.truncated(rngs.params(), (sizes.vocab, sizes.width), sizes.width),
                                axes=('vocab', 'embed'))
         self.dtype = dtype

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsd import nn
-from jaxsd.types import NOTHING, Row, Sizes, check
+from jaxsd.types import NOTHING, Row, Sizes, check, positive
 
 Pick = Callable
 """pick(k, logits_BV, key) -> int32 [B]: the caller's choice among row k's predictable local ids."""
@@ -41,6 +41,7 @@ class Flat(nnx.Module):
     """
 
     def __init__(self, sizes: Sizes, *, rngs, chunk_columns: int = 512):
+        positive('head', chunk_columns=chunk_columns)
         total = sum(row.predicted for row in sizes.rows)
         self.out = nn.Dense((sizes.width,), (total,), ('embed', 'vocab'), rngs=rngs)
         self.rows, self.width, self.chunk_columns = sizes.rows, sizes.width, chunk_columns
@@ -130,6 +131,8 @@ class Depth(nnx.Module):
     def __init__(self, sizes: Sizes, *, rngs, width: int, layers: int, heads: int, mlp: int,
                  step_weights: str = 'own', norm_eps: float = 1e-8, norm_gain: str = 'early',
                  fraction: float = 1.0, chunk_columns: int = 512):
+        positive('head', width=width, layers=layers, heads=heads, mlp=mlp,
+                 chunk_columns=chunk_columns)
         audio = [(k, row) for k, row in enumerate(sizes.rows) if k and row.predicted]
         self.audio = tuple(k for k, _ in audio)
         self.steps = P = len(audio)

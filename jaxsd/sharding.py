@@ -61,6 +61,9 @@ def rules_of(overrides: Mapping[str, str | None]) -> dict:
     unknown = set(overrides) - set(RULES)
     if unknown:
         raise ValueError(f'mesh.rules names {sorted(unknown)}; legal: {", ".join(RULES)}')
+    for name, axis in overrides.items():
+        if odd := set((axis,) if isinstance(axis, str) else axis or ()) - set(AXES):
+            raise ValueError(f'mesh.rules.{name} names {sorted(odd)}; legal: {", ".join(AXES)}')
     return RULES | dict(overrides)
 
 

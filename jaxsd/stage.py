@@ -78,6 +78,14 @@ def stages(config) -> tuple[Stage, ...]:
             if not 0 <= getattr(stage, key) < float('inf'):
                 raise ConfigError(f'stages[{i}].{key} must be finite and not negative, got '
                                   f'{getattr(stage, key)}')
+        if len(stage.betas) != 2 or not all(
+                isinstance(b, int | float) and 0 <= b < 1 for b in stage.betas):
+            raise ConfigError(f'stages[{i}].betas are two numbers from 0 to below 1, got '
+                              f'{stage.betas}')
+        for key in ('eps', 'clip'):
+            if not 0 < getattr(stage, key) < float('inf'):
+                raise ConfigError(f'stages[{i}].{key} must be finite and above 0, got '
+                                  f'{getattr(stage, key)}')
         if stage.batch % stage.accumulate:
             raise ConfigError(f'stages[{i}].accumulate {stage.accumulate} must divide '
                               f'stages[{i}].batch {stage.batch}')
@@ -97,6 +105,10 @@ def stages(config) -> tuple[Stage, ...]:
                 raise unknown(f'stages[{i}].lora', key, ('rank', 'scale'))
         if missing := [k for k in ('rank', 'scale') if stage.lora and k not in stage.lora]:
             raise ConfigError(f'stages[{i}].lora needs {", ".join(missing)}')
+        if stage.lora and not (isinstance(stage.lora['rank'], int) and stage.lora['rank'] > 0
+                               and isinstance(stage.lora['scale'], int | float)):
+            raise ConfigError(f'stages[{i}].lora takes a positive rank and a number as scale, got '
+                              f'{stage.lora}')
         out.append(stage)
     names = [s.name for s in out]
     for i, stage in enumerate(out):

@@ -131,6 +131,13 @@ class Where(NamedTuple):
     segment: Any
 
 
+def positive(where: str, **counts: int) -> None:
+    """Raises ValueError naming `where.name` for a count that is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f'{where}.{name} must be at least 1, got {count}')
+
+
 def check(x, letters: str, **sizes: int):
     """Returns `x` after checking its rank against `letters` and the sizes that are given by letter.
 

@@ -51,6 +51,8 @@ class Vocab:
 
 
 def _round_up(n: int, multiple: int) -> int:
+    if multiple < 1:
+        raise ValueError(f'vocab.multiple must be at least 1, got {multiple}')
     return -(-n // multiple) * multiple
 
 
