@@ -74,6 +74,7 @@ def demo(c) -> None:
 
     It first learns to listen: stories, and the users of dialogues, come in on the other stream and
     are written down a little late, streaming recognition by delay alone (§5.7). Then it converses.
+    Some rows are text alone, questions with their answers: the paper's batches of text (§4.3).
     """
     c.codec = parts.demo_codec()
     c.vocab = dict(name='streams', predicted=('mine',), **parts.DEMO_TEXT)
@@ -92,13 +93,14 @@ def demo(c) -> None:
     c.data = dict(path=parts.DEMO, sources=dict(
         dialogue=dict(select=('dialogue',)),
         stories=dict(select=('story',), layout=listening_to(0)),
-        users=dict(select=('dialogue',), layout=listening_to(1))))
+        users=dict(select=('dialogue',), layout=listening_to(1)),
+        written=dict(select=('exchange',))))
     common = dict(batch=8, schedule='cosine', warmup_steps=40, weight_decay=0.05, save_steps=200,
                   log_steps=20, probe_steps=200)
     c.stages = (
-        dict(name='listen', steps=1_000, lr=3e-3, final_lr=0.3, data=dict(stories=0.5, users=0.5),
-             **common),
+        dict(name='listen', steps=1_000, lr=3e-3, final_lr=0.3,
+             data=dict(stories=0.5, users=0.45, written=0.05), **common),
         dict(name='duplex', steps=2_000, lr=2e-3, final_lr=0.05, start='listen',
-             data=dict(dialogue=0.7, stories=0.1, users=0.2), **common))
+             data=dict(dialogue=0.7, stories=0.1, users=0.15, written=0.05), **common))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('dialogue', 'users')),
                    answers=dict(name='answers', source='dialogue'))

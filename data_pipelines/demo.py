@@ -95,7 +95,11 @@ def _estimate_s(item: Item) -> float:
 
 
 def compose(hours: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """What to speak, about `hours` of it, and what stays text (stories never spoken)."""
+    """What to speak, about `hours` of it, and what stays text.
+
+    Text are stories that are never spoken (source 'text') and every question of the training side
+    with each of its answers, once, as people would write to each other (source 'exchange').
+    """
     spoken, texts = [], []
 
     def manner(split, rng):
@@ -110,6 +114,10 @@ def compose(hours: float, seed: int) -> tuple[list[Item], list[Item]]:
     for i, story in enumerate(only_text):
         lines = tuple(grammar.Line(0, s, -1) for s in story.sentences)
         texts.append(Item(f'train-text-{i:06d}', 'train', 'text', (), lines, ()))
+    written = [(q.text, answer) for q in grammar.questions('train') for answer in q.answers]
+    for i, (question, answer) in enumerate(written):
+        lines = (grammar.Line(grammar.USER, question, -1), grammar.Line(grammar.SYSTEM, answer, 0))
+        texts.append(Item(f'train-exchange-{i:06d}', 'train', 'exchange', (), lines, ()))
 
     for k, (split, share) in enumerate(SPLITS.items()):
         side = 'test' if split == 'test' else 'train'
@@ -358,10 +366,11 @@ def _records(split: str, cut, spoken: list[str], encoded: list[str], texts: list
             advance()
     for item in texts:
         if item.split == split:
-            yield Record(id=item.id, source='text', language='en', duration_s=0.0,
-                         words=tuple(Word(w, 0, 0.0, 0.0) for line in item.lines
+            yield Record(id=item.id, source=item.source, language='en', duration_s=0.0,
+                         words=tuple(Word(w, line.channel, 0.0, 0.0) for line in item.lines
                                      for w in line.text.split()),
-                         turns=tuple(Turn(0, 0.0, 0.0, line.text) for line in item.lines))
+                         turns=tuple(Turn(line.channel, 0.0, 0.0, line.text)
+                                     for line in item.lines))
             advance()
 
 
