@@ -367,10 +367,9 @@ def _records(split: str, cut, spoken: list[str], encoded: list[str], texts: list
     for item in texts:
         if item.split == split:
             yield Record(id=item.id, source=item.source, language='en', duration_s=0.0,
-                         words=tuple(Word(w, line.channel, 0.0, 0.0) for line in item.lines
+                         words=tuple(Word(w, 0, 0.0, 0.0) for line in item.lines
                                      for w in line.text.split()),
-                         turns=tuple(Turn(line.channel, 0.0, 0.0, line.text)
-                                     for line in item.lines))
+                         turns=tuple(Turn(0, 0.0, 0.0, line.text) for line in item.lines))
             advance()
 
 
