@@ -179,22 +179,33 @@ def bind(options, home: str, path: str, *, given=()):
     if missing:
         raise ConfigError(f'{path} (name={name!r}) needs {", ".join(missing)}')
     for key, value in options.items():
-        kinds = _kinds(legal[key].annotation)
-        if kinds and not any(isinstance(value, k) and (k is bool or not isinstance(value, bool))
-                             for k in kinds):
-            takes = ' or '.join(k.__name__ for k in kinds if k is not int or float not in kinds)
-            raise ConfigError(f'{path}.{key} takes {takes.replace("NoneType", "None")}, '
-                              f'got {value!r}')
+        if not _fits(value, legal[key].annotation):
+            raise ConfigError(f'{path}.{key} takes {_said(legal[key].annotation)}, got {value!r}')
     return functools.partial(fn, **options)
 
 
-def _kinds(annotation) -> tuple[type, ...]:
-    """The types that an annotated parameter takes, () where it is not annotated by types."""
+def _fits(value, annotation) -> bool:
+    """Whether a parameter annotated so takes `value`; True where the annotation names no types."""
+    if isinstance(annotation, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(annotation))
+    kind, inside = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind is inspect.Parameter.empty or not isinstance(kind, type):
+        return True
+    if isinstance(value, bool | str):       # neither a number nor a sequence of letters
+        return type(value) is kind
+    if isinstance(value, tuple) and isinstance(value, kind) and inside:
+        if kind is not tuple or inside[-1] is Ellipsis:
+            inside = inside[:1] * len(value)
+        return len(inside) == len(value) and all(map(_fits, value, inside))
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _said(annotation) -> str:
+    """The types of an annotated parameter in words."""
     parts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
-    kinds = [typing.get_origin(part) or part for part in parts]
-    if inspect.Parameter.empty in kinds or not all(isinstance(k, type) for k in kinds):
-        return ()
-    return (*kinds, int) if float in kinds else tuple(kinds)
+    return ' or '.join(part.__name__ if isinstance(part, type) else
+                       str(part).removeprefix('collections.abc.') for part in parts
+                       ).replace('NoneType', 'None')
 
 
 def to_json(config) -> str:

@@ -24,13 +24,16 @@ def weighted_ce(logp_BKT, hit_BKT, batch, *, sizes: Sizes, ranges, terms: dict):
     finetune/loss.py). Also returns metrics: unweighted nats and accuracy per range of the line.
     """
     weights = batch['weights']
+    kinds = [row.name.split()[0] for row in sizes.rows]
+    if not terms:
+        raise ValueError('objective.terms is empty: nothing would be learned; name terms and their '
+                         f'rows, as in {{"ce": ("{kinds[0]}",)}}')
     out = {}
     for term, names in terms.items():
-        rows = [k for k, row in enumerate(sizes.rows) if row.name.split()[0] in names]
-        if not rows:
+        if not isinstance(names, tuple | list) or not names or not set(names) <= set(kinds):
             raise ValueError(f'objective.terms.{term} names rows {names}, but the rows are '
-                             f'{sorted({r.name.split()[0] for r in sizes.rows})}')
-        at = jnp.asarray(rows)
+                             f'{sorted(set(kinds))}; give a tuple of these')
+        at = jnp.asarray([k for k, kind in enumerate(kinds) if kind in names])
         w = weights[:, at]
         out[term] = (jnp.sum(-logp_BKT[:, at] * w), jnp.sum(w))
     metrics = {}

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxsd.types import Row, Sizes
+from jaxsd.types import Row, Sizes, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,16 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def _checked(text_tokens: int, **ids: int) -> dict[str, int]:
+    """Special ids by name. Raises ValueError for one that is no id of the text."""
+    positive('vocab', text_tokens=text_tokens)
+    for name, i in ids.items():
+        if not 0 <= i < text_tokens:
+            raise ValueError(f'vocab.{name} must be an id of the text, in 0..{text_tokens - 1}, '
+                             f'got {i}')
+    return ids
+
+
 def line(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: int = 2,
          markers: Sequence[str] = ('[Text]', '[Speech]'), multiple: int = 128) -> Vocab:
     """One row: text, then markers, then the codec's units, padded to a multiple.
@@ -64,11 +74,15 @@ def line(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: int
     501 units (spiritlm model/utils.py).
     """
     units = codec['size']
+    specials = _checked(text_tokens, bos=bos, eos=eos)
+    if len({*specials, *markers}) < len(specials) + len(markers):
+        raise ValueError(f'vocab.markers must be names of their own, each once, got '
+                         f'{tuple(markers)}')
     ranges = {'text': (0, text_tokens), 'markers': (text_tokens, len(markers)),
               'units': (text_tokens + len(markers), units)}
     used = text_tokens + len(markers) + units
     size = _round_up(used, multiple)
-    specials = {'bos': bos, 'eos': eos} | {m: text_tokens + i for i, m in enumerate(markers)}
+    specials |= {m: text_tokens + i for i, m in enumerate(markers)}
     return Vocab(ranges, (Row('tokens', 0, size, size),), specials, size, tokenizer)
 
 
@@ -81,6 +95,11 @@ def streams(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: 
     heard and never spoken. Ids follow kyutai's LMModel: the initial token is the first id past the
     predictable ones (arXiv 2410.00037 §3.4; moshi/models/lm.py).
     """
+    specials = _checked(text_tokens, bos=bos, eos=eos, pad=pad, epad=epad)
+    if pad == epad:
+        raise ValueError(f'vocab.pad and vocab.epad must differ, both are {pad}')
+    if len(set(speakers)) < len(speakers):
+        raise ValueError(f'vocab.speakers names one twice: {tuple(speakers)}')
     unknown = set(predicted) - set(speakers)
     if unknown:
         raise ValueError(f'vocab.predicted names {sorted(unknown)}, not among {tuple(speakers)}')
@@ -92,7 +111,6 @@ def streams(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: 
                             codec['size'] if speaker in predicted else 0))
     ranges = {row.name: (row.start, row.size) for row in rows}
     size = _round_up(rows[-1].start + rows[-1].size, multiple)
-    specials = {'bos': bos, 'eos': eos, 'pad': pad, 'epad': epad}
     return Vocab(ranges, tuple(rows), specials, size, tokenizer)
 
 

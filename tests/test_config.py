@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import ml_collections as mlc
 import pytest
@@ -98,6 +99,30 @@ def test_bind_names_the_legal_options(options, says):
     said = refused(bind, dict(name=f'{__name__}:layout') | options, 'jaxsd.layout', 'layout',
                    given=('vocab', 'rng'))
     assert said.startswith("layout (name='") and says in said
+
+
+def typed(*, n: int, x: float, w: int | None, s: str, names: Sequence[str],
+          span: tuple[int, int], any_of: tuple[str, ...], tree: dict, free):
+    return n, x, w, s, names, span, any_of, tree, free
+
+
+GOOD = dict(n=1, x=1, w=None, s='s', names=('a', 'b'), span=(1, 2), any_of=(), tree={}, free=3)
+
+
+@pytest.mark.parametrize(('option', 'value', 'says'), [
+    ('n', True, 'n takes int, got True'), ('n', 1.5, 'n takes int, got 1.5'),
+    ('x', 'x', "x takes float, got 'x'"), ('x', False, 'x takes float, got False'),
+    ('w', 'x', "w takes int or None, got 'x'"), ('s', 3, 's takes str, got 3'),
+    ('names', 'ab', "names takes Sequence[str], got 'ab'"),
+    ('names', ('a', 3), "names takes Sequence[str], got ('a', 3)"),
+    ('span', (1, 'b'), "span takes tuple[int, int], got (1, 'b')"),
+    ('span', (1, 2, 3), 'span takes tuple[int, int], got (1, 2, 3)'),
+    ('any_of', ('a', True), "any_of takes tuple[str, ...], got ('a', True)"),
+    ('tree', 'x', "tree takes dict, got 'x'")])
+def test_bind_looks_at_types(option, value, says):
+    given = dict(name=f'{__name__}:typed') | GOOD
+    assert bind(given, 'jaxsd.layout', 'layout')() == tuple(GOOD.values())
+    assert refused(bind, given | {option: value}, 'jaxsd.layout', 'layout') == f'layout.{says}'
 
 
 def test_bind_needs_a_name():

@@ -289,6 +289,8 @@ def test_rules_and_rates_reach_the_grid():
     (lambda: draw(record(3), TWO), "call 3 has 3 channels: layout.theirs must be a number"),
     (lambda: draw(record(), TWO, drop_text=1.5), 'layout.drop_text is a probability, got 1.5'),
     (lambda: draw(record(), TWO, acoustic_delay_columns=-1), 'layout.acoustic_delay_columns'),
+    (lambda: draw(record(), TWO, weight_pad=-1.), 'layout.weight_pad must be finite and not neg'),
+    (lambda: draw(record(), TWO, weight_acoustic=np.nan), 'layout.weight_acoustic must be fin'),
     (lambda: draw(record(), TWO, weight_theirs=1.), 'add it to vocab.predicted'),
     (lambda: draw(record(codes=codes(2, 4)[:, :1]), TWO),
      "call 3 has 1 codebooks, the vocabulary has a row 'mine 1'"),

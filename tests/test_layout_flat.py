@@ -251,8 +251,9 @@ def test_channel_of_a_dialogue():
         assert grid.tokens[0].tolist() == [1, TEXT, *text, SPEECH, 32_002 + unit]
         mixed = flat.interleave(dialogue, vocab=VOCAB, rng=starting('speech'), channel=channel)
         assert mixed.tokens[0].tolist() == [1, SPEECH, 32_002 + unit]
-    with pytest.raises(ValueError, match=r'clip 7 has channels 0\.\.1, no channel 2'):
-        flat.sequence(dialogue, vocab=VOCAB, rng=None, channel=2)
+    for channel in (2, -1):
+        with pytest.raises(ValueError, match=f'layout.channel is 0 or 1, .*, got {channel}'):
+            flat.sequence(dialogue, vocab=VOCAB, rng=None, channel=channel)
     # A record with one channel is that channel, whatever the option says.
     assert flat.sequence(PAIR, vocab=VOCAB, rng=None, channel=1).tokens.shape == (1, 6)
 
@@ -274,6 +275,9 @@ def test_channel_of_a_dialogue():
     (lambda: flat.sequence(PAIR, vocab=VOCAB, rng=None, score=('units',)), 'layout.score'),
     (lambda: flat.sequence(PAIR, vocab=VOCAB, rng=None, end='stop'),
      "layout.end must be one of none, eos, got 'stop'"),
+    (lambda: flat.interleave(SENTENCE, vocab=vocabs.line({'size': 501}, text_tokens=9,
+                                                         markers=('[Text]',)),
+                             rng=starting('text')), r'needs \[Text\] and \[Speech\] in vocab.mark'),
     (lambda: flat.interleave(SENTENCE, vocab=VOCAB, rng=starting('text'), text_words=(0, 3)),
      'layout.text_words must be'),
     (lambda: flat.interleave(SENTENCE, vocab=VOCAB, rng=starting('text'), speech_words=(4, 3)),

@@ -125,3 +125,8 @@ def test_a_term_of_unknown_rows_is_refused():
     with pytest.raises(ValueError, match=r"objective.terms.audio names rows \('yours',\), but the "
                                          r"rows are \['mine', 'text', 'theirs'\]"):
         ce(logp, hit, batch, terms=dict(text=('text',), audio=('yours',)))
+    for names in ('text', 3, (), ('text', 'yours'), (3,)):
+        with pytest.raises(ValueError, match='objective.terms.text names rows'):
+            ce(logp, hit, batch, terms=dict(text=names))
+    with pytest.raises(ValueError, match='objective.terms is empty'):
+        ce(logp, hit, batch, terms={})

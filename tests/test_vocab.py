@@ -79,6 +79,26 @@ def test_speakers_who_are_not_there_cannot_be_predicted():
                       predicted=('mine', 'theirs'))
 
 
+@pytest.mark.parametrize('options, says', [
+    (dict(bos=9), r'vocab.bos must be an id of the text, in 0\.\.8, got 9'),
+    (dict(eos=-1), r'vocab.eos must be an id of the text, in 0\.\.8, got -1'),
+    (dict(markers=('[A]', '[A]')), r"names of their own, each once, got \('\[A\]', '\[A\]'\)"),
+    (dict(markers=('[A]', 'eos')), 'names of their own'),
+    (dict(text_tokens=0), 'vocab.text_tokens must be at least 1, got 0')])
+def test_special_ids_that_cannot_be(options, says):
+    with pytest.raises(ValueError, match=says):
+        vocab.line({'size': 3}, **dict(text_tokens=9) | options)
+
+
+@pytest.mark.parametrize('options, says', [
+    (dict(pad=9), 'vocab.pad must be an id of the text'),
+    (dict(pad=4, epad=4), 'vocab.pad and vocab.epad must differ, both are 4'),
+    (dict(speakers=('mine', 'mine')), 'vocab.speakers names one twice')])
+def test_special_ids_of_streams_that_cannot_be(options, says):
+    with pytest.raises(ValueError, match=says):
+        vocab.streams({'size': 3, 'codebooks': 1}, text_tokens=9, **options)
+
+
 def test_text(tmp_path):
     """Words come back from their pieces, and the reserved ids stand where the line says."""
     model = io.BytesIO()

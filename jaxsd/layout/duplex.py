@@ -152,6 +152,11 @@ def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz:
     for name, p in (('drop_text', drop_text), ('mask_theirs', mask_theirs)):
         if not 0 <= p <= 1:
             raise ValueError(f'layout.{name} is a probability, got {p}')
+    for name, weight in dict(text=weight_text, pad=weight_pad, epad=weight_epad,
+                             semantic=weight_semantic, acoustic=weight_acoustic,
+                             theirs=weight_theirs).items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f'layout.weight_{name} must be finite and not negative, got {weight}')
     late = delays(vocab, acoustic_delay_columns=acoustic_delay_columns,
                   text_delay_columns=text_delay_columns)
     if record.codes is None:

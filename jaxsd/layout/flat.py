@@ -60,11 +60,13 @@ def _units_of(record: Record, channel: int) -> np.ndarray:
     return record.units[channel if len(record.units) > 1 else 0]
 
 
-def _check(vocab: Vocab, end: str):
+def _check(vocab: Vocab, end: str, channel: int):
     if 'units' not in vocab.ranges:
         raise ValueError('a flat layout needs the vocabulary of vocab.line (text, markers, units)')
     if end not in ENDS:
         raise ValueError(f'layout.end must be one of {", ".join(ENDS)}, got {end!r}')
+    if channel not in (0, 1):
+        raise ValueError(f'layout.channel is 0 or 1, one of the two of a dialogue, got {channel}')
 
 
 def _assemble(record: Record, vocab: Vocab, pieces: list, end: str) -> Grid:
@@ -105,7 +107,7 @@ def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
     Nothing is drawn: `rng` is there because every layout receives one. A dialogue is written from
     one `channel`. Raises ValueError when a field has nothing to be filled with.
     """
-    _check(vocab, end)
+    _check(vocab, end, channel)
     if not fields or not set(fields) <= set(MARKERS):
         raise ValueError(f'layout.fields must name fields among text, speech; got {tuple(fields)}')
     if not set(score) <= {*MARKERS, 'markers'}:
@@ -149,7 +151,9 @@ def interleave(record: Record, *, vocab: Vocab, rng: np.random.Generator,
     last one on to its end. Thus a run that crosses a border belongs to the later span, and no unit
     is lost or said twice. A span so short that no run ends in it is written instead of spoken.
     """
-    _check(vocab, end)
+    _check(vocab, end, channel)
+    if not set(MARKERS.values()) <= set(vocab.specials):
+        raise ValueError(f'flat.interleave needs {" and ".join(MARKERS.values())} in vocab.markers')
     for name, span in (('text_words', text_words), ('speech_words', speech_words)):
         if len(span) != 2 or not 1 <= span[0] <= span[1]:
             raise ValueError(f'layout.{name} must be (least, most) with 1 <= least <= most, got '
