@@ -126,6 +126,16 @@ def restore_params(folder: str, target, *, step: int | None = None):
     return _restore(folder, target, step, 'params/', None)
 
 
+def fits(folder: str, target) -> dict:
+    """The newest readable meta, if its parameters are those of `target`; no array is read.
+
+    Raises what `restore_params` would raise for a folder without checkpoints or of another model.
+    """
+    meta = read_meta(folder)
+    _same_leaves(folder, meta, _named(target, 'params/'), 'params/')
+    return meta
+
+
 def _restore(folder: str, target, step: int | None, prefix: str, config):
     for name, leaf in _named(target).items():
         if getattr(leaf, 'sharding', None) is None:
@@ -192,20 +202,24 @@ def _load(folder: str, step: int, target, prefix: str, config):
         raise CheckpointMismatch(f'{folder}: the checkpoint of step {step} was made by another '
                                  f'config: {differences(meta["config"], config)}')
     wanted = _named(target, prefix)
-    stored = {k: v for k, v in meta['leaves'].items() if k.startswith(prefix)}
-    for name in sorted(wanted | stored):
-        there = _shape(**stored[name]) if name in stored else 'nothing'
-        leaf = wanted.get(name)
-        here = 'nothing' if leaf is None else _shape(leaf.shape, leaf.dtype)
-        if there != here:
-            raise CheckpointMismatch(f'{folder}: the checkpoint of step {step} holds {there} for '
-                                     f'{name}, but this config has {here}')
+    _same_leaves(folder, meta, wanted, prefix)
     # The handler alone, not a Checkpointer, whose barrier would hang when one process fails.
     arrays = ocp.PyTreeCheckpointHandler().restore(
         pathlib.Path(folder, str(step), 'state'), args=ocp.args.PyTreeRestore(
             item=wanted, partial_restore=True,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)))
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[n] for n in wanted]), meta
+
+
+def _same_leaves(folder: str, meta: dict, wanted: dict, prefix: str) -> None:
+    stored = {k: v for k, v in meta['leaves'].items() if k.startswith(prefix)}
+    for name in sorted(wanted | stored):
+        there = _shape(**stored[name]) if name in stored else 'nothing'
+        leaf = wanted.get(name)
+        here = 'nothing' if leaf is None else _shape(leaf.shape, leaf.dtype)
+        if there != here:
+            raise CheckpointMismatch(f'{folder}: the checkpoint of step {meta["step"]} holds '
+                                     f'{there} for {name}, but this config has {here}')
 
 
 def _flaw(found, prefix: str) -> str:
@@ -246,12 +260,16 @@ class Checkpoints:
         that no run starts over by accident; CheckpointMismatch as `restore` does.
         """
         if not steps(self.folder):
-            saved = [e['checkpoint'] for e in read_ledger(self._workdir)
-                     if e.get('stage') == self._stage and 'checkpoint' in e]
+            entries = [e for e in read_ledger(self._workdir) if e.get('stage') == self._stage]
+            saved = [e['checkpoint'] for e in entries if 'checkpoint' in e]
             if saved:
                 raise CheckpointError(f'{self.folder} holds no checkpoint, but by the ledger step '
                                       f'{saved[-1]} was saved; put one back, or train in another '
                                       '--workdir')
+            if any(e.get('event') == 'import' for e in entries):
+                raise CheckpointError(f'{self.folder} holds no checkpoint, but by the ledger '
+                                      f'weights were to be imported into {self._stage}, which was '
+                                      'not finished; import them again')
             return None
         state, meta = restore(self.folder, target, config=self._config)
         self._at = meta['step']

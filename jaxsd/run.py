@@ -42,17 +42,19 @@ def write_atomic(path: str, content: bytes | str):
         raise
 
 
-def open_run(workdir: str, config) -> bool:
+def open_run(workdir: str, config, first: dict | None = None) -> bool:
     """Makes `workdir` the run of `config`, or recognizes it: True where the run existed before.
 
     A missing or empty directory becomes a run (config.json is written). Raises ConfigError for a
     directory that holds another run, naming the differing keys, or anything else; such a directory
     is not touched. Process 0 looks and writes, the others hear its verdict.
+
+    first: a ledger entry that is written before `workdir` is a run that anyone else would accept.
     """
-    return bool(on_first_process(lambda: _open_run(workdir, config)))
+    return bool(on_first_process(lambda: _open_run(workdir, config, first)))
 
 
-def _open_run(workdir: str, config) -> bool:
+def _open_run(workdir: str, config, first: dict | None) -> bool:
     path = os.path.join(workdir, 'config.json')
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise ConfigError(f'--workdir {workdir} is a file; name a directory')
@@ -61,14 +63,24 @@ def _open_run(workdir: str, config) -> bool:
              if not re.fullmatch(r'\.config\.json\.\d+\.tmp', n)]
     if not there:
         os.makedirs(workdir, exist_ok=True)
-        write_atomic(path, json.dumps({
-            'jaxsd_run': FORMAT, 'fingerprint': fingerprint(config),
-            'versions': versions(), 'config': json.loads(to_json(config))}, indent=1) + '\n')
+        noted = os.path.join(workdir, 'ledger.jsonl')
+        try:
+            if first:
+                ledger(workdir, first)
+            write_atomic(path, json.dumps({
+                'jaxsd_run': FORMAT, 'fingerprint': fingerprint(config),
+                'versions': versions(), 'config': json.loads(to_json(config))}, indent=1) + '\n')
+        except BaseException:
+            if os.path.exists(noted):       # else the directory would be no run and not empty
+                os.remove(noted)
+            raise
         return False
     if 'config.json' not in there:
         raise ConfigError(f'--workdir {workdir} is not empty and no run of ours (it holds '
                           f'{min(there)}); name another directory')
     same_run(workdir, config)
+    if first:
+        ledger(workdir, first)
     return True
 
 

@@ -142,17 +142,22 @@ def start_params(config, stage: Stage, workdir: str, target):
     folder = _start_folder(config, stage, workdir)
     if folder is None:
         return None, 'init'
-    flat = flatten(target['params'])
-    old = {p: x for p, x in flat.items() if not p.rsplit('/', 1)[-1].startswith('lora_')}
-    params, meta = checkpoint.restore_params(folder, stages.unflatten(old))
+    flat, old = flatten(target['params']), _older(target)
+    params, meta = checkpoint.restore_params(folder, old)
     data.same_codec(meta['data'], config)
     source = f'step {meta["step"]} of {stage.start}'
-    if len(old) == len(flat):
+    if len(flatten(old)) == len(flat):
         return params, source
     where = jax.tree.map(lambda x: x.sharding, target['params'])
     fresh = jax.jit(lambda key: model.init(config, key, stage.lora),
                     out_shardings=where)(jax.random.key(config.seed))
     return stages.unflatten(flatten(fresh) | flatten(params)), source
+
+
+def _older(target) -> dict:
+    """The parameters of `target` that an earlier stage has: all but fresh low-rank terms."""
+    return stages.unflatten({p: x for p, x in flatten(target['params']).items()
+                             if not p.rsplit('/', 1)[-1].startswith('lora_')})
 
 
 def _start_folder(config, stage: Stage, workdir: str) -> str | None:
@@ -161,9 +166,11 @@ def _start_folder(config, stage: Stage, workdir: str) -> str | None:
         return None
     names = [s.name for s in stages.stages(config)]
     folder = (checkpoint.folder_of(workdir, stage.start) if stage.start in names else stage.start)
-    if not os.path.isdir(folder):
+    if not checkpoint.steps(folder):
+        fix = ('train that stage first' if stage.start in names else
+               'name a folder of checkpoints, such as RUN/checkpoints/STAGE')
         raise ConfigError(f'stage {stage.name} starts from {stage.start!r}, but there is no '
-                          f'checkpoint in {folder}; train that stage first')
+                          f'checkpoint in {folder}; {fix}')
     return folder
 
 
@@ -222,10 +229,11 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
     probes = []
     for i, stage in enumerate(which):   # whatever can be wrong, before a directory is made
         data.check(config, dataclasses.asdict(stage), v)
-        abstract_state(config, stage, mesh)
+        target = abstract_state(config, stage, mesh)[1]
         _check_batch(config, stage, mesh, v)
-        if stage.start not in [s.name for s in which[:i]]:
-            _start_folder(config, stage, workdir)
+        if stage.start not in [s.name for s in which[:i]] and (
+                folder := _start_folder(config, stage, workdir)) == stage.start:
+            data.same_codec(checkpoint.fits(folder, _older(target))['data'], config)
         probes.append(probe_of(stage) if probe_of else None)
     rundir.open_run(workdir, config)
     loss = None

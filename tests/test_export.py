@@ -12,7 +12,7 @@ import pytest
 import released
 from safetensors.numpy import load_file, save_file
 
-from jaxsd import export, model
+from jaxsd import checkpoint, export, model
 from jaxsd.config import ConfigError, fingerprint, read
 from jaxsd.export import rules
 
@@ -420,6 +420,26 @@ def test_import_makes_no_run_of_a_bad_checkpoint(folder, tmp_path):
     with pytest.raises(ConfigError, match='holds no run'):
         export.export_run(run_config('llama'), str(tmp_path / 'run'), str(tmp_path / 'o'), 'hf')
     assert os.listdir(tmp_path) == ['bad']
+
+
+def test_an_import_that_was_cut_short(folder, file_limit, tmp_path):
+    """Its run directory is there and its weights are not: nobody begins from others by accident."""
+    run = str(tmp_path / 'run')
+    given = run_config('llama'), str(folder['llama']), run, 'hf'
+    with file_limit(100), pytest.raises(OSError, match='File too large'):
+        export.import_run(*given, stage_name='first')
+    assert not os.listdir(run)
+    with file_limit(8000), pytest.raises(checkpoint.CheckpointError, match='could not be written'):
+        export.import_run(*given, stage_name='first')
+
+    def resume(stage):
+        with checkpoint.Checkpoints(run, stage, config=given[0], keep=1) as saved:
+            return saved.resume({})
+    with pytest.raises(checkpoint.CheckpointError, match='weights were to be imported into first'):
+        resume('first')
+    assert resume('last') is None
+    export.import_run(*given, stage_name='first')
+    export.export_run(given[0], run, str(tmp_path / 'out'), 'hf', stage_name='first')
 
 
 def test_a_stage_has_its_own_delays(folder, tmp_path):

@@ -69,7 +69,7 @@ def import_run(config, source: str, workdir: str, format: str, *,
     if chosen.lora:
         raise ConfigError(f'stage {chosen.name} adds low-rank terms to earlier weights; import '
                           'into the stage before it with --stage')
-    if os.path.exists(checkpoint.folder_of(workdir, chosen.name)):
+    if checkpoint.steps(checkpoint.folder_of(workdir, chosen.name)):
         raise ConfigError(f'--workdir {workdir} already has checkpoints of stage {chosen.name}; '
                           'name a new directory')
     params = unflatten({path: jax.device_put(x, _one_device()) for path, x in
@@ -85,9 +85,10 @@ def import_run(config, source: str, workdir: str, format: str, *,
         log.warning('training cannot go on in %s until it is imported with the dataset at hand: %s',
                     workdir, e)
         marks = {}
-    rundir.open_run(workdir, config)
-    rundir.ledger(workdir, dict(event='import', stage=chosen.name, step=0, format=format,
-                                source=os.path.abspath(source), fingerprint=fingerprint(config)))
+    # The ledger comes first: nobody may train from random weights where an import was cut short.
+    rundir.open_run(workdir, config, dict(
+        event='import', stage=chosen.name, step=0, format=format, source=os.path.abspath(source),
+        fingerprint=fingerprint(config)))
     with checkpoint.Checkpoints(workdir, chosen.name, config=config, keep=chosen.keep) as saved:
         saved.save(0, state, data_state=dict(next_step=0, fingerprint=marks), wait=True)
 
