@@ -168,8 +168,24 @@ def _open_source(dataset: Dataset, config, name: str, vocab: Vocab, *, split: st
                  ) -> _Source:
     options, where = _source_options(config, name, layout)
     draw = config_lib.bind(options['layout'], 'jaxsd.layout', where, given=('vocab', 'rng'))
+    _check_layout(draw, config, where)
     numbers = dataset.select(split, options['select'], f'data.sources.{name}.select')
     return _Source(name, dataset, split, numbers, draw, vocab, int(config['columns']), fill)
+
+
+def _check_layout(draw: functools.partial, config, where: str):
+    """Raises ConfigError for a layout on another clock than the codec's, or later than a row."""
+    options = {k: p.default for k, p in config_lib.options_of(draw.func).items()} | draw.keywords
+    frame_hz = config['codec'].get('frame_hz')
+    for key, value in options.items():
+        if not isinstance(value, int | float):
+            continue
+        if key.endswith('_hz') and frame_hz is not None and value != frame_hz:
+            raise ConfigError(f'{where}.{key} is {value}, but codec.frame_hz is {frame_hz}: they '
+                              'must be the same')
+        if key.endswith('_columns') and abs(value) >= config['columns']:
+            raise ConfigError(f'{where}.{key} is {value}, but a row has only {config["columns"]} '
+                              'columns')
 
 
 class _Rows:
@@ -307,7 +323,7 @@ def batches(config, stage, vocab: Vocab, *, split: str = 'train', start_step: in
 def check(config, stage, vocab: Vocab, *, split: str = 'train') -> None:
     """Raises what `batches` would raise for options that do not fit each other or the dataset.
 
-    Opens every source of the stage and draws its first record; makes nothing.
+    Opens every source of the stage and draws the first record of each kind; makes nothing.
     """
     weights = _mixture(config, stage)
     _batch_rows(stage)
@@ -317,7 +333,10 @@ def check(config, stage, vocab: Vocab, *, split: str = 'train') -> None:
         source = _open_source(dataset, config, name, vocab, split=split, fill=fill,
                               layout=stage.get('layout'))
         _some_records(source)
-        source.draw(0, int(config['seed']), 'check')
+        for kind in _source_options(config, name)[0]['select']:
+            first = dataset.select(split, (kind,), f'data.sources.{name}.select')[:1]
+            for i in np.flatnonzero(np.isin(source.numbers, first)):
+                source.draw(i, int(config['seed']), 'check')
 
 
 def _some_records(source: _Source) -> None:
@@ -360,7 +379,7 @@ def _with_layout(config, source: str, layout):
     data = _data_options(config)
     if layout is not None and source in data['sources']:
         data['sources'][source] = data['sources'][source] | {'layout': config_lib.plain(layout)}
-    return {'data': data, 'columns': config['columns'], 'layout': config['layout']}
+    return {k: config[k] for k in ('codec', 'columns', 'layout')} | {'data': data}
 
 
 def examples(config, split: str, source: str, *, vocab: Vocab | None = None,

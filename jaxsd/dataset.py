@@ -246,8 +246,12 @@ def _check_codec(path: str, manifest: dict, codec):
         raise ConfigError(f'codec {codec["name"]!r} expects {streams[0]}, {path} has only '
                           f'{streams[1]}, made by {other["name"]!r}')
     expected = {'codebooks': 1} | {k: codec[k] for k in _IDENTITY if k in codec}
-    weights = codec.get('path')
-    if weights and os.path.isfile(weights):
+    if weights := codec.get('path'):        # no path: nothing but training, which needs no file
+        if os.path.isdir(weights):
+            weights = os.path.join(weights, 'model.safetensors')
+        if not os.path.isfile(weights):
+            raise ConfigError(f'codec.path: no file {weights}; name the codec of the dataset, or '
+                              'none with --config.codec.path= (then nothing is heard or spoken)')
         with open(weights, 'rb') as f:
             expected['sha256'] = hashlib.file_digest(f, 'sha256').hexdigest()
     for key, value in expected.items():

@@ -445,6 +445,8 @@ def edited(path, change):
     (dict(codec=CODEC | dict(name='hubert')), ('codec.name', 'hubert', 'kmeans')),
     (dict(codec=CODEC | dict(frame_hz=50.0)), ('codec.frame_hz', '50.0', '25.0')),
     (dict(layout=dict(name='flat.interleave', text_wrds=(1, 2))), ('text_wrds', 'text_words')),
+    (dict(layout=dict(name='flat.interleave', unit_hz=50.0)),
+     ('layout.unit_hz is 50.0', 'codec.frame_hz is 25.0')),
     (dict(stage_layout=dict(name='flat.nothing')), ('nothing', 'interleave'))))
 def test_a_config_that_does_not_fit_is_refused(root, changes, words):
     setup = make(root, **changes)
@@ -473,7 +475,14 @@ def test_codec_weights_must_be_those_of_the_dataset(root, tmp_path):
     weights.write_bytes(b'other weights')
     refused(ConfigError, lambda: open_dataset(root, CODEC | dict(path=str(weights))),
             'codec.sha256', '0' * 64)
-    open_dataset(root, CODEC | dict(path=str(tmp_path / 'absent')))
+    absent = str(tmp_path / 'absent')
+    refused(ConfigError, lambda: open_dataset(root, CODEC | dict(path=absent)),
+            f'codec.path: no file {absent}', '--config.codec.path=')
+    open_dataset(root, CODEC | dict(path=''))       # training alone needs no codec
+    folder = tmp_path / 'released'
+    folder.mkdir()
+    weights.rename(folder / 'model.safetensors')
+    refused(ConfigError, lambda: open_dataset(root, CODEC | dict(path=str(folder))), 'codec.sha256')
 
 
 def test_a_truncated_shard_is_named(damaged):
