@@ -494,7 +494,7 @@ def main(argv=None) -> int:
         done = build(args.out, hours=args.hours, seed=args.seed, jobs=args.jobs,
                      keep_wav=args.keep_wav)
     except (ValueError, OSError) as e:
-        print(f'demo: {e}', file=sys.stderr)
+        print(f'demo: {records.told(args.out, e)}', file=sys.stderr)
         return 1
     except concurrent.futures.BrokenExecutor:
         print('demo: a worker process was killed (out of memory?): run again to go on from here, '

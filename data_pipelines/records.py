@@ -44,6 +44,12 @@ def _put(path: str, text: str):
     os.replace(path + '.new', path)
 
 
+def told(out: str, error: Exception) -> str:
+    """An error in words: one of the system that names no file came of writing `out`."""
+    nameless = isinstance(error, OSError) and error.strerror and not error.filename
+    return f'{out} cannot be written: {error.strerror}' if nameless else str(error)
+
+
 def sha256(path: str) -> str:
     """Hex digest of a file's bytes."""
     with open(path, 'rb') as f:

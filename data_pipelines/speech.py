@@ -127,6 +127,7 @@ def sound(row: Row, max_s: float, *, load: bool = True) -> tuple[np.ndarray, int
     if not os.path.isfile(row.path):
         raise BadRow('missing file', f'no file {row.path}')
     try:
+        codec.whole_wav(row.path)
         with soundfile.SoundFile(row.path) as f:
             channels, rate, frames = f.channels, f.samplerate, f.frames
             want = 2 if row.text is None else 1
@@ -146,6 +147,10 @@ def sound(row: Row, max_s: float, *, load: bool = True) -> tuple[np.ndarray, int
                 raise BadRow('too long', f'{row.path} lasts {seconds:.1f} s, more than '
                                          f'--max-seconds {max_s:g}')
             wav = f.read(frames if load else 0, dtype='float32', always_2d=True).T
+    except BadRow:
+        raise
+    except ValueError as e:
+        raise BadRow('unreadable audio', str(e)) from None
     except (soundfile.SoundFileError, OSError, RuntimeError) as e:
         said = str(e).splitlines()[0]
         raise BadRow('unreadable audio', f'{row.path}: {said}') from None
@@ -549,7 +554,7 @@ def main(argv=None) -> int:
     try:
         measured, report = build(args)
     except (ValueError, OSError) as e:
-        print(f'speech: {e}', file=sys.stderr)
+        print(f'speech: {records.told(args.out, e)}', file=sys.stderr)
         return 1
     except concurrent.futures.BrokenExecutor:
         print('speech: a worker process was killed (out of memory?): run again with fewer --jobs '

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -31,6 +32,7 @@ _FLOOR = 1e-3                           # smaller magnitudes are silence and mus
 _WIDTH = 64                             # principal components kept of a stack of frames
 _RIDGE = 1e-4                           # of the decoder's regression, relative to its mean energy
 _BLOCK = 4096                           # mel frames computed at once: bounds memory on long audio
+_PIPED = 0x7FFFF000                     # a wav's stated size from here on is made up
 _MAX_BYTES = 1 << 28                    # no fitted codec is larger
 
 
@@ -278,6 +280,28 @@ def fit_rvq(wavs: Iterable[np.ndarray], *, path: str, frame_hz: float, codebooks
 
 
 # -------------------------------------------------------------------------------------------- files
+
+def whole_wav(path: str) -> None:
+    """Raises ValueError where a wav file holds less sound than its header says.
+
+    libsndfile reads such a file in silence, at its shorter length. Who writes into a pipe cannot
+    know the length and states one of about 2 or 4 GiB, which says nothing. Files of other formats
+    pass: flac and mp3 have frames of their own.
+    """
+    with open(path, 'rb') as f:
+        riff = f.read(12)
+        if riff[:4] != b'RIFF' or riff[8:] != b'WAVE':
+            return
+        while len(head := f.read(8)) == 8:
+            name, stated = struct.unpack('<4sI', head)
+            if name == b'data':
+                there = os.fstat(f.fileno()).st_size - f.tell()
+                if there < stated < _PIPED:
+                    raise ValueError(f'{path} was cut short: its header says {stated} bytes of '
+                                     f'sound, {there} are there')
+                return
+            f.seek(stated + stated % 2, os.SEEK_CUR)
+
 
 def _save(path: str, tensors: dict[str, np.ndarray], facts: dict) -> None:
     from safetensors.numpy import save

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxsd import data, generate, model
 from jaxsd import run as rundir
+from jaxsd.codec import whole_wav
 from jaxsd.config import ConfigError, bind
 from jaxsd.layout import duplex, flat
 from jaxsd.vocab import Text
@@ -22,17 +23,22 @@ from jaxsd.vocab import Text
 log = logging.getLogger('jaxsd')
 
 MOST_INPUT_S = 600.0
+MOST_INPUT_WORDS = 2000     # about as long, read aloud
 
 
 def read_wav(path: str, rate_hz: int) -> np.ndarray:
     """float32 [channels, samples] at `rate_hz`. One-line ValueError for anything unreadable."""
     import soundfile
     try:
+        whole_wav(path)
         with soundfile.SoundFile(path) as f:
             if not 0 < f.frames <= MOST_INPUT_S * f.samplerate:
                 raise ValueError(f'--input {path}: its length is {f.frames / f.samplerate:.1f} s, '
                                  f'allowed are up to {MOST_INPUT_S:.0f} s')
             wav, rate = f.read(dtype='float32', always_2d=True), f.samplerate
+            if len(wav) < f.frames - rate // 10:        # mp3 headers may be a little off
+                raise ValueError(f'--input {path} was cut short: its header says {f.frames} '
+                                 f'samples, {len(wav)} could be read')
     except (OSError, RuntimeError) as e:        # soundfile's own error is a RuntimeError
         raise ValueError(f'--input {path} cannot be read as audio: {e}') from None
     if wav.shape[1] > 2:
@@ -132,8 +138,10 @@ def _spelled(config, said: str) -> str:
     """`said`, if every word of it can be written in the config's pieces."""
     path = model.make_vocab(config).tokenizer
     text = Text(path) if path else None
-    if not said.split():
-        raise ValueError('--input is empty: give a text')
+    count = len(said.split())
+    if not 0 < count <= MOST_INPUT_WORDS:
+        raise ValueError('--input is empty: give a text' if not count else
+                         f'--input has {count} words, allowed are up to {MOST_INPUT_WORDS}')
     lost = [w for w in said.split() if text and text.decode(text.encode(w)) != w]
     if lost:
         raise ValueError(f'--input: {path} has no pieces for {", ".join(map(repr, lost[:8]))}; '

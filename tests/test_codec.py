@@ -177,6 +177,27 @@ def test_damaged_files(files, tmp_path):
         assert '\n' not in str(e.value) and str(tmp_path) in str(e.value)
 
 
+def test_a_wav_that_was_cut_short(tmp_path):
+    """Only where its header promises more sound than there is: a pipe's header promises nothing."""
+    import soundfile
+    path = tmp_path / 'a.wav'
+    soundfile.write(path, np.zeros(801), 16000, subtype='PCM_U8')       # an odd number of bytes
+    whole = path.read_bytes()
+    at = whole.index(b'data')
+    more = b'LIST' + (5).to_bytes(4, 'little') + b'notes\0'
+    sizes = [n.to_bytes(4, 'little') for n in (0, 0xFFFFFFFF, 0x7FFFF000)]
+    for good in (whole, whole + b'tail', whole[:at] + more + whole[at:], b'RIFF', b'', b'x' * 4000,
+                 *(whole[:at + 4] + n + whole[at + 8:-9] for n in sizes)):
+        path.write_bytes(good)
+        codec.whole_wav(str(path))
+    for cut in (whole[:-9], whole[:at] + more + whole[at:-9], whole[:at + 8]):
+        path.write_bytes(cut)
+        there = len(cut) - cut.index(b'data') - 8
+        with pytest.raises(ValueError, match=f'a.wav was cut short: its header says 801 bytes of '
+                                             f'sound, {there} are there'):
+            codec.whole_wav(str(path))
+
+
 def test_bad_waves_and_codes(units, codes):
     for wav in (np.zeros((2, 100), np.float32), np.zeros(100, np.int16),
                 np.array([0.0, np.nan], np.float32)):

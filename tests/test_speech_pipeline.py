@@ -145,6 +145,7 @@ def _broken(good, folder):
     shutil.copy(source / 'd0.wav', folder / 'other.wav')
     duration_s = soundfile.info(str(folder / 'd0.wav')).duration
     (folder / 'cut.flac').write_bytes((folder / 'a.flac').read_bytes()[:3000])
+    (folder / 'cut.wav').write_bytes((folder / 'c.wav').read_bytes()[:-4000])
     (folder / 'noise.wav').write_bytes(b'not a sound at all')
     (folder / 'folder.wav').mkdir()
     soundfile.write(folder / 'none.wav', np.zeros((0, 1)), RATE_HZ)
@@ -180,6 +181,7 @@ def _broken(good, folder):
         ('{"path": "d0.wav", "duration": NaN}', 'wrong duration'),
         ({'path': 'noise.wav', **text}, 'unreadable audio'),
         ({'path': 'cut.flac', **text}, 'unreadable audio'),
+        ({'path': 'cut.wav', **text}, 'unreadable audio'),
         ({'path': 'nan.wav', **text}, 'unreadable audio'),
         ({'path': 'fast.wav', **text}, 'unreadable audio'),
         ({'path': 'none.wav', **text}, 'zero-length audio'),
