@@ -23,7 +23,7 @@ from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
 from jaxsd.layout import duplex, flat
-from jaxsd.types import NOTHING
+from jaxsd.types import NOTHING, positive
 
 log = logging.getLogger('jaxsd')
 
@@ -61,6 +61,7 @@ def _likelihood(config, params, vocab, source, *, split, limit, batch, totals):
 def likelihood(lm: generate.LM, *, split: str, limit: int | None, sources: tuple[str, ...],
                batch: int = 16) -> dict:
     """Nats per token and accuracy of every range of the line, per source; whole records, packed."""
+    positive('evals.likelihood', batch=batch, sources=len(sources))
     totals = _totals(lm.config, lm.stage)
     metrics = {}
     for source in sources:
@@ -78,7 +79,9 @@ def probe(config, stage: stages.Stage):
     task = plain(config.evals).get('likelihood')
     if not task:
         return None
-    bind(task, 'jaxsd.evaluate', 'evals.likelihood', given=('split', 'limit'))
+    bound = bind(task, 'jaxsd.evaluate', 'evals.likelihood', given=('split', 'limit'))
+    batch = bound.keywords.get('batch', 16)
+    positive('evals.likelihood', batch=batch, sources=len(task['sources']))
     for source in task['sources']:
         try:
             next(data.one_pass(config, source, model.make_vocab(config), batch=1, limit=1), None)
@@ -92,7 +95,7 @@ def probe(config, stage: stages.Stage):
         out = {}
         for source in task['sources']:
             found = _likelihood(config, params, vocab, source, split='test', limit=64,
-                                batch=16, totals=totals)
+                                batch=batch, totals=totals)
             out |= {f'{source}/{k}': x for k, x in found.items() if k.startswith('loss/')}
         return out
     return held_out
@@ -150,8 +153,7 @@ def _split_story(record, unit_hz: float):
     return first, units[:cut], second, units[cut:]
 
 
-def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'aligned',
-            unit_hz: float = 25.0) -> dict:
+def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'aligned') -> dict:
     """Does the model know how a story goes on, across modalities? (arXiv 2402.05755 §4.1)
 
     The first sentence is the prompt, written (T) or spoken (S), and the second is scored in either.
@@ -162,7 +164,7 @@ def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'al
                if len(r.turns) == 2]
     if not records:
         raise ConfigError(f'stories: split {split} of {source} has no record of two sentences')
-    parts = [_split_story(r, unit_hz) for r in records]
+    parts = [_split_story(r, lm.config.codec.frame_hz) for r in records]
     v = lm.vocab
 
     def wrong_of(i):
@@ -294,6 +296,7 @@ def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batc
     frame by frame and everything it says itself is its own; decoding is greedy in text, sampled
     in sound (temperature 0.8, the released default).
     """
+    positive('evals.answers', batch=batch)
     config, v = lm.config, lm.vocab
     asked, kinds = _questions(config, os.path.join(config.data.path, questions))
     records = list(data.examples(config, split, source, vocab=v, limit=limit))
@@ -372,10 +375,14 @@ def recorded(workdir: str) -> list[dict]:
 def _table(entry: dict) -> None:
     from rich.console import Console
     from rich.table import Table
-    table = Table(title=f'{entry["task"]} on {entry["split"]} ({entry["items"]} items, '
-                        f'stage {entry["stage"]}, step {entry["step"]})', title_justify='left')
+    table = Table()
     table.add_column('metric')
     table.add_column('value', justify='right')
     for name, value in entry['metrics'].items():
         table.add_row(name, f'{value:.3f}')
-    Console(file=sys.stdout, width=90).print(table)
+    console = Console(file=sys.stdout, width=90)
+    # Not the table's own title, which is broken to the width of two narrow columns.
+    console.print(f'{entry["task"]} on {entry["split"]} ({entry["items"]} items, stage '
+                  f'{entry["stage"]}, step {entry["step"]})', style='italic', highlight=False,
+                  soft_wrap=True)
+    console.print(table)

@@ -171,6 +171,23 @@ def test_a_config_is_refused_before_anything_is_woken(tmp_path):
     ('backbone.head_dim=7', 'an even head_dim'), ('frontend.dtype=float33', 'frontend.dtype is'),
     ("mesh.rules={'mlp': 'nope'}", "mesh.rules.mlp names ['nope']; legal: data, fsdp"),
     ("evals={'likelihood': 3}", 'evals.likelihood needs a name'), ("layout={'name': 3}", 'a name'),
+    ('objective.terms={}', 'objective.terms is empty'),
+    ("objective.terms={'ce': 'tokens'}", "objective.terms.ce names rows tokens, but the rows are"),
+    ("objective.terms={'ce': 3}", 'objective.terms.ce names rows 3, but the rows are'),
+    ("objective.terms={'ce': ('tokens', 'txt')}", "names rows ('tokens', 'txt'), but the rows are"),
+    ('vocab.markers=()', 'flat.interleave needs [Text] and [Speech] in vocab.markers'),
+    ("vocab.markers=('[ASR]', '[TTS]')", 'needs [Text] and [Speech] in vocab.markers'),
+    ('vocab.markers=[Text]', "vocab.markers takes tuple, got '[Text]'"),
+    ("vocab.markers=('[Text]', 3)", 'vocab.markers takes Sequence[str], got'),
+    ('vocab.bos=-1', 'vocab.bos must be an id of the text, in 0..319, got -1'),
+    ('vocab.eos=400', 'vocab.eos must be an id of the text, in 0..319, got 400'),
+    ('layout.channel=4', 'layout.channel is 0 or 1'),
+    ('layout.unit_hz=0', 'layout.unit_hz is 0.0, but codec.frame_hz is 25.0'),
+    ("layout.text_words=('a', 3)", 'layout.text_words takes tuple[int, int], got'),
+    ('stages[0].start=/etc', "starts from '/etc', but there is no checkpoint in /etc; name a"),
+    ('evals.likelihood.batch=0', 'evals.likelihood.batch must be at least 1, got 0'),
+    ('evals.likelihood.sources=()', 'evals.likelihood.sources must be at least 1, got 0'),
+    ('codec.path=nowhere', 'codec.path: no file nowhere'),
     ('head.chunk_colums=3', "did you mean 'chunk_columns'?"),
     ('stages[0].batch=12', 'must divide over 8'),
     ('stages[0].schedule=linear', "'constant' or 'cosine'")])
@@ -212,10 +229,40 @@ def test_overrides(refused, corpus, tmp_path, override, says):
     ('c.data.sources.mine = dict(select=("novel",)); c.evals.likelihood.sources = ("mine",)',
      "evals.likelihood: data.sources.mine.select names 'novel'; "),
     ('del c.evals.likelihood["sources"]', "evals.likelihood (name='likelihood') needs sources"),
+    ('c.layout["unit_hz"] = 50.0', 'layout.unit_hz is 50.0, but codec.frame_hz is 25.0'),
     ('c.mesh = dict(fspd=8)', 'mesh names fspd; legal: data, fsdp, tensor, expert'),
     ('c.mesh = dict(data=-1, rules=dict(wdth=None))', "mesh.rules names ['wdth']; legal: layer")])
 def test_config_files(refused, config, tmp_path, edit, says):
     refused(['train', *config(edit), '--workdir', tmp_path / 'run'], says)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(('override', 'says'), [
+    ('vocab.epad=3', 'vocab.pad and vocab.epad must differ, both are 3'),
+    ('vocab.pad=320', 'vocab.pad must be an id of the text, in 0..319, got 320'),
+    ('layout.acoustic_delay_columns=-1', 'layout.acoustic_delay_columns must be 0 or more'),
+    ('layout.acoustic_delay_columns=1000000000', 'but a row has only 192 columns'),
+    ('layout.text_delay_columns=-192', 'layout.text_delay_columns is -192, but a row has only'),
+    ('layout.weight_pad=-1', 'layout.weight_pad must be finite and not negative, got -1'),
+    ('layout.weight_semantic=1e999', 'layout.weight_semantic must be finite'),
+    ('layout.frame_hz=25', 'layout.frame_hz is 25.0, but codec.frame_hz is 12.5')])
+def test_overrides_of_many_streams(refused, corpus, tmp_path, override, says):
+    argv = [*flags(corpus, 'moshi'), f'--config.{override}', '--stage', 'duplex']
+    refused(['train', *argv, '--workdir', tmp_path / 'run'], says)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_record_that_another_kind_of_record_hides(refused, config, tmp_path):
+    """The first record of every kind is drawn, so that a dialogue is no surprise after stories."""
+    edit = ('c.data.sources.aligned.select = ("story", "text"); '
+            'c.stages[0]["data"] = dict(aligned=1.0)')
+    refused(['train', *config(edit), '--workdir', tmp_path / 'run'], 'text-only record')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_weights_of_another_model(refused, corpus, moshi, tmp_path):
+    argv = [*flags(corpus), f'--config.stages[0].start={moshi}/checkpoints/listen']
+    refused(['train', *argv, '--workdir', tmp_path / 'run'], 'holds', 'but this config has')
     assert not (tmp_path / 'run').exists()
 
 
@@ -410,6 +457,10 @@ def test_a_checkpoint_of_another_config(refused, corpus, spirit, tmp_path):
     ('generate', ['--task', 'tts', '--seed', '-1'], '--seed lies in 0..'),
     ('generate', ['--task', 'tts', '--input', ' '], '--input is empty'),
     ('generate', ['--task', 'tts', '--input', 'the Größe 木'], "has no pieces for 'Größe', '木'"),
+    ('generate', ['--task', 'tts', '--input', 'the ' * 2001], '--input has 2001 words, allowed'),
+    ('generate', ['--task', 'asr', '--input', '{full}/cut.wav'], 'cut.wav was cut short: its'),
+    ('generate', ['--task', 'asr', '--input', '{full}/cut.flac'], 'cut.flac cannot be read as aud'),
+    ('generate', ['--task', 'asr', '--input', '{full}/cut.mp3'], 'cut.mp3 was cut short: its'),
     ('generate', ['--task', 'asr', '--input', '{full}/no.wav'], 'no.wav cannot be read as audio'),
     ('generate', ['--task', 'asr', '--input', '{full}/text.wav'],
      'text.wav cannot be read as audio'),
@@ -442,6 +493,11 @@ def inputs(tmp_path_factory):
     (folder / 'empty.wav').write_bytes(b'')
     soundfile.write(folder / 'still.wav', np.zeros((0, 1)), 16000)
     soundfile.write(folder / 'three.wav', np.zeros((1600, 3)), 16000)
+    hum = np.sin(np.arange(32000) / 9)
+    for kind in ('wav', 'flac', 'mp3'):
+        soundfile.write(folder / f'cut.{kind}', hum, 16000)
+        whole = (folder / f'cut.{kind}').read_bytes()
+        (folder / f'cut.{kind}').write_bytes(whole[:len(whole) // 2])
     soundfile.write(folder / 'long.wav', np.zeros(601 * 100), 100, subtype='PCM_U8')
     soundfile.write(folder / 'nan.wav', np.full(1600, np.nan), 16000, subtype='FLOAT')
     return folder

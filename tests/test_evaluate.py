@@ -357,7 +357,9 @@ def test_results_replace_those_of_the_same_task_and_split(flat_lm, capsys):
     first = evaluate.run(lm.config, lm.workdir, tasks=('likelihood',), limit=2)
     assert (first[0]['task'], first[0]['split'], first[0]['stage'], first[0]['step']) == (
         'likelihood', 'test', 'pretrain', 3)
-    assert 'aligned/loss/tokens' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'aligned/loss/tokens' in said
+    assert 'likelihood on test (3 items, stage pretrain, step 3)' in said.splitlines()
     evaluate.run(lm.config, lm.workdir, tasks=('likelihood',), split='train', limit=2)
     evaluate.run(lm.config, lm.workdir, tasks=('stories',), limit=4)
     evaluate.run(lm.config, lm.workdir, tasks=('likelihood',), limit=1)
