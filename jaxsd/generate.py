@@ -286,7 +286,10 @@ def load(config, workdir: str, stage_name: str | None = None) -> LM:
 
 
 def prompt(vocab: Vocab, *parts) -> np.ndarray:
-    """BOS, then markers (by name) and id arrays, as one row."""
+    """BOS, then markers (by name) and id arrays, as one row. ConfigError for an unknown marker."""
+    for part in parts:
+        if isinstance(part, str) and part not in vocab.specials:
+            raise ConfigError(f'vocab.markers lacks {part}, which this task is asked with')
     return np.concatenate([[vocab.specials['bos']]] + [
         [vocab.specials[p]] if isinstance(p, str) else np.asarray(p, np.int32) for p in parts])
 

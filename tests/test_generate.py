@@ -17,7 +17,7 @@ from jaxsd.config import ConfigError
 from jaxsd.generate import FREE, Sampler
 from jaxsd.layout import duplex
 from jaxsd.types import NOTHING
-from jaxsd.vocab import Text, initial, streams
+from jaxsd.vocab import Text, initial, line, streams
 
 LATE = (2, 0, 1, 1, 0, 1, 1)        # of text, mine 0..2, theirs 0..2
 SPREAD = Sampler(1.0)
@@ -327,3 +327,10 @@ def test_words_of_a_text_row(tmp_path):
     row[at + len(world)], row[at + len(world) - 1] = world[-1], v.specials['pad']
     assert generate.words_at(v, text, row) == [(3, 'hello'), (at, 'world')]
     assert generate.words_at(v, text, np.full(5, NOTHING)) == []
+
+
+def test_a_marker_that_the_vocabulary_lacks():
+    v = line({'size': 9}, text_tokens=9, markers=('[Text]',))
+    assert generate.prompt(v, '[Text]', [3]).tolist() == [1, 9, 3]
+    with pytest.raises(ConfigError, match=r'vocab.markers lacks \[Speech\]'):
+        generate.prompt(v, '[Text]', [3], '[Speech]')
