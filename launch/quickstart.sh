@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # From nothing to two trained spoken language models that can be looked at and listened to.
-# `make quickstart` calls this. Each part leaves a stamp in $RUNS/.quickstart, so running again skips
-# what is finished and resumes what was interrupted; RUNS=elsewhere starts afresh.
+# Each part leaves a stamp in $RUNS/.quickstart: running again skips what is finished and resumes
+# what was interrupted. HOURS of speech, MOSHI_SHARE of its steps, LIMIT of things measured.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} runs=${RUNS:-runs}
@@ -16,30 +16,30 @@ part() {    # part NAME 'what happens' COMMAND...
   else
     echo "== $what"
     "$@"
-    printf '%s\n' "$*" > "$stamp"
-    echo "   ($((SECONDS - start)) s)"
+    printf '%s\n' "$*" > "$stamp"; echo "   ($((SECONDS - start)) s)"
   fi
   previous=$stamp
 }
 jaxsd() { "$python" -m jaxsd "$@"; }
+if [ ! -e data/demo/manifest.json ]; then part data 'speaking a corpus, turning it into tokens' \
+  "$python" -m data_pipelines.demo --out data/demo --hours "${HOURS:-12}"
+elif ! grep -q -- "--hours ${HOURS:-[0-9.]*} " data/demo/manifest.json; then
+  echo "quickstart: data/demo was not made with HOURS=$HOURS; move it away" >&2; exit 1
+fi
 
-[ -e data/demo/manifest.json ] || part data 'speaking a corpus and turning it into tokens' \
-  "$python" -m data_pipelines.demo --out data/demo --hours "${HOURS:-16}"
-
-run() {     # run NAME CONFIG SOURCE FORMAT: train, look, measure, export
+run() {     # run NAME CONFIG SOURCE FORMAT
   local name=$1 config=$2 source=$3 format=$4 work=$runs/$1
-  part "show-$name" "what $name reads, as text" \
-    jaxsd show --config "$config" --source "$source" --columns 24
+  part "show-$name" "what $name reads" jaxsd show --config "$config" --source "$source" --columns 24
   part "train-$name" "training $name: $work" jaxsd train --config "$config" --workdir "$work"
   mkdir -p "$work/grids"
   part "draw-$name" "the same as a picture: $work/grids" \
     jaxsd show --config "$config" --source "$source" --png "$work/grids/$source.png"
   part "evaluate-$name" "evaluating $name on sentences it has not seen" \
-    jaxsd evaluate --config "$config" --workdir "$work"
-  part "export-$name" "exporting $name: $work/export" jaxsd export --config "$config" \
-    --workdir "$work" --format "$format" --out "$work/export"
+    jaxsd evaluate --config "$config" --workdir "$work" --limit "${LIMIT:-100}"
+  part "export-$name" "exporting $name: $work/export" \
+    jaxsd export --config "$config" --workdir "$work" --format "$format" --out "$work/export"
 }
-spirit=configs/spirit_lm.py:demo moshi=configs/moshi.py:demo,share=${MOSHI_SHARE:-0.4}
+share=${MOSHI_SHARE:-0.15} spirit=configs/spirit_lm.py:demo moshi=configs/moshi.py:demo,share=$share
 run spirit_lm "$spirit" aligned hf
 samples=$runs/spirit_lm/samples
 part tts 'spirit_lm reads unseen sentences aloud' jaxsd generate --config "$spirit" \
@@ -50,7 +50,7 @@ part judge 'an independent recognizer listens to them' "$python" -m data_pipelin
 part continue 'spirit_lm goes on with what was said' jaxsd generate --config "$spirit" \
   --workdir "$runs/spirit_lm" --task s2s --count 3 --output "$samples"
 
-echo "moshi is trained for ${MOSHI_SHARE:-0.4} of its demo steps here; README, Figures, has all of it"
+echo "moshi is trained for $share of its demo steps here; README, Figures, has all of it"
 run moshi "$moshi" dialogue kyutai
 part duplex 'moshi answers unseen callers' jaxsd generate --config "$moshi" \
   --workdir "$runs/moshi" --task duplex --count 6 --output "$runs/moshi/samples"

@@ -113,3 +113,9 @@ def test_the_quickstart_skips_what_is_done(tmp_path):
     (tmp_path / 'runs' / '.quickstart' / 'data').touch()
     assert run('quickstart.sh', **settings).returncode == 0
     assert len(log.read_text().splitlines()) == len(begun) + len(rest) - 2     # all but the data
+    made = tmp_path / 'data' / 'demo'
+    made.mkdir(parents=True)
+    (made / 'manifest.json').write_text('{"command": "python -m data_pipelines.demo --hours 3 "}')
+    assert run('quickstart.sh', **settings, HOURS=3).returncode == 0
+    other = run('quickstart.sh', **settings, HOURS=30)
+    assert other.returncode == 1 and 'move it away' in other.stderr
