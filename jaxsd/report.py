@@ -304,7 +304,9 @@ def _tiles(run: dict) -> str:
     tiles = [('final loss', _number(last.get('loss'))),
              (f'step of {_e(next(reversed(run["stages"])) or "training")}', _number(last['step']))]
     if _finite(last.get('tokens')):
-        tiles.append(('tokens trained on', _number(last['tokens'])))
+        many = last['tokens'] >= 1e6        # a tile is too narrow for more digits
+        tiles.append(('tokens trained on', _unit(last['tokens'] / 1e6, 'M') if many
+                      else _number(last['tokens'])))
     if _finite(last.get('audio_hours')):
         tiles.append(('audio trained on', _unit(last['audio_hours'], 'h')))
     for key, name, scale, unit in (('audio_hours_per_h', 'real time, training', 1, '×'),
