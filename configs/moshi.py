@@ -75,6 +75,7 @@ def demo(c) -> None:
     It first learns to listen: stories, and the users of dialogues, come in on the other stream and
     are written down a little late, streaming recognition by delay alone (§5.7). Then it converses.
     Some rows are text alone, questions with their answers: the paper's batches of text (§4.3).
+    A last stage of larger batches makes it surer of its sums.
     """
     c.codec = parts.demo_codec()
     c.vocab = dict(name='streams', predicted=('mine',), **parts.DEMO_TEXT)
@@ -101,6 +102,9 @@ def demo(c) -> None:
         dict(name='listen', steps=1_000, lr=3e-3, final_lr=0.3,
              data=dict(stories=0.5, users=0.45, written=0.05), **common),
         dict(name='duplex', steps=2_000, lr=2e-3, final_lr=0.05, start='listen',
-             data=dict(dialogue=0.7, stories=0.1, users=0.15, written=0.05), **common))
+             data=dict(dialogue=0.7, stories=0.1, users=0.15, written=0.05), **common),
+        dict(name='refine', steps=600, lr=1.5e-3, final_lr=0.02, start='duplex',
+             data=dict(dialogue=0.8, stories=0.05, users=0.1, written=0.05),
+             **common | dict(batch=16)))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('dialogue', 'users')),
                    answers=dict(name='answers', source='dialogue'))
