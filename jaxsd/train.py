@@ -101,32 +101,27 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
 
 
 def start_params(config, stage: Stage, workdir: str, target):
-    """(parameters to begin `stage` with, what a ledger says of them): (None, ...) for fresh ones.
+    """(parameters to begin `stage` with, where they come from): (None, 'init') or those it names.
 
-    A stage with low-rank terms takes them fresh and everything else from where it starts. The
-    ledger's keys: start, and either `before` (workdir, stage and step of the run it goes on from)
-    or `origin` (format, name and license of another program's checkpoint).
+    A stage with low-rank terms takes them fresh and everything else from there.
     """
     flat = flatten(target['params'])
     old = {p: x for p, x in flat.items() if not p.rsplit('/', 1)[-1].startswith('lora_')}
     if (begun := _foreign(config, stage, workdir)) is not None:
         params = stages.unflatten(begun.params(old, jax.random.key(config.seed)))
-        told = dict(start=stage.start, origin=begun.origin)
+        source = stage.start
     elif (folder := _start_folder(config, stage, workdir)) is not None:
         params, meta = checkpoint.restore_params(folder, stages.unflatten(old))
         data.same_codec(meta['data'], config)
-        own = folder == checkpoint.folder_of(workdir, stage.start)
-        before = dict(workdir='' if own else os.path.dirname(os.path.dirname(folder)),
-                      stage=os.path.basename(folder), step=meta['step'])
-        told = dict(start=f'step {meta["step"]} of {stage.start}', before=before)
+        source = f'step {meta["step"]} of {stage.start}'
     else:
-        return None, dict(start='init')
+        return None, 'init'
     if len(old) == len(flat):
-        return params, told
+        return params, source
     where = jax.tree.map(lambda x: x.sharding, target['params'])
     fresh = jax.jit(lambda key: model.init(config, key, stage.lora),
                     out_shardings=where)(jax.random.key(config.seed))
-    return stages.unflatten(flatten(fresh) | flatten(params)), told
+    return stages.unflatten(flatten(fresh) | flatten(params)), source
 
 
 def _foreign(config, stage: Stage, workdir: str):
@@ -147,8 +142,7 @@ def _start_folder(config, stage: Stage, workdir: str) -> str | None:
     if stage.start == 'init' or checkpoint.steps(checkpoint.folder_of(workdir, stage.name)):
         return None
     names = [s.name for s in stages.stages(config)]
-    folder = (checkpoint.folder_of(workdir, stage.start) if stage.start in names
-              else os.path.abspath(stage.start))
+    folder = (checkpoint.folder_of(workdir, stage.start) if stage.start in names else stage.start)
     if not os.path.isdir(folder):
         raise ConfigError(f'stage {stage.name} starts from {stage.start!r}, but there is no '
                           f'checkpoint in {folder}; train that stage first')
@@ -271,10 +265,13 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
                 return None
             begun = dict(event='resume', stage=stage.name, step=begin)
         else:
-            params, told = start_params(config, stage, workdir, target)
+            foreign = _foreign(config, stage, workdir)
+            params, source = start_params(config, stage, workdir, target)
             state = fresh_state(config, stage, target, by_path, params)
             begin, counted = 0, {}
-            begun = dict(event='start', stage=stage.name, step=0) | told
+            begun = dict(event='start', stage=stage.name, step=0, start=source)
+            if foreign is not None:
+                begun |= dict(origin=foreign.origin)
         parameters = model.count(target['params'])
         trained = model.count(stages.split(target['params'], by_path)[0])
         rundir.ledger(workdir, begun | dict(

@@ -6,9 +6,9 @@ or Qwen2 that any server loads, and 'kyutai', the LMModel of the moshi package. 
 rules is read in both directions, so import(export(x)) is x to the bit. Parameters are a nested dict
 of arrays in the shapes of `model.abstract(config)`.
 
-From a notebook, `load(path)` is all there is to know. Below it: `stream` reads a checkpoint box by
-box into the arrays of a mesh, `surgery` fits the weights of one model into another, `write` writes,
-`runs` turns checkpoints into run directories and back.
+From a notebook, `load(path)` is all there is to know. Below it: `streaming` reads a checkpoint box
+by box into the arrays of a mesh, `surgery` fits the weights of one model into another, `write`
+writes, `runs` turns checkpoints into run directories and back.
 """
 
 from jaxsd.export.families import FAMILIES, described, family_of

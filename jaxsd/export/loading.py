@@ -28,7 +28,7 @@ from jaxsd.export import surgery, write
 from jaxsd.export.facts import Json, config_of, disagreements, facts
 from jaxsd.export.families import FAMILIES, described, family_of
 from jaxsd.export.safetensors import folder_of, read_json
-from jaxsd.export.stream import array, blocks, open_source, whole
+from jaxsd.export.streaming import array, blocks, open_source, whole
 from jaxsd.layout import duplex
 from jaxsd.stage import flatten, unflatten
 from jaxsd.types import NOTHING
@@ -124,8 +124,9 @@ def is_foreign(start: str) -> bool:
     format, path = split_start(start)
     if format or os.path.isfile(path):
         return True
-    return os.path.isdir(path) and any(
-        name == 'config.json' or name.endswith('.safetensors') for name in os.listdir(path))
+    names = os.listdir(path) if os.path.isdir(path) else ()
+    return 'ledger.jsonl' not in names and any(
+        name == 'config.json' or name.endswith('.safetensors') for name in names)
 
 
 def stated_license(source: str) -> str:

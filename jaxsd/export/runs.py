@@ -4,6 +4,7 @@
 import dataclasses
 import logging
 import os
+import re
 
 import jax
 
@@ -98,10 +99,12 @@ def history(config, workdir: str, stage, meta) -> dict:
                       and e.get('event') in ('start', 'import')), {})
         if begun.get('origin'):
             sources.append(begun['origin'])
-        before = begun.get('before')
+        before = re.fullmatch(r'step (\d+) of (.+)', begun.get('start', ''))
         if not before:
             break
-        workdir, name, step = before['workdir'] or workdir, before['stage'], before['step']
-        entries = rundir.read_ledger(workdir)
+        name, step = before[2], int(before[1])
+        if not any(e.get('stage') == name for e in entries):        # the folder of another run
+            workdir = os.path.dirname(os.path.dirname(os.path.abspath(name)))
+            name, entries = os.path.basename(name), rundir.read_ledger(workdir)
     return dict(sources=sources, stages=told[::-1],
                 codec={k: codec[k] for k in ('name', 'sha256') if k in codec})

@@ -23,7 +23,7 @@ import numpy as np
 from jaxsd import model
 from jaxsd.config import ConfigError, bind, plain
 from jaxsd.export.facts import disagreements, facts
-from jaxsd.export.stream import Patch, some, whole
+from jaxsd.export.streaming import Patch, some, whole
 from jaxsd.stage import flatten
 from jaxsd.vocab import Vocab
 

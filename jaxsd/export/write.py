@@ -23,7 +23,7 @@ from jaxsd.config import ConfigError, fingerprint, plain, to_json
 from jaxsd.export import rules, safetensors
 from jaxsd.export.facts import facts
 from jaxsd.export.families import family_of
-from jaxsd.export.stream import covered, some
+from jaxsd.export.streaming import covered, some
 from jaxsd.run import on_first_process
 from jaxsd.stage import flatten
 
