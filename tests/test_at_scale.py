@@ -23,8 +23,8 @@ from jaxsd.stage import flatten
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize('host_bytes', [0, 1 << 20])
-@pytest.mark.parametrize('mesh', [dict(fsdp=4, tensor=2), dict(data=2, fsdp=4)])
+@pytest.mark.parametrize('mesh, host_bytes', [(dict(fsdp=4, tensor=2), 0),
+                                              (dict(data=2, fsdp=4), 1 << 20)])
 def test_a_shard_is_filled_box_by_box(mesh, host_bytes, tmp_path):
     """On the host and on the devices, by boxes of a few numbers: what reading it whole gives."""
     for config, format in ((released.decoder('llama', pairs='interleaved'), 'hf'),
@@ -98,6 +98,7 @@ def processes(script, *argv):
         return list(pool.map(one, (0, 1)))
 
 
+@pytest.mark.slow
 def test_two_processes_export_what_one_does(tmp_path):
     config = released.decoder('llama')
     export.save(config, released.random_params(config, 3), str(tmp_path / 'in'), 'hf')

@@ -25,7 +25,7 @@ from jaxsd.config import ConfigError, bind, plain
 from jaxsd.export.facts import disagreements, facts
 from jaxsd.export.streaming import Patch, some, whole
 from jaxsd.stage import flatten
-from jaxsd.vocab import Vocab
+from jaxsd.vocab import Vocab, initial
 
 TABLE, TEXT_TABLE = 'frontend/table', 'head/text_table'             # [ids, width]
 FLAT_OUT, TEXT_OUT = 'head/out/kernel', 'head/text_out/kernel'      # [width, ids]
@@ -55,7 +55,8 @@ def shared_rows(ours: Vocab, theirs: Vocab, keep: int | None) -> list[tuple[int,
         if other is not None and (other.size, other.predicted) == (row.size, row.predicted):
             out.append((row.start, other.start, row.size))
         elif other is not None and row.name == 'text':      # the initial token comes after the text
-            out.append((row.start, other.start, min(row.predicted, other.predicted)))
+            out += [(row.start, other.start, min(row.predicted, other.predicted)),
+                    (initial(row), initial(other), 1)]
     return out
 
 
@@ -71,7 +72,8 @@ def patches(ours, theirs, keep: int | None = None) -> dict[str, list[Patch]]:
             out[path] = [Patch(TABLE, (start, 0), (size, shape[1]), (0, 1), (to, 0))
                          for to, start, size in rows if b[TABLE][1] == shape[1]]
         elif path == TEXT_TABLE and path in b and b[path][1] == shape[1]:
-            out[path] = [Patch(path, (0, 0), (rows[0][2], shape[1]), (0, 1), (0, 0))]
+            out[path] = [Patch(path, (start, 0), (size, shape[1]), (0, 1), (to, 0))
+                         for to, start, size in rows if to < shape[0]]
         elif path in (FLAT_OUT, TEXT_OUT):
             other = next((p for p in (FLAT_OUT, TEXT_OUT) if p in b), TABLE)
             order = (1, 0) if other == TABLE else (0, 1)
