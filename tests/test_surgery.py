@@ -229,7 +229,7 @@ def test_rows_are_the_same_on_every_mesh():
     config.mesh = mlc.ConfigDict(dict(fsdp=2, tensor=2, data=2))
     target = flatten(loading.placed(config))
     many = export.open_start(config, golden('llama'), graft=dict(rows=NORMAL)).params(target, KEY)
-    one = begun(config, golden('llama'), rows=NORMAL)
+    one = begun(spoken('llama'), golden('llama'), rows=NORMAL)
     for path, x in many.items():
         assert x.sharding == target[path].sharding
         np.testing.assert_array_equal(np.asarray(x), one[path])
