@@ -6,6 +6,7 @@ ordered list of (regex, multiplier or None): the first regex that matches a para
 decides its learning-rate multiplier, None freezes it, and every parameter must be matched.
 """
 
+import copy
 import dataclasses
 import re
 import typing
@@ -22,7 +23,10 @@ class Stage:
 
     data: weights of the sources of `config.data.sources`, by share of tokens.
     schedule: 'constant' or 'cosine' (to final_lr x lr), after `warmup_steps` linear steps.
-    start: 'init', the name of an earlier stage, or a path to another run's checkpoints.
+    start: 'init', the name of an earlier stage, a path to another run's checkpoints, or one to a
+    checkpoint of another program ('hf:PATH', or a path whose format is recognized).
+    graft: {}, or in what such a checkpoint may differ from the config: dict(rows, fresh, unused,
+    unlike), explained in export/surgery.py.
     lora: {} or dict(rank, scale): every linear map gets a low-rank second term.
     layout: {} or options that replace those of the config's layout for this stage.
     bad_steps: consecutive non-finite steps (skipped and counted) after which training stops.
@@ -42,6 +46,7 @@ class Stage:
     clip: float = 1.0
     train: tuple = (('.*', 1.0),)
     start: str = 'init'
+    graft: dict = dataclasses.field(default_factory=dict)
     lora: dict = dataclasses.field(default_factory=dict)
     layout: dict = dataclasses.field(default_factory=dict)
     accumulate: int = 1
@@ -50,6 +55,10 @@ class Stage:
     keep: int = 3
     log_steps: int = 10
     probe_steps: int = 0
+
+
+PARTS = dict(graft=('rows', 'fresh', 'unused', 'unlike'), lora=('rank', 'scale'))
+"""The keys of a stage's options that are dicts of their own."""
 
 
 def stages(config) -> tuple[Stage, ...]:
@@ -100,9 +109,10 @@ def stages(config) -> tuple[Stage, ...]:
                               'directory')
         if stage.name in (s.name for s in out):
             raise ConfigError(f'stages[{i}].name {stage.name!r} is taken by an earlier stage')
-        for key in stage.lora:
-            if key not in ('rank', 'scale'):
-                raise unknown(f'stages[{i}].lora', key, ('rank', 'scale'))
+        for field, names in PARTS.items():
+            for key in getattr(stage, field):
+                if key not in names:
+                    raise unknown(f'stages[{i}].{field}', key, names)
         if missing := [k for k in ('rank', 'scale') if stage.lora and k not in stage.lora]:
             raise ConfigError(f'stages[{i}].lora needs {", ".join(missing)}')
         if stage.lora and not (isinstance(stage.lora['rank'], int) and stage.lora['rank'] > 0
@@ -129,6 +139,15 @@ def find(config, name: str | None) -> Stage:
         if stage.name == name:
             return stage
     raise unknown('--stage', name, [s.name for s in every])
+
+
+def of_stage(config, stage: Stage):
+    """`config` with the layout that the stage trains with: its delays are part of the weights."""
+    if not stage.layout:
+        return config
+    out = copy.deepcopy(config)
+    out.layout = stage.layout
+    return out
 
 
 def flatten(tree, path: str = '') -> dict:

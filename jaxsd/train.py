@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxsd import checkpoint, data, journal, model, sharding
+from jaxsd import checkpoint, data, export, journal, model, sharding
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, plain
 from jaxsd.stage import Stage, flatten
+from jaxsd.state import abstract_state, fresh_state, mesh_of
 
 log = logging.getLogger('jaxsd')
 
@@ -99,53 +100,21 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
     return step
 
 
-def abstract_state(config, stage: Stage, mesh):
-    """(graph, state of ShapeDtypeStructs with shardings, by_path): everything but the arrays."""
-    graph, shapes, axes = model.abstract(config, stage.lora)
-    rules = sharding.rules_of(plain(config.mesh).get('rules', {}))
-    placed = sharding.of(shapes, axes, rules, mesh)
-    by_path = stages.multipliers(stage, flatten(shapes))
-    tx = stages.optimizer(stage, by_path)
-    opt = jax.eval_shape(tx.init, stages.split(shapes, by_path)[0])
-    whole = sharding.replicated(mesh)
-    # Left alone, jit(tx.init) would put every moment on one device.
-    opt_placed = optax.tree_utils.tree_map_params(
-        tx, lambda _, s: s, opt, stages.split(placed, by_path)[0],
-        transform_non_params=lambda _: whole)
-    def at(leaf, where):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    state = dict(params=jax.tree.map(at, shapes, placed),
-                 opt=jax.tree.map(at, opt, opt_placed))
-    for name in ('step', 'bad_steps', 'skipped_steps'):
-        state[name] = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return graph, state, by_path
-
-
-def fresh_state(config, stage: Stage, target, by_path, params=None):
-    """A state at step 0, placed as `target` says; from `params` where given (already placed)."""
-    where = jax.tree.map(lambda x: x.sharding, target)
-    if params is None:
-        params = jax.jit(lambda key: model.init(config, key, stage.lora),
-                         out_shardings=where['params'])(jax.random.key(config.seed))
-    tx = stages.optimizer(stage, by_path)
-    opt = jax.jit(lambda p: tx.init(stages.split(p, by_path)[0]),
-                  out_shardings=where['opt'])(params)
-    zero = lambda: jax.device_put(jnp.int32(0), where['step'])      # noqa: E731
-    return dict(params=params, opt=opt, step=zero(), bad_steps=zero(), skipped_steps=zero())
-
-
 def start_params(config, stage: Stage, workdir: str, target):
     """(parameters to begin `stage` with, where they come from): (None, 'init') or those it names.
 
     A stage with low-rank terms takes them fresh and everything else from there.
     """
-    folder = _start_folder(config, stage, workdir)
-    if folder is None:
-        return None, 'init'
     flat, old = flatten(target['params']), _older(target)
-    params, meta = checkpoint.restore_params(folder, old)
-    data.same_codec(meta['data'], config)
-    source = f'step {meta["step"]} of {stage.start}'
+    if (begun := _foreign(config, stage, workdir)) is not None:
+        params = stages.unflatten(begun.params(flatten(old), jax.random.key(config.seed)))
+        source = stage.start
+    elif (folder := _start_folder(config, stage, workdir)) is not None:
+        params, meta = checkpoint.restore_params(folder, old)
+        data.same_codec(meta['data'], config)
+        source = f'step {meta["step"]} of {stage.start}'
+    else:
+        return None, 'init'
     if len(flatten(old)) == len(flat):
         return params, source
     where = jax.tree.map(lambda x: x.sharding, target['params'])
@@ -158,6 +127,19 @@ def _older(target) -> dict:
     """The parameters of `target` that an earlier stage has: all but fresh low-rank terms."""
     return stages.unflatten({p: x for p, x in flatten(target['params']).items()
                              if not p.rsplit('/', 1)[-1].startswith('lora_')})
+
+
+def _foreign(config, stage: Stage, workdir: str):
+    """The checkpoint of another program that `stage` begins with, checked (export.Start), or None.
+
+    A path that holds one is recognized; 'hf:path' says what it is.
+    """
+    if (stage.start in ('init', *(s.name for s in stages.stages(config)))
+            or checkpoint.steps(checkpoint.folder_of(workdir, stage.name))
+            or checkpoint.steps(stage.start) or not export.is_foreign(stage.start)):
+        return None
+    return export.open_start(export.of_stage(config, stage), stage.start, graft=stage.graft,
+                             where=f'stage {stage.name} starts from {stage.start}')
 
 
 def _start_folder(config, stage: Stage, workdir: str) -> str | None:
@@ -221,18 +203,16 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
     Returns the loss of the last step of the last stage (None if nothing was left to do).
     """
     which = [stages.find(config, stage_name)] if stage_name else stages.stages(config)
-    try:
-        mesh = sharding.make_mesh({k: v for k, v in plain(config.mesh).items() if k != 'rules'})
-    except ValueError as e:
-        raise ConfigError(str(e)) from None
+    mesh = mesh_of(config)
     v = model.make_vocab(config)
     probes = []
     for i, stage in enumerate(which):   # whatever can be wrong, before a directory is made
         data.check(config, dataclasses.asdict(stage), v)
         target = abstract_state(config, stage, mesh)[1]
         _check_batch(config, stage, mesh, v)
-        if stage.start not in [s.name for s in which[:i]] and (
-                folder := _start_folder(config, stage, workdir)) == stage.start:
+        if (stage.start not in [s.name for s in which[:i]]
+                and _foreign(config, stage, workdir) is None
+                and (folder := _start_folder(config, stage, workdir)) == stage.start):
             data.same_codec(checkpoint.fits(folder, _older(target))['data'], config)
         probes.append(probe_of(stage) if probe_of else None)
     rundir.open_run(workdir, config)
@@ -293,10 +273,13 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
                 return None
             begun = dict(event='resume', stage=stage.name, step=begin)
         else:
+            foreign = _foreign(config, stage, workdir)
             params, source = start_params(config, stage, workdir, target)
             state = fresh_state(config, stage, target, by_path, params)
             begin, counted = 0, {}
             begun = dict(event='start', stage=stage.name, step=0, start=source)
+            if foreign is not None:
+                begun |= dict(origin=foreign.origin)
         parameters = model.count(target['params'])
         trained = model.count(stages.split(target['params'], by_path)[0])
         rundir.ledger(workdir, begun | dict(

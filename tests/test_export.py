@@ -196,6 +196,7 @@ def test_padding_rows_of_the_line_stay_home(tmp_path):
 # What bad input gets -----------------------------------------------------------------------------
 
 def copied(folder, tmp_path, name):
+    tmp_path.mkdir(exist_ok=True)
     shutil.copytree(folder[name], tmp_path / 'bad')
     return str(tmp_path / 'bad')
 
@@ -335,6 +336,64 @@ def test_index_that_promises_too_much(tmp_path):
     with open(path, 'w') as f:
         json.dump(index, f)
     refuse(config, out, format, 'extra is not in model-')
+
+
+def header_of(path):
+    with open(path, 'rb') as f:
+        size = int.from_bytes(f.read(8), 'little')
+        return f.read(size).decode().rstrip(), f.read()
+
+
+def put_header(path, header, content):
+    header = header.encode() + b' ' * (-len(header.encode()) % 8)
+    with open(path, 'wb') as f:
+        f.write(len(header).to_bytes(8, 'little') + header + content)
+
+
+def test_a_tensor_or_a_value_that_is_there_twice(folder, tmp_path):
+    """In the header of a file, in two files, in config.json: none is chosen silently."""
+    bad = copied(folder, tmp_path / 'header', 'llama')
+    path = os.path.join(bad, 'model.safetensors')
+    header, content = header_of(path)
+    norm = json.dumps({'model.norm.weight': json.loads(header)['model.norm.weight']})
+    put_header(path, header[:-1] + ',' + norm[1:], content)
+    refuse(CASES['llama'][0], bad, 'hf', 'model.safetensors: model.norm.weight is there twice')
+    bad = copied(folder, tmp_path / 'json', 'llama')
+    path = os.path.join(bad, 'config.json')
+    with open(path) as f:
+        text = f.read()
+    with open(path, 'w') as f:
+        f.write(text.replace('{', '{"rope_theta": 1.0,', 1))
+    refuse(CASES['llama'][0], bad, 'hf', 'config.json: rope_theta is there twice')
+    config, format = CASES['llama']
+    bad = str(tmp_path / 'shards')
+    export.save(config, released.random_params(config, 2), bad, format, shard_bytes=100_000)
+    first, second = sorted(n for n in os.listdir(bad) if n.startswith('model-0'))[:2]
+    state = load_file(os.path.join(bad, second)) | load_file(os.path.join(bad, first))
+    save_file(state, os.path.join(bad, second))
+    refuse(config, bad, format, f'{second}: .* is not where')
+
+
+@pytest.mark.parametrize('size', [1 << 62, 200 << 20, 7])
+def test_a_header_that_promises_too_much(size, folder, tmp_path):
+    """Its length is compared with the file before anything of that size is read."""
+    bad = copied(folder, tmp_path, 'llama')
+    path = os.path.join(bad, 'model.safetensors')
+    header, content = header_of(path)
+    with open(path, 'wb') as f:
+        f.write(size.to_bytes(8, 'little') + header.encode() + content)
+    refuse(CASES['llama'][0], bad, 'hf', 'model.safetensors: not a whole safetensors file')
+
+
+@pytest.mark.parametrize('offsets', [[0, 1 << 50], [-4, 252], [256, 0], [4, 260]])
+def test_offsets_that_lie(offsets, folder, tmp_path):
+    bad = copied(folder, tmp_path, 'llama')
+    path = os.path.join(bad, 'model.safetensors')
+    header, content = header_of(path)
+    values = json.loads(header)
+    values['model.norm.weight']['data_offsets'] = offsets
+    put_header(path, json.dumps(values), content)
+    refuse(CASES['llama'][0], bad, 'hf', 'model.safetensors: not a whole safetensors file')
 
 
 def test_both_dialects_at_once(folder, tmp_path):

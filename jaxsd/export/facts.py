@@ -10,6 +10,8 @@ never run with another rotary base, window or norm than they were trained with.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import ml_collections as mlc
+
 from jaxsd.config import ConfigError, bind, options_of, plain, resolve
 from jaxsd.export.rules import Rule
 from jaxsd.layout import duplex
@@ -46,6 +48,62 @@ def facts(config) -> dict:
     if len(late) == 2:
         out['layout.delays'] = duplex.delays(vocab, **late)
     return out
+
+
+def config_of(said: Mapping, *, like=None, columns: int = 4096, specials: Mapping | None = None
+              ) -> mlc.ConfigDict:
+    """The config whose facts are `said`: `facts` backwards, for what a checkpoint says of itself.
+
+    What it leaves open (how rotary pairs lie, which ids are units) is as in the config `like`, or
+    else the mechanism's default. specials: ids of bos and eos. Raises ValueError for rows and
+    delays that no vocabulary has.
+    """
+    c = mlc.ConfigDict(dict(seed=0, columns=columns, objective=dict(name='weighted_ce'), stages=(),
+                            data=dict(path='', sources=dict()), mesh=dict(), evals=dict()))
+    names = dict(frontend='summed', backbone='decoder', head='flat')
+    for slot, name in names.items():
+        options = {k.partition('.')[2]: v for k, v in said.items() if k.startswith(f'{slot}.')}
+        name = options.pop('name', name)
+        same = like is not None and like[slot]['name'] == name
+        legal = options_of(resolve(name, f'jaxsd.{slot}'))
+        c[slot] = (plain(like[slot]) if same else dict(name=name)) | {
+            k: v for k, v in options.items() if k in legal}
+        if 'dtype' in legal and not same:
+            c[slot].dtype = 'float32'
+    ids = {k: v for k, v in (specials or {}).items() if k in ('bos', 'eos')}
+    if 'rows (size, predicted)' in said:
+        ids |= {k: said[f'vocab.{k}'] for k in ('pad', 'epad') if f'vocab.{k}' in said}
+        c.codec, c.vocab, c.layout = _streams(said, ids)
+        return c
+    c.layout = dict(name='flat.sequence', fields=('text',))
+    c.codec = dict(name='none', frame_hz=0.0, codebooks=1, size=0)
+    c.vocab = dict(name='line', text_tokens=said['vocab.size'], markers=(), multiple=1) | ids
+    if like is not None and make_vocab(like).rows == make_vocab(c).rows:
+        c.codec, c.vocab, c.layout = (plain(like[k]) for k in ('codec', 'vocab', 'layout'))
+    return c
+
+
+def _streams(said: Mapping, ids: Mapping) -> tuple[dict, dict, dict]:
+    """(codec, vocab, layout) with the rows and delays that a multistream checkpoint states."""
+    rows, late = said['rows (size, predicted)'], said['layout.delays']
+    spoken = sum(predicted > 0 for _, predicted in rows[1:])
+    for speakers in (('mine', 'theirs'), ('mine',)):
+        codebooks, rest = divmod(len(rows) - 1, len(speakers))
+        if not codebooks or rest or spoken % codebooks:
+            continue
+        codec = dict(name='mimi', path='', frame_hz=12.5, codebooks=codebooks, size=rows[1][0] - 1)
+        vocab = dict(name='streams', text_tokens=rows[0][1], speakers=speakers,
+                     predicted=speakers[:spoken // codebooks]) | ids
+        layout = dict(name='duplex.columns', text_delay_columns=late[0] - late[1],
+                      acoustic_delay_columns=late[2] - late[1] if codebooks > 1 else 0)
+        made = make_vocab(mlc.ConfigDict(dict(codec=codec, vocab=vocab)))
+        if layout['acoustic_delay_columns'] < 0:
+            continue
+        if (tuple((row.size, row.predicted) for row in made.rows) == tuple(rows)
+                and duplex.delays(made, **{k: layout[k] for k in layout if k != 'name'}) == late):
+            return codec, vocab, layout
+    raise ValueError(f'no vocabulary of one or two speakers has {len(rows) - 1} audio rows, '
+                     f'{spoken} of them spoken, with delays {list(late)}')
 
 
 def disagreements(ours: Mapping, theirs: Mapping) -> list[str]:

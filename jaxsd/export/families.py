@@ -5,18 +5,22 @@ A family is: facts it can express (`check`), config.json from facts (`spell`), f
 config.json (`read`), and its rename rules (`rules`). One module for each kind of model.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from jaxsd.config import unknown
 from jaxsd.export import decoders, kyutai
 from jaxsd.export.facts import Plan
+from jaxsd.export.safetensors import folder_of, read_json
 
 
 class Family(NamedTuple):
     """One format: see the top of this file.
 
     dialect: the current names of a key of an older file. sharded: whether the peer reads an index
-    of several files. without_config: what a checkpoint that has no config.json is.
+    of several files. without_config: what a checkpoint that has no config.json is. claims: whether
+    a config.json is one of this family.
     """
 
     check: Callable[[Mapping], None]
@@ -26,11 +30,43 @@ class Family(NamedTuple):
     dialect: Callable[[str, Mapping], tuple[str, ...]]
     sharded: bool
     without_config: dict | None
+    claims: Callable[[Mapping], bool]
 
 
 FAMILIES = {
     'hf': Family(decoders.check, decoders.rules_of, decoders.spell, decoders.read,
-                 lambda key, have: (key,), True, None),
+                 lambda key, have: (key,), True, None,
+                 lambda values: values.get('model_type') in decoders.TYPES),
     'kyutai': Family(kyutai.check, kyutai.rules_of, kyutai.spell, kyutai.read, kyutai.dialect,
-                     False, kyutai.RELEASED),
+                     False, kyutai.RELEASED, lambda values: {'dim', 'n_q', 'dep_q'} <= set(values)),
 }
+
+
+def family_of(format: str) -> Family:
+    """The family called `format`. Raises ConfigError with the names that there are."""
+    if format not in FAMILIES:
+        raise unknown('--format', format, FAMILIES)
+    return FAMILIES[format]
+
+
+def described(source: str, format: str = '') -> tuple[str, dict, str]:
+    """(format, config.json, its path) of the checkpoint in folder (or file) `source`.
+
+    Without a `format` it is the one that claims the config.json; a file without one is of the
+    family that has a released default. Raises ValueError for a folder that no family knows.
+    """
+    path = os.path.join(folder_of(source), 'config.json')
+    if os.path.exists(path):
+        values = read_json(path)
+        format = format or next((k for k, f in FAMILIES.items() if f.claims(values)), '')
+        if not format:
+            kind = values.get('model_type') or values.get('architectures')
+            raise ValueError(f'{path}: no format that can be read here has model_type {kind!r} '
+                             f'(formats: {", ".join(FAMILIES)})')
+        return format, values, path
+    released = [k for k, f in FAMILIES.items() if f.without_config is not None]
+    format = format or next(iter(released))
+    if format not in released:
+        raise ValueError(f'--source: no {path}')
+    return format, family_of(format).without_config, f'{source} (which has no config.json)'
+

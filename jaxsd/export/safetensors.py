@@ -1,24 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors in safetensors files: one file, or several behind an index. Nothing is ever unpickled.
 
-Reading opens headers only; a tensor, or some rows of it, is read when it is asked for. Every
+Reading opens headers only; a tensor, or a rectangle of it, is read when it is asked for. Every
 problem of a file is one ValueError that names the file and the key.
 """
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16, which released checkpoints use)
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
 Error = safetensors.SafetensorError
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 DTYPES = ('F64', 'F32', 'F16', 'BF16')
 JSON_BYTES = 64 << 20
+
+
+def _once(pairs, path: str) -> dict:
+    """A JSON object whose keys occur once: which of two would count is anybody's guess."""
+    out = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f'{path}: {key} is there twice')
+        out[key] = value
+    return out
 
 
 def read_json(path: str) -> dict:
@@ -27,12 +37,19 @@ def read_json(path: str) -> dict:
         if os.path.getsize(path) > JSON_BYTES:
             raise ValueError(f'{path}: longer than {JSON_BYTES >> 20} MiB')
         with open(path, encoding='utf-8') as f:
-            value = json.load(f)
+            value = json.load(f, object_pairs_hook=lambda pairs: _once(pairs, path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f'{path}: cannot be read as JSON: {e}') from e
     if not isinstance(value, dict):
         raise ValueError(f'{path}: must hold a JSON object')
     return value
+
+
+def folder_of(source: str) -> str:
+    """The folder of a checkpoint that is named by its folder or by its one file."""
+    if not os.path.exists(source):
+        raise ValueError(f'--source: no file or folder {source}')
+    return source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
 
 
 class Entry(NamedTuple):
@@ -74,6 +91,13 @@ def _open(path: str):
         raise ValueError(f'{path}: not a whole safetensors file: {e}') from e
 
 
+def _check_header(path: str) -> None:
+    """Raises ValueError for a header that names a tensor twice. The library takes the last one."""
+    with open(path, 'rb') as f:
+        size = int.from_bytes(f.read(8), 'little')      # which the library has found sound
+        json.loads(f.read(size), object_pairs_hook=lambda pairs: _once(pairs, path))
+
+
 def entries(folder: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, Entry]:
     """Every tensor below `folder` by its current name.
 
@@ -85,6 +109,7 @@ def entries(folder: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, E
     seen = set()
     for path in files:
         with _open(path) as f:
+            _check_header(path)
             for key in f.keys():
                 if stated is not None and stated.get(key) != os.path.basename(path):
                     raise ValueError(f'{path}: {key} is not where {INDEX} says')
@@ -109,46 +134,50 @@ def entries(folder: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, E
     return out
 
 
-def rows(entry: Entry, start: int, stop: int) -> np.ndarray:
-    """Rows start..stop of a tensor, as float32. Scalars do not occur."""
+def read(entry: Entry, there: Sequence[slice]) -> np.ndarray:
+    """A rectangle of a tensor, one slice for each of its axes, in the dtype it is stored in."""
     base = entry.part * entry.shape[0]
-    with _open(entry.file) as f:
-        return np.asarray(f.get_slice(entry.key)[base + start:base + stop], np.float32)
+    first = slice(base + there[0].start, base + there[0].stop)
+    with _open(entry.file) as f:        # anew each time: what a mapping has touched stays resident
+        return f.get_slice(entry.key)[(first, *there[1:])]
 
 
-def write(folder: str, tensors: Iterable[tuple[str, np.ndarray]], *,
+def write(folder: str, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray], *,
           shard_bytes: int | None) -> int:
-    """Writes named tensors to `folder` and returns their bytes.
+    """Writes float32 `tensors`, which come in the order of `shapes`, and returns their bytes.
 
-    At most about `shard_bytes` go to one file, the files then being listed in an index; None: one
-    file, whatever its size.
+    One tensor at a time is held. At most about `shard_bytes` go to one file, the files then being
+    listed in an index; None: one file, whatever its size.
     """
-    files: list[list[str]] = []
-    held, waiting, total = {}, 0, 0
-    place = os.path.join(folder, 'part-{:05d}.safetensors')
-
-    def flush():
-        # One entry only: the library writes several in random order, and files must reproduce.
-        save_file(held, place.format(len(files)), {'format': 'pt'})
-        files.append(list(held))
-        held.clear()
-
-    for key, tensor in tensors:
-        if held and shard_bytes is not None and waiting + tensor.nbytes > shard_bytes:
-            flush()
-            waiting = 0
-        held[key] = tensor
-        waiting += tensor.nbytes
-        total += tensor.nbytes
-    flush()
+    files: list[dict[str, int]] = [{}]
+    for key, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        if files[-1] and shard_bytes is not None and sum(files[-1].values()) + size > shard_bytes:
+            files.append({})
+        files[-1][key] = size
+    names = [f'model-{i + 1:05d}-of-{len(files):05d}.safetensors' for i in range(len(files))]
     if len(files) == 1:
-        os.replace(place.format(0), os.path.join(folder, SINGLE))
-        return total
-    where = {}
-    for i, keys in enumerate(files):
-        name = f'model-{i + 1:05d}-of-{len(files):05d}.safetensors'
-        os.replace(place.format(i), os.path.join(folder, name))
-        where |= dict.fromkeys(keys, name)
-    with open(os.path.join(folder, INDEX), 'w', encoding='utf-8') as f:
-        json.dump({'metadata': {'total_size': total}, 'weight_map': where}, f, indent=1)
+        names = [SINGLE]
+    tensors = iter(tensors)
+    for name, sizes in zip(names, files, strict=True):
+        # By hand, because the library wants all of a file in memory: a header, then the bytes.
+        header, at = {'__metadata__': {'format': 'pt'}}, 0
+        for key, size in sizes.items():
+            header[key] = {'dtype': 'F32', 'shape': list(shapes[key]),
+                           'data_offsets': [at, at + size]}
+            at += size
+        text = json.dumps(header, separators=(',', ':')).encode()
+        text += b' ' * (-len(text) % 8)
+        with open(os.path.join(folder, name), 'wb') as f:
+            f.write(len(text).to_bytes(8, 'little') + text)
+            for key in sizes:
+                tensor = np.ascontiguousarray(next(tensors), '<f4')
+                if tensor.shape != tuple(shapes[key]):
+                    raise ValueError(f'{key} has shape {tensor.shape}, not {shapes[key]}')
+                f.write(tensor.data)
+    total = sum(sum(sizes.values()) for sizes in files)
+    if len(files) > 1:
+        where = {key: name for name, keys in zip(names, files, strict=True) for key in keys}
+        with open(os.path.join(folder, INDEX), 'w', encoding='utf-8') as f:
+            json.dump({'metadata': {'total_size': total}, 'weight_map': where}, f, indent=1)
     return total

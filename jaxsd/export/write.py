@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a checkpoint in the files of another program, and beside them what a reader must know.
+
+That is: which ids are what and of which codec (`vocabulary.json`), where the weights come from and
+what they were trained on (`provenance.json`, with the config), how to generate, and a model card.
+Tensors are written one by one; in a run of several processes every process hands over its shards
+and the first one writes.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxsd
+from jaxsd import model, sharding
+from jaxsd.config import ConfigError, fingerprint, plain, to_json
+from jaxsd.export import rules, safetensors
+from jaxsd.export.facts import facts
+from jaxsd.export.families import family_of
+from jaxsd.export.streaming import covered, some
+from jaxsd.run import on_first_process
+from jaxsd.stage import flatten
+
+SHARD_BYTES = 4 << 30
+
+
+def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
+         notes: Mapping[str, str] | None = None, history: Mapping | None = None,
+         shard_bytes: int = SHARD_BYTES) -> dict:
+    """Writes `params` of `config` to the new folder `out` in the files that `format` prescribes.
+
+    config.json, float32 safetensors, generation_config.json, the text tokenizer where the config
+    names one, `vocabulary.json`, `provenance.json` and a model card README.md. params: arrays of
+    the host, or of the devices of one or several processes, which then all call this.
+    lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels.
+    notes: further lines of the card, {name: value}. history: {'sources', 'stages', 'codec'}, as
+    `runs.history` tells them. Returns {'bytes', 'tensors', 'files'}. Raises ConfigError for a
+    config that the format cannot express, ValueError for parameters of another config and where
+    `out` has something in it; then nothing is written.
+    """
+    family = family_of(format)
+    have = facts(config)
+    family.check(have)
+    shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
+    ours = fold_lora(flatten(params), lora_scale)
+    if {path: tuple(leaf.shape) for path, leaf in ours.items()} != shapes:
+        odd = sorted(set(ours) ^ set(shapes)) or [p for p in shapes if ours[p].shape != shapes[p]]
+        raise ValueError(f'the parameters are not those of the config: {some(odd)}')
+    plan = family.rules(have)
+    covered(plan, shapes)
+    made = list(rules.pieces(plan.rules, shapes))
+    tensors = (rules.forward(piece, ours, _take) for piece in made)
+    error: list[BaseException] = []
+    done: dict = {}
+
+    def write():
+        spelled = family.spell(have)
+        parent = os.path.dirname(os.path.abspath(out))
+        if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
+            raise ValueError(f'--out: {out} is not an empty folder; name a new one')
+        os.makedirs(parent, exist_ok=True)
+        partial = tempfile.mkdtemp(prefix=f'.{os.path.basename(out)}.', dir=parent)
+        try:
+            size = safetensors.write(partial, {piece.key: piece.shape for piece in made}, tensors,
+                                     shard_bytes=shard_bytes if family.sharded else None)
+            _beside(partial, config, format, spelled, size, notes or {}, history or {})
+            done.update(bytes=size, tensors=len(made), files=sorted(os.listdir(partial)))
+            os.chmod(partial, 0o755)
+            os.replace(partial, out)
+        except BaseException as e:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(e, OSError):
+                raise OSError(f'--out: {out} cannot be written: {e.strerror or e}') from None
+            raise
+
+    if jax.process_index() == 0:
+        try:
+            write()
+        except (OSError, ValueError) as e:
+            error.append(e)
+    if jax.process_count() > 1:
+        for _ in tensors:       # to the end, whatever happened: the others wait in every gather
+            pass
+
+    def verdict() -> int:
+        if error:
+            raise error[0]
+        return done['bytes'] >> 20
+    on_first_process(verdict)
+    return done
+
+
+def _take(x, index) -> np.ndarray:
+    """Some of an array of the host or of any devices, on the host. All processes call it alike."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x[index])
+    start = tuple(np.int32(i.start or 0 if isinstance(i, slice) else i) for i in index)
+    size = tuple(len(range(*i.indices(n))) if isinstance(i, slice) else 1
+                 for i, n in zip(index, x.shape, strict=True))
+    flat = tuple(k for k, i in enumerate(index) if not isinstance(i, slice))
+    everywhere = sharding.replicated(x.sharding.mesh)
+    picked = jax.jit(lambda x, start: jax.lax.dynamic_slice(x, start, size),
+                     out_shardings=everywhere)(x, start)
+    return np.asarray(picked.addressable_data(0)).squeeze(flat)
+
+
+def fold_lora(flat: Mapping[str, object], scale: float) -> dict:
+    """Parameters by path with every low-rank term added to its kernel: W + scale A B."""
+    out = {}
+    for path, leaf in flat.items():
+        folder, _, name = path.rpartition('/')
+        if name in ('lora_a', 'lora_b'):
+            continue
+        if name == 'kernel' and f'{folder}/lora_a' in flat:
+            if not scale:
+                raise ValueError(f'{folder} has a low-rank term: its lora scale is needed')
+            a, b, w = (flat[f'{folder}/{x}'] for x in ('lora_a', 'lora_b', 'kernel'))
+            lead = a.ndim + b.ndim - 2 - w.ndim         # layer and step axes, which all three share
+            letters = [chr(ord('a') + i) for i in range(a.ndim + b.ndim - lead)]
+            left, right = letters[:a.ndim], letters[:lead] + letters[a.ndim - 1:][:b.ndim - lead]
+            leaf = _folded(f'{"".join(left)},{"".join(right)}->'
+                           f'{"".join(left[:-1] + right[lead + 1:])}', a, b, w, scale)
+        out[path] = leaf
+    return out
+
+
+def _folded(equation: str, a, b, w, scale: float):
+    """w + scale a b, where the arrays are: on the host, or on devices as w is spread there."""
+    if not isinstance(w, jax.Array):
+        return w + np.float32(scale) * np.einsum(equation, a, b)
+
+    def fold(a, b, w):
+        return w + scale * jnp.einsum(equation, a, b, precision='highest')
+    return jax.jit(fold, out_shardings=w.sharding)(a, b, w)
+
+
+def _beside(folder: str, config, format: str, spelled, size: int, notes, history) -> None:
+    """Everything but the tensors."""
+    vocab = model.make_vocab(config)
+    _json(folder, 'config.json', spelled)
+    _json(folder, 'generation_config.json',
+          {'bos_token_id': vocab.specials['bos'], 'eos_token_id': vocab.specials['eos'],
+           '_from_model_config': True})
+    codec = {k: v for k, v in plain(config.codec).items() if k != 'path'}
+    _json(folder, 'vocabulary.json',
+          {'ranges': {k: {'start': a, 'size': n} for k, (a, n) in vocab.ranges.items()},
+           'specials': vocab.specials, 'size': vocab.size, 'codec': codec})
+    _json(folder, 'provenance.json',
+          {'jaxsd': jaxsd.__version__, 'format': format, 'fingerprint': fingerprint(config),
+           'config': json.loads(to_json(config)), 'codec': history.get('codec') or codec,
+           'sources': history.get('sources', []), 'stages': history.get('stages', [])})
+    if vocab.tokenizer:
+        try:
+            shutil.copyfile(vocab.tokenizer, os.path.join(folder, 'tokenizer.model'))
+        except OSError as e:
+            raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
+    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
+        f.write(card(config, format, spelled, size, notes_of(history) | notes))
+
+
+def notes_of(history: Mapping) -> dict[str, str]:
+    """What the model card says of a history: sources and their licenses, codec, data of stages."""
+    sources = history.get('sources', [])
+    out = {'license of the weights': license_of(sources)}
+    for i, source in enumerate(sources):
+        out[f'began from{f" ({i + 1})" if i else ""}'] = (
+            f'{source["format"]} checkpoint {source["name"]}, license {source["license"]}')
+    if codec := history.get('codec'):
+        out['codec of the training data'] = ', '.join(f'{k} {v}' for k, v in sorted(codec.items()))
+    for stage in history.get('stages', []):
+        name = stage['stage']
+        out['stage' if stage is history['stages'][-1] else f'earlier stage {name}'] = name
+        out['step' if stage is history['stages'][-1] else f'steps of {name}'] = str(stage['step'])
+        for source, c in sorted(stage['consumed'].items()):
+            out[f'trained on {source} ({name})'] = (
+                f'{c["tokens"]:,} tokens, {c["audio_s"] / 3600:.2f} h of audio')
+    return out
+
+
+def license_of(sources: Iterable[Mapping]) -> str:
+    """The licenses that the weights' sources state, or that nobody stated any."""
+    return ', '.join(dict.fromkeys(source['license'] for source in sources)) or 'not stated'
+
+
+CARDS = {   # format: (library, what the folder is)
+    'hf': ('transformers', 'a plain `{architecture}`: load it with '
+           '`transformers.AutoModelForCausalLM.from_pretrained(folder)`'),
+    'kyutai': ('moshi', 'the `LMModel` of the `moshi` package: load it with '
+               '`moshi.models.loaders.get_moshi_lm("model.safetensors", lm_kwargs)`, lm_kwargs '
+               'being config.json'),
+}
+
+
+def card(config, format: str, spelled: Mapping, size: int, notes: Mapping[str, str]) -> str:
+    """The model card: what these files are, what made them, and what runs them."""
+    library, what = CARDS[format]
+    codec = plain(config.codec)
+    lines = {'format': format, 'config fingerprint': fingerprint(config),
+             'codec': ', '.join(f'{k} {v}' for k, v in sorted(codec.items())),
+             'parameters': f'{size // 4:,} (float32)', 'seed': config.seed,
+             'license of the weights': 'not stated', **notes}
+    stated = lines['license of the weights']
+    return '\n'.join([
+        '---', f'library_name: {library}',
+        *([] if stated == 'not stated' else [f'license: {json.dumps(stated)}']),
+        'tags: [speech, jaxsd]', '---', '# A spoken language model', '',
+        f'This folder is {what.format(architecture=spelled.get("architectures", [""])[0])}.', '',
+        'Sound is not in it: the ids of units and codes (`vocabulary.json` says which are which) '
+        'are those of the codec named below, with which they must be made and played.', '',
+        '| | |', '|---|---|', *(f'| {k} | {_cell(v)} |' for k, v in lines.items()), ''])
+
+
+def _cell(value) -> str:
+    """`value` in one cell of a table, whatever somebody else's card had in it."""
+    return ' '.join(str(value).split()).replace('|', '\\|')
+
+
+def _json(folder: str, name: str, value: dict) -> None:
+    with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+        f.write(json.dumps(value, indent=2, sort_keys=True) + '\n')

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From somebody's checkpoint to a trained one that their program loads: the README's commands."""
+
+import json
+import pathlib
+
+import jax
+import ml_collections as mlc
+import numpy as np
+import pytest
+import released
+
+from jaxsd import cli, export, model, run, state, train
+from jaxsd import config as configs
+from jaxsd import stage as stages
+from jaxsd.config import ConfigError, fingerprint
+from jaxsd.export.facts import config_of, facts
+from jaxsd.stage import flatten
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GRAFT = "dict(rows=dict(name='mean'))"
+
+
+def system(name, corpus, tmp_path, edit='pass', file='system.py'):
+    """A config file: the tiny system on the small corpus, then the Python statement `edit`."""
+    (tmp_path / file).write_text(
+        'from jaxsd.config import read\n\n\n'
+        'def get_config(arg=None):\n'
+        f'    c = read("{ROOT}/configs/{name}.py:tiny")\n'
+        f'    c.data.path = "{corpus}"\n'
+        f'    c.codec.path = "{corpus}/" + c.codec.path.split("/")[-1]\n'
+        f'    c.vocab.tokenizer = "{corpus}/text.model"\n'
+        f'    {edit}\n    return c\n')
+    return str(tmp_path / file)
+
+
+def graft(options, **more):
+    """The statement that gives the first stage a graft and other options."""
+    rest = ''.join(f', {k}={v!r}' for k, v in more.items())
+    return f'c.stages = (dict(c.stages[0]) | dict(graft={options}{rest}), *c.stages[1:])'
+
+
+@pytest.fixture
+def text_model(tmp_path):
+    """A released text model: 320 ids, the tiny flat system's sizes, a card that states a license.
+    """
+    ours = configs.read(f'{ROOT}/configs/spirit_lm.py:tiny')
+    said = {k: v for k, v in facts(ours).items() if k.startswith('backbone.')}
+    config = config_of(said | {'vocab.size': 320, 'head.name': 'flat'})
+    params = released.random_params(config, 11)
+    folder = tmp_path / 'text-model'
+    export.save(config, params, str(folder), 'hf', shard_bytes=100_000)
+    (folder / 'README.md').write_text('---\nlicense: apache-2.0\n---\n# A text model\n')
+    return folder, config, params
+
+
+def test_a_text_model_is_imported_trained_and_exported(corpus, text_model, tmp_path):
+    folder, _, params = text_model
+    config = system('spirit_lm', corpus, tmp_path, graft(GRAFT))
+    work, out = str(tmp_path / 'work'), str(tmp_path / 'out')
+    assert cli.main(['import', '--format', 'hf', '--source', str(folder), '--config', config,
+                     '--workdir', work]) == 0
+    assert cli.main(['train', '--config', config, '--workdir', work]) == 0
+    assert cli.main(['export', '--format', 'hf', '--config', config, '--workdir', work,
+                     '--out', out]) == 0
+    ours, lm = configs.read(config), export.load(out)
+    assert model.make_vocab(lm.config).ranges == model.make_vocab(ours).ranges
+    table = np.asarray(lm.params['frontend']['table'])
+    moved = np.abs(table[:320] - params['frontend']['table'])
+    assert 0 < moved.max() < .1         # two steps away from where it began
+    assert np.isfinite(lm.scores(np.arange(8)[None])).all()
+
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    for said in (fingerprint(ours), 'license: "apache-2.0"', '| began from | hf checkpoint '
+                 'text-model, license apache-2.0 |', '| step | 2 |', 'tokens, ', 'kmeans',
+                 'LlamaForCausalLM'):
+        assert said in card, said
+    told = json.loads((tmp_path / 'out' / 'provenance.json').read_text())
+    assert told['fingerprint'] == fingerprint(ours)
+    assert told['sources'] == [{'format': 'hf', 'name': 'text-model', 'license': 'apache-2.0'}]
+    assert [s['stage'] for s in told['stages']] == ['pretrain']
+    counted = [e for e in run.read_ledger(work) if e['event'] == 'consumed'][-1]['consumed']
+    assert told['stages'][0]['consumed'] == counted
+    assert len(told['codec']['sha256']) == 64
+    generation = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
+    assert (generation['bos_token_id'], generation['eos_token_id']) == (1, 2)
+    assert (tmp_path / 'out' / 'tokenizer.model').read_bytes() == (
+        corpus / 'text.model').read_bytes()
+    assert lm.history['sources'][0]['license'] == 'apache-2.0'      # and it is passed on
+
+
+@pytest.mark.slow
+def test_a_conversing_model_is_imported_trained_and_exported(corpus, tmp_path):
+    config = system('moshi', corpus, tmp_path)
+    ours = configs.read(config)
+    params = released.random_params(ours, 12)
+    folder, work, out = (str(tmp_path / x) for x in ('released', 'work', 'out'))
+    export.save(export.of_stage(ours, stages.stages(ours)[0]), params, folder, 'kyutai')
+    first = stages.stages(ours)[0].name
+    assert cli.main(['import', '--format', 'kyutai', '--source', folder, '--config', config,
+                     '--workdir', work, '--stage', first]) == 0
+    assert cli.main(['train', '--config', config, '--workdir', work, '--stage', first]) == 0
+    assert cli.main(['export', '--format', 'kyutai', '--config', config, '--workdir', work,
+                     '--stage', first, '--out', out]) == 0
+    lm = export.load(out)
+    assert lm.format == 'kyutai' and lm.config.codec.name == 'rvq'
+    codes = np.zeros((1, len(model.make_vocab(ours).rows), 5), int)
+    scores = lm.scores(codes)
+    assert np.isfinite(scores['text']).all() and np.isfinite(scores['audio'][:, 0]).all()
+    moved = np.abs(np.asarray(lm.params['head']['text_table'])
+                   - params['head']['text_table'])
+    assert 0 < moved.max() < .1
+    told = json.loads((tmp_path / 'out' / 'provenance.json').read_text())
+    assert told['sources'] == [{'format': 'kyutai', 'name': 'released', 'license': 'not stated'}]
+    assert told['stages'][0]['step'] == 2 and told['stages'][0]['consumed']
+
+
+# Naming it in the stage --------------------------------------------------------------------------
+
+@pytest.mark.parametrize('prefix', ['hf:', ''])
+def test_a_stage_starts_from_it(prefix, corpus, text_model, tmp_path):
+    """Recognized by its folder or told by its format; what it was is in the ledger's words."""
+    folder, _, params = text_model
+    ours = configs.read(system('spirit_lm', corpus, tmp_path,
+                               graft(GRAFT, start=f'{prefix}{folder}')))
+    stage = stages.stages(ours)[0]
+    target = state.abstract_state(ours, stage, state.mesh_of(ours))[1]
+    begun, source = train.start_params(ours, stage, str(tmp_path / 'work'), target)
+    assert source == f'{prefix}{folder}'
+    table = begun['frontend']['table']
+    assert table.sharding == target['params']['frontend']['table'].sharding
+    np.testing.assert_array_equal(np.asarray(table)[:320], params['frontend']['table'])
+    jax.tree.map(lambda x, t: (x.shape, x.dtype) == (t.shape, t.dtype) or pytest.fail(str(t)),
+                 begun, target['params'])
+
+
+@pytest.mark.slow
+def test_training_tells_what_it_started_from(corpus, text_model, tmp_path):
+    """Without an import: `train`, then `export`; and the next stage remembers too."""
+    config = system('spirit_lm', corpus, tmp_path, graft(GRAFT, start=str(text_model[0])))
+    work, out = str(tmp_path / 'work'), str(tmp_path / 'out')
+    assert cli.main(['train', '--config', config, '--workdir', work]) == 0
+    first = next(e for e in run.read_ledger(work) if e['event'] == 'start')
+    assert first['start'] == str(text_model[0])
+    assert first['origin'] == dict(format='hf', name='text-model', license='apache-2.0')
+    assert cli.main(['export', '--format', 'hf', '--config', config, '--workdir', work,
+                     '--out', out]) == 0
+    assert json.loads((tmp_path / 'out' / 'provenance.json').read_text())['sources'] == [
+        first['origin']]
+
+
+def test_low_rank_terms_begin_fresh_on_it(corpus, text_model, tmp_path):
+    folder, _, params = text_model
+    ours = configs.read(system('spirit_lm', corpus, tmp_path, graft(
+        GRAFT, start=f'hf:{folder}', lora=dict(rank=2, scale=1.0),
+        train=(('.*/lora_[ab]', 1.0), ('.*', None)))))
+    stage = stages.stages(ours)[0]
+    target = state.abstract_state(ours, stage, state.mesh_of(ours))[1]
+    begun = flatten(train.start_params(ours, stage, str(tmp_path / 'work'), target)[0])
+    q = flatten(params)['backbone/blocks/q/kernel']
+    np.testing.assert_array_equal(np.asarray(begun['backbone/blocks/q/kernel']), q)
+    assert np.asarray(begun['backbone/blocks/q/lora_a']).any()
+    assert not np.asarray(begun['backbone/blocks/q/lora_b']).any()
+
+
+@pytest.mark.parametrize('damage, match', [
+    (lambda folder: None, 'vocab.size is .*, the checkpoint has 320'),
+    (lambda folder: (folder / 'model-00001-of-00002.safetensors').write_bytes(b'x'),
+     'not a whole safetensors file'),
+    (lambda folder: (folder / 'config.json').unlink(), 'no .*config.json'),
+])
+def test_what_does_not_fit_makes_no_directory(damage, match, corpus, text_model, tmp_path):
+    folder = text_model[0]
+    graft_or_none = GRAFT if 'safetensors' in match or 'config' in match else '{}'
+    damage(folder)
+    if not list(folder.glob('model-00001-of-00002*')):
+        pytest.fail('the text model has other shards than this test damages')
+    ours = configs.read(system('spirit_lm', corpus, tmp_path,
+                               graft(graft_or_none, start=f'hf:{folder}')))
+    with pytest.raises(ValueError, match=match) as e:
+        train.run(ours, str(tmp_path / 'work'))
+    assert '\n' not in str(e.value) and not (tmp_path / 'work').exists()
+
+
+def test_a_start_that_is_nothing(corpus, tmp_path):
+    ours = configs.read(system('spirit_lm', corpus, tmp_path, graft('{}', start='/nowhere')))
+    with pytest.raises(ConfigError, match='/nowhere.*train that stage first'):
+        train.run(ours, str(tmp_path / 'work'))
+
+
+def test_a_history_is_followed_through_stages_and_runs(tmp_path):
+    """Stage c of this run from b, b from another run's stage a, which began with a checkpoint."""
+    config = mlc.ConfigDict(dict(seed=0))
+    stage = stages.Stage(name='c', steps=9, batch=1, data={}, lr=1.0, start='b')
+    origin = dict(format='hf', name='x', license='mit')
+    used = {'all': {'tokens': 5, 'audio_s': 7.0}}
+    folder = tmp_path / 'one' / 'checkpoints' / 'a'
+    lines = {'one': [dict(event='start', stage='a', step=0, start='hf:/x', origin=origin),
+                     dict(event='consumed', stage='a', consumed_to=4, consumed=used)],
+             'two': [dict(event='start', stage='b', step=0, start=f'step 4 of {folder}'),
+                     dict(event='consumed', stage='b', consumed_to=6, consumed={}),
+                     dict(event='start', stage='c', step=0, start='step 6 of b'),
+                     dict(event='consumed', stage='c', consumed_to=9, consumed=used)]}
+    for name, entries in lines.items():
+        (tmp_path / name).mkdir()
+        for entry in entries:
+            run.ledger(str(tmp_path / name), entry)
+    told = export.history(config, str(tmp_path / 'two'), stage,
+                          dict(step=9, data=dict(codec=dict(name='rvq', sha256='0' * 64, x=1))))
+    assert told == dict(
+        sources=[origin], codec=dict(name='rvq', sha256='0' * 64),
+        stages=[dict(stage='a', step=4, consumed=used), dict(stage='b', step=6, consumed={}),
+                dict(stage='c', step=9, consumed=used)])

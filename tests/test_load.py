@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a folder load without a config of ours, say what its own program says, and go back?"""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import released
+
+from jaxsd import export
+from jaxsd.config import ConfigError, read
+from jaxsd.export import kyutai
+from jaxsd.export.facts import config_of, facts
+from jaxsd.export.loading import stated_license
+
+TOLERANCE = 5e-5
+ROOT = released.GOLDEN.parents[1]
+
+
+def arrays(name: str) -> dict:
+    with np.load(released.GOLDEN / name / 'arrays.npz', allow_pickle=False) as f:
+        return dict(f)
+
+
+@pytest.fixture(scope='module')
+def llama():
+    return export.load(str(released.GOLDEN / 'llama'))
+
+
+@pytest.fixture(scope='module')
+def multistream():
+    return export.load(str(released.GOLDEN / 'kyutai'))
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+# What the peers say ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ['mistral', 'qwen2'])
+def test_a_decoder_is_recognized_and_says_the_same(name):
+    lm, golden = export.load(str(released.GOLDEN / name)), arrays(name)
+    scores = lm.scores(golden['tokens'])
+    assert lm.format == 'hf' and scores.dtype == np.float32
+    assert scores.shape == (*golden['tokens'].shape, 96)
+    assert np.abs(scores - golden['logits']).max() <= TOLERANCE
+    ours = facts(released.decoder(name))
+    said = facts(lm.config)
+    assert {k: said[k] for k in ours if k.startswith(('backbone.', 'head.'))
+            and k != 'backbone.remat'} == {
+        k: v for k, v in ours.items() if k.startswith(('backbone.', 'head.'))
+        and k != 'backbone.remat'}
+
+
+def test_many_streams_are_aligned_as_the_peer_aligns_them(multistream):
+    golden = arrays('kyutai')
+    scores = multistream.scores(golden['codes'])
+    assert multistream.format == 'kyutai' and set(scores) == {'text', 'audio'}
+    np.testing.assert_array_equal(np.isnan(scores['audio']), np.isnan(golden['logits']))
+    assert np.isnan(scores['audio']).any() and not np.isnan(scores['text']).any()
+    assert np.abs(scores['text'] - golden['text_logits'][:, 0]).max() <= TOLERANCE
+    assert np.nanmax(np.abs(scores['audio'] - golden['logits'])) <= TOLERANCE
+
+
+def test_parameters_and_config_are_those_of_an_import(llama, multistream):
+    same(llama.params, export.import_params(released.decoder('llama'),
+                                            str(released.GOLDEN / 'llama'), 'hf'))
+    same(multistream.params, export.import_params(released.multistream(),
+                                                  str(released.GOLDEN / 'kyutai'), 'kyutai'))
+    assert facts(multistream.config)['layout.delays'] == (0, 0, 1, 1, 1, 0, 1, 1, 1)
+    assert llama.config.vocab.bos == 1 and llama.config.vocab.eos == 2
+    assert llama.config.columns == 128
+
+
+# Padding -----------------------------------------------------------------------------------------
+
+def test_padding_and_packing_change_nothing(llama):
+    """Rows of other lengths, on the left or the right, and pieces behind one another: as alone."""
+    tokens = arrays('llama')['tokens']
+    T = tokens.shape[1]
+    alone = llama.scores(tokens[:1, :10]), llama.scores(tokens[1:])
+    mask = np.ones((3, T), bool)
+    mask[0, 10:], mask[2, :T - 10] = False, False
+    rows = np.stack([tokens[0], tokens[1], np.r_[tokens[0, 10:], tokens[0, :10]]])
+    rows[~mask] = -100          # what padding holds means nothing
+    scores = llama.scores(rows, mask=mask)
+    np.testing.assert_allclose(scores[0, :10], alone[0][0], atol=1e-5)
+    np.testing.assert_allclose(scores[1], alone[1][0], atol=1e-5)
+    np.testing.assert_allclose(scores[2, T - 10:], alone[0][0], atol=1e-5)
+    assert np.isnan(scores[~mask]).all()
+    packed = np.concatenate([tokens[:1, :10], tokens[1:, :8]], 1)
+    scores = llama.scores(packed, segment=np.r_[[1] * 10, [2] * 8][None])
+    np.testing.assert_allclose(scores[0, :10], alone[0][0], atol=1e-5)
+    np.testing.assert_allclose(scores[0, 10:], alone[1][0, :8], atol=1e-5)
+
+
+def test_padding_and_packing_of_many_streams(multistream):
+    codes = arrays('kyutai')['codes']
+    long, short = multistream.scores(codes[:1, :, :9]), multistream.scores(codes[1:, :, :4])
+    row = np.concatenate([codes[:1, :, :9], codes[1:, :, :4], codes[:1, :, :2] * 0 - 7], 2)
+    scores = multistream.scores(row, segment=np.r_[[1] * 9, [2] * 4, [0] * 2][None])
+    for name, axis in (('text', 1), ('audio', 2)):
+        want = np.concatenate([long[name], short[name]], axis)
+        found = np.take(scores[name], range(13), axis)
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(want))
+        np.testing.assert_allclose(found, want, atol=1e-5)
+        assert np.isnan(np.take(scores[name], range(13, 15), axis)).all()
+    one = multistream.scores(codes[:1, :, :1])      # shorter than its delays
+    assert np.isnan(one['audio'][0, 1:]).all() and not np.isnan(one['audio'][0, 0]).any()
+
+
+@pytest.mark.parametrize('tokens, options, match', [
+    (np.zeros((2, 3, 4), int), {}, r'must be \[B, T\]'),
+    (np.zeros((2, 3)), {}, 'must be integers'),
+    (np.full((1, 2), 96), {}, r'tokens lie in 0..95, got 96'),
+    (np.full((1, 2), -1), {}, 'lie in 0..95, got -1'),
+    (np.zeros((1, 2), int), dict(mask=np.ones((2, 2))), r'mask must be \[B, T\] = \[1, 2\]'),
+    (np.zeros((1, 2), int), dict(mask=np.ones((1, 2)), segment=np.ones((1, 2))), 'not both'),
+])
+def test_tokens_that_cannot_be_scored(llama, tokens, options, match):
+    with pytest.raises(ValueError, match=match) as e:
+        llama.scores(tokens, **options)
+    assert '\n' not in str(e.value)
+
+
+def test_ids_of_streams_are_checked(multistream):
+    codes = np.zeros((1, 9, 3), int)
+    codes[0, 2, 1] = 33         # one more than the initial token
+    with pytest.raises(ValueError, match=r'row mine 1 lie in -1..32, got 33'):
+        multistream.scores(codes)
+    with pytest.raises(ValueError, match=r'must be \[B, 9, T\]'):
+        multistream.scores(codes[:, :8])
+
+
+# There and back ----------------------------------------------------------------------------------
+
+def test_saving_gives_the_same_files(llama, multistream, tmp_path):
+    for lm in (llama, multistream):
+        out = str(tmp_path / lm.format)
+        made = lm.save(out)
+        assert made['bytes'] == 4 * sum(x.size for x in jax.tree.leaves(lm.params))
+        again = export.load(out)
+        same(again.params, lm.params)
+        stated = json.loads((released.GOLDEN / ('llama' if lm is llama else 'kyutai')
+                             / 'config.json').read_text())
+        spelled = json.loads((tmp_path / lm.format / 'config.json').read_text())
+        shared = set(stated) & set(spelled) - {'torch_dtype'}
+        assert len(shared) > 12 and {k: stated[k] for k in shared} == {
+            k: spelled[k] for k in shared}
+    with pytest.raises(ConfigError, match="format 'kyutai' can only say 'depth'"):
+        llama.save(str(tmp_path / 'other'), format='kyutai')
+    assert not (tmp_path / 'other').exists()
+
+
+def test_an_export_of_ours_keeps_the_names_of_its_ids(tmp_path):
+    config = released.decoder('llama')
+    (tmp_path / 'text.model').write_bytes(b'pieces')
+    config.vocab.tokenizer = str(tmp_path / 'text.model')
+    params = released.random_params(config, 3)
+    export.save(config, params, str(tmp_path / 'out'), 'hf')
+    lm = export.load(str(tmp_path / 'out'))
+    same(lm.params, params)
+    ours, said = (export.loading.model.make_vocab(c) for c in (config, lm.config))
+    assert (said.ranges, said.specials, said.size) == (ours.ranges, ours.specials, ours.size)
+    assert lm.config.codec.name == 'kmeans' and lm.config.codec.frame_hz == 25.0
+    assert lm.config.vocab.tokenizer == str(tmp_path / 'out' / 'tokenizer.model')
+
+
+@pytest.mark.parametrize('said', [
+    {'codec': {'name': 'os:system', 'frame_hz': 1, 'size': 34}}, {'codec': 3}, {'ranges': []},
+    {'ranges': {'text': {'start': 0, 'size': 1 << 60}}}, {'specials': {'bos': 'x'}},
+    {'ranges': {k: {'start': 0, 'size': 32} for k in ('text', 'markers', 'units')}},
+])
+def test_a_vocabulary_that_does_not_fit_is_not_believed(said, tmp_path):
+    """It is somebody's file: it may name ids, and neither run code nor change a shape."""
+    shutil.copytree(released.GOLDEN / 'llama', tmp_path / 'lm')
+    good = {'ranges': {'text': {'start': 0, 'size': 60}, 'markers': {'start': 60, 'size': 2},
+                       'units': {'start': 62, 'size': 34}},
+            'specials': {'[Text]': 60, '[Speech]': 61},
+            'codec': {'name': 'kmeans', 'frame_hz': 25, 'size': 34}}
+    path = tmp_path / 'lm' / 'vocabulary.json'
+    path.write_text(json.dumps(good))
+    config = export.loading._bare(str(tmp_path / 'lm'))[2]
+    assert config.codec.size == 34 and config.vocab.markers == ('[Text]', '[Speech]')
+    path.write_text(json.dumps(good | said))
+    config = export.loading._bare(str(tmp_path / 'lm'))[2]
+    assert config.codec.name == 'none' or config.codec.size == 34
+    assert export.loading.model.make_vocab(config).size == 96
+
+
+def test_parameters_spread_over_a_mesh(tmp_path):
+    config = released.decoder('llama')
+    params = released.random_params(config, 3)
+    export.save(config, params, str(tmp_path / 'out'), 'hf', shard_bytes=100_000)
+    lm = export.load(str(tmp_path / 'out'), mesh=dict(data=2, fsdp=2, tensor=2), dtype='bfloat16')
+    q = lm.params['backbone']['blocks']['q']['kernel']
+    assert len(q.sharding.device_set) == 8 and q.addressable_shards[0].data.shape == (2, 32, 2, 16)
+    same(lm.params, params)
+    assert lm.config.frontend.dtype == 'bfloat16'
+
+
+# What is recognized ------------------------------------------------------------------------------
+
+def test_a_file_without_config_is_the_released_model():
+    """moshi's loaders assume the sizes of Moshi; so does the config file that describes it."""
+    said = kyutai.read(kyutai.RELEASED, 'none')
+    ours = read(f'{ROOT}/configs/moshi.py')
+    ours.vocab.predicted = ('mine',)
+    theirs, mine = facts(config_of(said)), facts(ours)
+    for key in (*said, 'vocab.rows', 'frontend.name', 'backbone.name'):
+        if key != 'backbone.remat':
+            assert theirs[key] == mine[key], key
+
+
+@pytest.mark.parametrize('n_q, dep_q, delays', [
+    (8, 4, [0, 0, 1, 1, 1, 0, 1, 1, 1]), (8, 8, [0, 0, 1, 1, 1, 0, 1, 1, 1]),
+    (8, 8, [0, 16, 18, 18, 18, 18, 18, 18, 18]), (2, 1, [0, 0, 0]), (1, 1, [3, 0])])
+def test_delays_tell_the_speakers(n_q, dep_q, delays):
+    """Two speakers of half the codebooks, or one; text that runs ahead or behind."""
+    said = kyutai.read(kyutai.RELEASED | dict(n_q=n_q, dep_q=dep_q, delays=delays), 'none')
+    found = facts(config_of(said))
+    assert found['layout.delays'] == tuple(delays)
+    assert [row.predicted for row in found['vocab.rows']] == [
+        32000, *[2048] * dep_q, *[0] * (n_q - dep_q)]
+
+
+def test_delays_that_nobody_has():
+    said = kyutai.read(kyutai.RELEASED | dict(n_q=3, dep_q=3, delays=[0, 1, 2, 4]), 'none')
+    with pytest.raises(ValueError, match=r'no vocabulary .* with delays \[0, 1, 2, 4\]'):
+        config_of(said)
+
+
+@pytest.mark.parametrize('values, match', [
+    (dict(model_type='gpt2'), "no format that can be read here has model_type 'gpt2'"),
+    (dict(architectures=['Foo']), r"model_type \['Foo'\]"), ({}, 'model_type None'),
+])
+def test_a_folder_of_no_known_kind(values, match, tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=match):
+        export.load(str(tmp_path))
+
+
+def test_a_config_whose_sizes_the_file_does_not_have(tmp_path):
+    """Huge sizes are compared with the file's own before anything is allocated."""
+    for name, changes in (('llama', dict(hidden_size=1 << 24)), ('llama', dict(vocab_size=1 << 24)),
+                          ('kyutai', dict(dim=1 << 20, hidden_scale=4.0)), ('kyutai', None)):
+        bad = tmp_path / str(len(os.listdir(tmp_path)))
+        shutil.copytree(released.GOLDEN / name, bad)
+        if changes is None:
+            os.remove(bad / 'config.json')
+        else:
+            values = json.loads((bad / 'config.json').read_text())
+            (bad / 'config.json').write_text(json.dumps(values | changes))
+        with pytest.raises(ValueError, match='has shape|lacks') as e:
+            export.load(str(bad))
+        assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('files, want', [
+    ({}, 'not stated'),
+    ({'README.md': '---\ntags: [a]\nlicense: apache-2.0\n---\n# X\nlicense: none\n'}, 'apache-2.0'),
+    ({'README.md': '---\nlicense: other\nlicense_name: "llama3"\n---\n'}, 'llama3'),
+    ({'README.md': '# no header\nlicense: mit\n', 'LICENSE': '\n  # MIT License\n\nmore'},
+     'MIT License'),
+])
+def test_the_license_as_stated(files, want, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert stated_license(str(tmp_path)) == want
