@@ -127,7 +127,7 @@ def test_what_lies_beside(folder):
 
 def test_tokenizer_travels(tmp_path):
     (tmp_path / 'text.model').write_bytes(b'pieces')
-    config, format = released.decoder('llama'), 'hf'
+    config, format = released.multistream(), 'kyutai'
     config.vocab.tokenizer = str(tmp_path / 'text.model')
     export.save(config, released.random_params(config, 1), str(tmp_path / 'out'), format)
     assert (tmp_path / 'out' / 'tokenizer.model').read_bytes() == b'pieces'

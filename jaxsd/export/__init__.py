@@ -24,7 +24,7 @@ from jaxsd import checkpoint, data, model
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, plain, unknown
-from jaxsd.export import rules, safetensors
+from jaxsd.export import rules, safetensors, tokens
 from jaxsd.export.facts import disagreements, facts
 from jaxsd.export.families import FAMILIES, Family
 from jaxsd.stage import flatten, unflatten
@@ -156,6 +156,8 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
                 shutil.copyfile(vocab.tokenizer, os.path.join(partial, 'tokenizer.model'))
             except OSError as e:
                 raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
+            if format == 'hf':
+                tokens.write_tokenizer(partial, vocab, config.columns)
         with open(os.path.join(partial, 'README.md'), 'w', encoding='utf-8') as f:
             f.write(card(config, format, spelled, size, notes or {}))
         files = sorted(os.listdir(partial))
