@@ -24,6 +24,10 @@ something on a laptop in minutes, FILE.py:tiny takes two steps. Any value can be
 """
 
 
+IMPORTS = ('hf', 'kyutai')
+EXPORTS = (*IMPORTS, 'stablehlo')
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags in one line."""
 
@@ -88,12 +92,12 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb('export', 'write a trained model in the format of another program')
     p.add_argument('--stage', help='the stage to export (default: the last)')
-    p.add_argument('--format', required=True, choices=('hf', 'kyutai'))
+    p.add_argument('--format', required=True, choices=EXPORTS)
     p.add_argument('--out', required=True, metavar='DIR')
 
     p = verb('import', 'make a run directory from weights in the format of another program')
     p.add_argument('--stage', help='the stage the weights stand for (default: the last)')
-    p.add_argument('--format', required=True, choices=('hf', 'kyutai'))
+    p.add_argument('--format', required=True, choices=IMPORTS)
     p.add_argument('--source', required=True, metavar='DIR')
 
     p = verbs.add_parser('report', help='one HTML page with curves, grids, tables and audio',

@@ -4,7 +4,8 @@
 A format is a family of released checkpoints (see `families`): 'hf', a Hugging Face Llama, Mistral
 or Qwen2 that any server loads, and 'kyutai', the LMModel of the moshi package. One ordered table of
 rules is read in both directions, so import(export(x)) is x to the bit. Parameters are a nested dict
-of arrays in the shapes of `model.abstract(config)`.
+of arrays in the shapes of `model.abstract(config)`. Formats that are only written (see `runtimes`)
+are programs and files for other runtimes.
 """
 
 import copy
@@ -24,20 +25,21 @@ from jaxsd import checkpoint, data, model
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, plain, unknown
-from jaxsd.export import rules, safetensors, tokens
+from jaxsd.export import rules, runtimes, safetensors, tokens
 from jaxsd.export.facts import disagreements, facts
 from jaxsd.export.families import FAMILIES, Family
+from jaxsd.export.folder import fresh
 from jaxsd.stage import flatten, unflatten
 
 log = logging.getLogger('jaxsd')
 
-FORMATS = tuple(FAMILIES)
+FORMATS = (*FAMILIES, *runtimes.RUNTIMES)
 SHARD_BYTES = 4 << 30
 LISTED = 8          # how many tensors an error names before it counts the rest
 
 
 def export_run(config, workdir: str, out: str, format: str, *,
-               stage_name: str | None = None) -> dict:
+               stage_name: str | None = None, **options) -> dict:
     """Writes the newest checkpoint of a stage (default: the last) of run `workdir` to folder `out`.
 
     As `save`, with what the ledger says of the stage's training in the model card.
@@ -47,6 +49,8 @@ def export_run(config, workdir: str, out: str, format: str, *,
     shapes = model.abstract(config, chosen.lora)[1]
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes)
     params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, chosen.name), target)
+    if format in runtimes.RUNTIMES and runtimes.RUNTIMES[format].adapts:
+        _only_adapted(chosen, params)
     notes = {'config fingerprint': fingerprint(config), 'stage': chosen.name,
              'step': str(meta['step'])}
     for entry in rundir.read_ledger(workdir):
@@ -55,7 +59,7 @@ def export_run(config, workdir: str, out: str, format: str, *,
                 notes[f'trained on {source}'] = (f'{c["tokens"]:,} tokens, '
                                                  f'{c["audio_s"] / 3600:.2f} h of audio')
     return save(of_stage(config, chosen), params, out, format, notes=notes,
-                lora_scale=chosen.lora.get('scale', 0.0))
+                lora_scale=chosen.lora.get('scale', 0.0), **options)
 
 
 def import_run(config, source: str, workdir: str, format: str, *,
@@ -106,24 +110,29 @@ def _one_device():
 
 
 def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
-         notes: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES) -> dict:
+         notes: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES,
+         **options) -> dict:
     """Writes `params` of `config` to the new folder `out` in the files that `format` prescribes.
 
     config.json, float32 safetensors, generation_config.json, the text tokenizer where the config
     names one, `vocabulary.json` (which ids are text, markers, units) and a model card README.md.
     lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels.
-    notes: further lines of the card, {name: value}. Returns {'bytes', 'tensors', 'files'}.
+    notes: further lines of the card, {name: value}. options: what the format lets its user choose.
+    Returns {'bytes', 'tensors', 'files'}.
     Raises ConfigError for a config that the format cannot express, ValueError for parameters of
     another config and where `out` has something in it; then nothing is written.
     """
+    if format in runtimes.RUNTIMES:
+        return _for_runtime(config, params, out, format, lora_scale, notes or {}, shard_bytes,
+                            options)
+    if options:
+        raise unknown(f'--format {format}', next(iter(options)), ())
     family = family_of(format)
     have = facts(config)
     family.check(have)
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
     ours = {path: np.asarray(x) for path, x in fold_lora(flatten(params), lora_scale).items()}
-    if {path: tuple(leaf.shape) for path, leaf in ours.items()} != shapes:
-        odd = sorted(set(ours) ^ set(shapes)) or [p for p in shapes if ours[p].shape != shapes[p]]
-        raise ValueError(f'the parameters are not those of the config: {_some(odd)}')
+    _same(ours, shapes)
     plan = family.rules(have)
     _covered(plan, shapes)
     spelled = family.spell(have)
@@ -148,18 +157,13 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
         _json(partial, 'generation_config.json',
               {'bos_token_id': vocab.specials['bos'], 'eos_token_id': vocab.specials['eos'],
                '_from_model_config': True})
-        _json(partial, 'vocabulary.json',
-              {'ranges': {k: {'start': a, 'size': n} for k, (a, n) in vocab.ranges.items()},
-               'specials': vocab.specials, 'size': vocab.size})
+        _json(partial, 'vocabulary.json', ids_of(vocab))
         if vocab.tokenizer:
-            try:
-                shutil.copyfile(vocab.tokenizer, os.path.join(partial, 'tokenizer.model'))
-            except OSError as e:
-                raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
+            _copy_tokenizer(vocab, partial)
             if format == 'hf':
                 tokens.write_tokenizer(partial, vocab, config.columns)
         with open(os.path.join(partial, 'README.md'), 'w', encoding='utf-8') as f:
-            f.write(card(config, format, spelled, size, notes or {}))
+            f.write(card(config, format, about(format, spelled), size // 4, notes or {}))
         files = sorted(os.listdir(partial))
         os.chmod(partial, 0o755)
         os.replace(partial, out)
@@ -167,6 +171,36 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return {'bytes': size, 'tensors': len(keys), 'files': files}
+
+
+def _only_adapted(stage, params) -> None:
+    """ConfigError where a stage changed more than its low-rank terms: only they are written."""
+    if moved := [path for path, m in stages.multipliers(stage, flatten(params)).items()
+                 if m is not None and not path.endswith(('/lora_a', '/lora_b'))]:
+        raise ConfigError(f'stage {stage.name} also trained {_some(moved)}, which an adapter does '
+                          "not hold; use format 'hf'")
+
+
+def _for_runtime(config, params, out, format, lora_scale, notes, shard_bytes, options) -> dict:
+    """`save` for a format of `runtimes`: its own files, and what every export carries."""
+    runtime = runtimes.checked(format, options)
+    vocab, flat = model.make_vocab(config), flatten(params)
+    if runtime.adapts:
+        options = options | dict(lora_scale=lora_scale)
+    else:
+        flat = fold_lora(flat, lora_scale)
+    flat = {path: np.asarray(x) for path, x in flat.items()}
+    _same({path: x for path, x in flat.items() if not path.endswith(('/lora_a', '/lora_b'))},
+          {path: x.shape for path, x in flatten(model.abstract(config)[1]).items()})
+    with fresh(out) as folder:
+        made = runtime.write(folder, config, flat, shard_bytes=shard_bytes, **options)
+        _json(folder, 'vocabulary.json', ids_of(vocab))
+        if vocab.tokenizer:
+            _copy_tokenizer(vocab, folder)
+        with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
+            f.write(card(config, format, made['about'], made['numbers'], notes))
+        files = sorted(os.listdir(folder))
+    return {'bytes': made['bytes'], 'tensors': made['tensors'], 'files': files}
 
 
 def import_params(config, source: str, format: str) -> dict:
@@ -222,30 +256,53 @@ def fold_lora(flat: Mapping[str, object], scale: float) -> dict:
     return out
 
 
-def card(config, format: str, spelled: Mapping, size: int, notes: Mapping[str, str]) -> str:
-    """The model card: what these files are, what made them, and what runs them."""
-    what = {'hf': f'a plain `{spelled.get("architectures", [""])[0]}`: load it with '
-                  '`transformers.AutoModelForCausalLM.from_pretrained(folder)`',
+def about(format: str, spelled: Mapping) -> str:
+    """What the files of a family are, and what loads them."""
+    return {'hf': f'a plain `{spelled.get("architectures", [""])[0]}`: load it with '
+                  '`transformers.AutoModelForCausalLM.from_pretrained(folder)`, and its tokenizer, '
+                  'where it has one, with `AutoTokenizer`. Markers and units are recognized where '
+                  'text spells them, so take them out of text that strangers write',
             'kyutai': 'the `LMModel` of the `moshi` package: load it with '
                       '`moshi.models.loaders.get_moshi_lm("model.safetensors", lm_kwargs)`, '
                       'lm_kwargs being config.json'}[format]
+
+
+def card(config, format: str, about: str, numbers: int, notes: Mapping[str, str]) -> str:
+    """The model card: what these files are, what made them, and what runs them.
+
+    about: what follows `This folder is`; numbers: how many parameters.
+    """
+    library = ({'hf': 'transformers', 'kyutai': 'moshi'}
+               | {k: r.library for k, r in runtimes.RUNTIMES.items()})[format]
     codec = plain(config.codec)
     lines = {'format': format, 'config fingerprint': fingerprint(config),
              'codec': ', '.join(f'{k} {v}' for k, v in sorted(codec.items())),
-             'parameters': f'{size // 4:,} (float32)', 'seed': config.seed,
+             'parameters': f'{numbers:,}', 'seed': config.seed,
              'license of the weights': 'not stated', **notes}
     return '\n'.join([
-        '---', 'library_name: ' + {'hf': 'transformers', 'kyutai': 'moshi'}[format],
-        'tags: [speech, jaxsd]', '---', '# A spoken language model', '',
-        f'This folder is {what}.', '',
+        '---', f'library_name: {library}', 'tags: [speech, jaxsd]', '---',
+        '# A spoken language model', '', f'This folder is {about}.', '',
         'Sound is not in it: the ids of units and codes (`vocabulary.json` says which are which) '
         'are those of the codec named below, with which they must be made and played.', '',
         '| | |', '|---|---|', *(f'| {k} | {v} |' for k, v in lines.items()), ''])
 
 
+def ids_of(vocab) -> dict:
+    """vocabulary.json: which ids are text, markers, units, codes."""
+    return {'ranges': {k: {'start': a, 'size': n} for k, (a, n) in vocab.ranges.items()},
+            'specials': vocab.specials, 'size': vocab.size}
+
+
+def _copy_tokenizer(vocab, folder: str) -> None:
+    try:
+        shutil.copyfile(vocab.tokenizer, os.path.join(folder, 'tokenizer.model'))
+    except OSError as e:
+        raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
+
+
 def family_of(format: str) -> Family:
     if format not in FAMILIES:
-        raise unknown('--format', format, FORMATS)
+        raise unknown('--format', format, FAMILIES)
     return FAMILIES[format]
 
 
@@ -275,6 +332,12 @@ def _matched(source: str, found: Mapping, wanted, ignored: str) -> None:
         if entry.shape != piece.shape:
             raise ValueError(f'{entry.file}: {entry.key} has shape {entry.shape}, '
                              f'the config wants {piece.shape}')
+
+
+def _same(ours: Mapping, shapes: Mapping) -> None:
+    if {path: tuple(leaf.shape) for path, leaf in ours.items()} != shapes:
+        odd = sorted(set(ours) ^ set(shapes)) or [p for p in shapes if ours[p].shape != shapes[p]]
+        raise ValueError(f'the parameters are not those of the config: {_some(odd)}')
 
 
 def _covered(plan, shapes: Mapping) -> None:
