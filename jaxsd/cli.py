@@ -25,7 +25,8 @@ something on a laptop in minutes, FILE.py:tiny takes two steps. Any value can be
 
 
 IMPORTS = ('hf', 'kyutai')
-EXPORTS = (*IMPORTS, 'stablehlo')
+EXPORTS = (*IMPORTS, 'stablehlo', 'gguf')
+DTYPES = ('f32', 'f16', 'q8_0')         # of gguf
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--stage', help='the stage to export (default: the last)')
     p.add_argument('--format', required=True, choices=EXPORTS)
     p.add_argument('--out', required=True, metavar='DIR')
+    p.add_argument('--dtype', choices=DTYPES, help='of the matrices in gguf (default: f16)')
 
     p = verb('import', 'make a run directory from weights in the format of another program')
     p.add_argument('--stage', help='the stage the weights stand for (default: the last)')
@@ -207,7 +209,9 @@ def _generate(args, config):
 def _export(args, config):
     _devices()
     from jaxsd import export
-    export.export_run(config, args.workdir, args.out, args.format, stage_name=args.stage)
+    options = {} if args.dtype is None else dict(dtype=args.dtype)
+    export.export_run(config, args.workdir, args.out, args.format, stage_name=args.stage,
+                      **options)
     print(f'{args.out}: written in the format {args.format}')
 
 
