@@ -25,7 +25,7 @@ something on a laptop in minutes, FILE.py:tiny takes two steps. Any value can be
 
 
 IMPORTS = ('hf', 'kyutai')
-EXPORTS = (*IMPORTS, 'stablehlo', 'gguf')
+EXPORTS = (*IMPORTS, 'stablehlo', 'gguf', 'peft')
 DTYPES = ('f32', 'f16', 'q8_0')         # of gguf
 
 

@@ -16,7 +16,7 @@ import sentencepiece
 import small
 
 from jaxsd import export, model
-from jaxsd.config import ConfigError
+from jaxsd.config import ConfigError, fingerprint
 
 REQUIRED = ('{}.context_length', '{}.embedding_length', '{}.block_count', '{}.feed_forward_length',
             '{}.attention.head_count', '{}.attention.layer_norm_rms_epsilon')
@@ -87,6 +87,7 @@ def test_the_peer_s_logits(name, arch, tmp_path):
     fields, weights = read(tmp_path / 'out' / 'model-f32.gguf')
     assert (fields['general.architecture'], fields['general.file_type']) == (arch, 0)
     assert (fields['tokenizer.ggml.model'], fields[f'{arch}.vocab_size']) == ('none', 96)
+    assert fingerprint(config) in fields['general.description']
     context = fields[f'{arch}.context_length']      # llama.cpp knows no window for this family
     assert context == (5 if name == 'mistral' else 128)
     tokens, logits = golden['tokens'][:, :context], golden['logits'][:, :context]

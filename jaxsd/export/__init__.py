@@ -50,7 +50,7 @@ def export_run(config, workdir: str, out: str, format: str, *,
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes)
     params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, chosen.name), target)
     if format in runtimes.RUNTIMES and runtimes.RUNTIMES[format].adapts:
-        _only_adapted(chosen, params)
+        only_adapted(chosen, params)
     notes = {'config fingerprint': fingerprint(config), 'stage': chosen.name,
              'step': str(meta['step'])}
     for entry in rundir.read_ledger(workdir):
@@ -173,7 +173,7 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
     return {'bytes': size, 'tensors': len(keys), 'files': files}
 
 
-def _only_adapted(stage, params) -> None:
+def only_adapted(stage, params) -> None:
     """ConfigError where a stage changed more than its low-rank terms: only they are written."""
     if moved := [path for path, m in stages.multipliers(stage, flatten(params)).items()
                  if m is not None and not path.endswith(('/lora_a', '/lora_b'))]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxsd import model
-from jaxsd.config import ConfigError, unknown
+from jaxsd.config import ConfigError, fingerprint, plain, unknown
 from jaxsd.export import decoders, rules, tokens
 from jaxsd.export.facts import facts
 
@@ -95,7 +95,7 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, dtype: str = 
     try:
         window = spelled.get('sliding_window')
         context = spelled['max_position_embeddings']
-        _metadata(writer, spelled, min(context, window or context), dtype)
+        _metadata(writer, config, spelled, min(context, window or context), dtype)
         _tokenizer(writer, vocab)
         plan, size = list(plan), 0
         for piece in plan:
@@ -118,10 +118,12 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, dtype: str = 
             'about': about(file, vocab, window)}
 
 
-def _metadata(writer, spelled: Mapping, context: int, dtype: str) -> None:
+def _metadata(writer, config, spelled: Mapping, context: int, dtype: str) -> None:
     import gguf
     writer.add_type('model')
     writer.add_name('jaxsd')
+    writer.add_description(f'config {fingerprint(config)}; the sound of units is that of codec '
+                           + ', '.join(f'{k} {v}' for k, v in sorted(plain(config.codec).items())))
     writer.add_file_type({'f32': gguf.LlamaFileType.ALL_F32, 'f16': gguf.LlamaFileType.MOSTLY_F16,
                           'q8_0': gguf.LlamaFileType.MOSTLY_Q8_0}[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxsd.config import ConfigError, unknown
-from jaxsd.export import gguf, stablehlo
+from jaxsd.export import gguf, peft, stablehlo
 
 
 class Runtime(NamedTuple):
@@ -34,6 +34,7 @@ class Runtime(NamedTuple):
 RUNTIMES = {
     'stablehlo': Runtime(stablehlo.write, 'jax', 'flatbuffers', 'stablehlo'),
     'gguf': Runtime(gguf.write, 'gguf', 'gguf', 'gguf'),
+    'peft': Runtime(peft.write, 'peft', '', '', adapts=True),
 }
 
 

@@ -175,6 +175,7 @@ signature = json.loads((folder / 'signature.json').read_text())
 weights = {{}}
 for name in signature['weights']:
     weights |= load_file(folder / name)
+weights = jax.device_put(weights)
 scores, step = (export.deserialize(bytearray((folder / f'{{name}}.bin').read_bytes())).call
                 for name in ('scores', 'step'))
 step = jax.jit(step, donate_argnums=1)
