@@ -75,6 +75,7 @@ def run(graph, params, method, *args):
 
 SENTENCES = ('the cat sat on the mat', 'a dog sang to the moon', 'she sells sea shells',
              'Numbers 1 2 3, and so on.', 'on and on they sang', 'the sea sat still')
+NONSENSE = ('nethas thadlo hesa tagsen onegth', 'doglesh lateh seanond shesthe', 'sthonela')
 
 
 @functools.cache
@@ -83,7 +84,7 @@ def _text_model(algorithm: str, options: tuple) -> bytes:
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 5), model_writer=out, model_type=algorithm,
-        vocab_size=310, hard_vocab_limit=False, byte_fallback=True, unk_id=4, bos_id=1, eos_id=2,
+        vocab_size=370, hard_vocab_limit=False, byte_fallback=True, unk_id=4, bos_id=1, eos_id=2,
         pad_id=3, control_symbols=['<epad>'], num_threads=1, minloglevel=2, **dict(options))
     return out.getvalue()
 

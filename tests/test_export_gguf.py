@@ -194,7 +194,7 @@ def test_tokenizer(tmp_path):
     assert [fields[f'tokenizer.ggml.{k}'] for k in (
         'bos_token_id', 'eos_token_id', 'unknown_token_id', 'add_bos_token', 'add_eos_token',
     )] == [1, 2, 4, True, False]
-    for text in (*small.SENTENCES, 'unseen wörds zzz', 'a'):
+    for text in (*small.SENTENCES, *small.NONSENSE, 'unseen wörds zzz', 'a'):
         assert spm(fields, text) == theirs.encode(text), text
     card = (tmp_path / 'out' / 'README.md').read_text()
     assert 'llama-cli -m model-f16.gguf' in card and '`<0>`' in card

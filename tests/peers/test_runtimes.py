@@ -34,8 +34,8 @@ def test_tokenizer(algorithm, rule, tmp_path):
     units = vocab.encode('units', np.arange(34))
     assert theirs.convert_tokens_to_ids([f'<|unit{i}|>' for i in range(34)]) == units.tolist()
     assert len(theirs) == 400 + 3 + 34 <= vocab.size
-    for text in (*small.SENTENCES, 'the  shells   sang', ' unseen wörds zzz ', 'ﬁne ½',
-                 '日本語 \U0001f600'):
+    for text in (*small.SENTENCES, *small.NONSENSE, 'the  shells   sang', ' unseen wörds zzz ',
+                 'ﬁne ½', '日本語 \U0001f600'):
         assert theirs(text).input_ids == [1, *ours.encode(text)], text
         assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text)), text
     mixed = '[Text] the cat [Speech]<|unit3|><|unit33|>[Text]sat on'
