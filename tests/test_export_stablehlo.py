@@ -20,7 +20,7 @@ CASES = {       # a window and grouped keys; a depth head
     'streams': released.multistream(),
 }
 CASES['streams'].codec.codebooks = 2
-STEPS = 16
+PROMPT, STEPS = 6, 16
 
 CONSUMER = '''
 import re
@@ -43,29 +43,37 @@ np.savez('made.npz', said=said, drawn=np.stack(drawn), **logits,
 '''
 
 
-def packed(config, seed: int, columns: int = 11) -> dict:
+def packed(config, seed: int, columns: int) -> dict:
     """Two rows of random columns, one of two segments and padding; some cells hold nothing."""
     rng = np.random.default_rng(seed)
     rows = model.make_vocab(config).rows
     tokens = np.stack([rng.integers(r.start, r.start + r.size, (2, columns)) for r in rows], 1)
     tokens[1, -1, 4] = -1
     segment, position = np.ones((2, columns), int), np.tile(np.arange(columns), (2, 1))
-    segment[0, 4:9], segment[0, 9:], position[0, 4:9] = 2, 0, np.arange(5)
-    tokens[0, :, 9:] = -1
-    return {k: v.astype(np.int32)
-            for k, v in dict(tokens=tokens, segment=segment, position=position).items()}
+    segment[0, 4:14], segment[0, 14:], position[0, 4:14] = 2, 0, np.arange(10)
+    tokens[0, :, 14:] = -1
+    return whole(tokens, segment, position)
+
+
+def whole(tokens, segment=None, position=None) -> dict:
+    B, _, T = tokens.shape
+    return {'tokens': tokens.astype(np.int32),
+            'segment': np.asarray(np.ones((B, T)) if segment is None else segment, np.int32),
+            'position': np.asarray(np.tile(np.arange(T), (B, 1)) if position is None else position,
+                                   np.int32)}
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_runs_without_us(name, tmp_path):
+    """Against the path that trains: blocks of attention, no cache, all depth steps at once."""
     config = CASES[name]
     params, rows = released.random_params(config, 3), model.make_vocab(config).rows
     made = export.save(config, params, str(tmp_path / 'out'), 'stablehlo')
     assert {'scores.bin', 'step.bin', 'signature.json', 'model.safetensors',
             'vocabulary.json', 'README.md'} == set(made['files'])
-    batch = packed(config, 1)
+    batch = packed(config, 1, PROMPT + STEPS)
     rng = np.random.default_rng(2)
-    prompt = np.stack([rng.integers(r.start, r.start + r.size - 1, (2, 6)) for r in rows],
+    prompt = np.stack([rng.integers(r.start, r.start + r.size - 1, (2, PROMPT)) for r in rows],
                       1).astype(np.int32)
     plan = np.full((2, len(rows)), stablehlo.FREE, np.int32)
     plan[0, 0], plan[1, -1] = rows[0].start + 5, rows[-1].start + 1
@@ -76,26 +84,19 @@ def test_runs_without_us(name, tmp_path):
     subprocess.run([sys.executable, '-c', CONSUMER], cwd=tmp_path / 'out', check=True)
     found = dict(np.load(tmp_path / 'out' / 'made.npz'))
 
-    real = batch['segment'] > 0
     scores = jax.jit(lambda params, batch: released.bound(config, params).scores(batch))
-    for row, logits in zip(rows, scores(params, batch), strict=True):
+    real, said = batch['segment'] > 0, found['said']
+    spoken = scores(params, whole(np.concatenate([prompt, said], 2)))
+    for k, (row, logits) in enumerate(zip(rows, scores(params, batch), strict=True)):
         assert (logits is not None) == (row.name in found)
-        if logits is not None:
-            assert found[row.name].std() > .5
-            np.testing.assert_allclose(found[row.name][real], np.asarray(logits)[real], atol=1e-5)
-    np.testing.assert_array_equal(found['said'], continued(config, params, prompt))
+        if logits is None:
+            assert (said[:, k] == -1).all()
+            continue
+        assert found[row.name].std() > .5
+        np.testing.assert_allclose(found[row.name][real], np.asarray(logits)[real], atol=1e-5)
+        best = np.asarray(spoken[k]).argmax(-1)[:, PROMPT - 1:-1] + row.start
+        np.testing.assert_array_equal(said[:, k], best)
     check_draws(rows, found, plan, noise, temperature)
-
-
-def continued(config, params, prompt):
-    """Greedy continuation by our streaming engine: [B, K, STEPS]."""
-    graph, _, _ = model.abstract(config)
-    speaker = generate.ready(graph, params, model.make_vocab(config), {})
-    stream = generate.Stream(speaker, rows=len(prompt), columns=prompt.shape[2] + STEPS,
-                             key=jax.random.key(0))
-    free = np.full((STEPS, *prompt.shape[:2]), generate.FREE, np.int32)
-    first = np.asarray(stream.first(list(prompt), free[0]))
-    return np.moveaxis(np.concatenate([first[None], np.asarray(stream.more(free[1:]))]), 0, 2)
 
 
 def check_draws(rows, found, plan, noise, temperature):
