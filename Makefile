@@ -45,7 +45,7 @@ $(PEERS)/.complete: setup.py Makefile $(VENV)/.complete
 	@'$(VENV)/bin/python' -m venv '$(PEERS)'
 	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check -e '.[test]' \
-		einops huggingface_hub sphn 'transformers>=5.23,<6' 'numpy<2.5'
+		einops huggingface_hub sphn 'transformers>=5.23,<6' 'peft>=0.18,<1' 'numpy<2.5'
 	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check --no-deps moshi==0.2.13
 	@touch $@
 

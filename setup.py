@@ -11,10 +11,13 @@ CORE = '''jax>=0.10.2,<0.12  flax>=0.12.8,<0.13  optax>=0.2.8,<0.3  orbax-checkp
     rich>=13  jiwer>=3.1,<5  matplotlib>=3.9,<4  tensorboardX>=2.6'''.split()
 AUDIO = 'soundfile>=0.13  librosa>=0.11,<0.12  scipy>=1.15  scikit-learn>=1.6,<2'.split()
 DEMO = AUDIO + 'espeakng-loader>=0.2.4  pocketsphinx>=5.0.4,<6'.split()
+STABLEHLO, GGUF = ['flatbuffers>=24'], ['gguf>=0.19,<1']
 EXTRAS = {
+    'stablehlo': STABLEHLO,         # export for other jax processes
+    'gguf': GGUF,                   # export for llama.cpp
     'audio': AUDIO,                 # codecs, and reading and writing sound
     'demo': DEMO,                   # the synthesised corpus (eSpeak NG is GPL-3.0) and its judge
-    'test': DEMO + 'pytest>=8  hypothesis>=6.100  ruff>=0.9'.split(),
+    'test': DEMO + STABLEHLO + GGUF + 'pytest>=8  hypothesis>=6.100  ruff>=0.9'.split(),
     'mimi': AUDIO + 'torch>=2.4  transformers>=4.57'.split(),
     'cuda13': ['jax[cuda13]>=0.10.2,<0.12'],
     'tpu': ['jax[tpu]>=0.10.2,<0.12'],

@@ -25,6 +25,11 @@ file leaves at its default.
 """
 
 
+IMPORTS = ('hf', 'kyutai')
+EXPORTS = (*IMPORTS, 'stablehlo', 'gguf', 'peft')
+DTYPES = ('f32', 'f16', 'q8_0')         # of gguf
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags in one line."""
 
@@ -89,12 +94,13 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb('export', 'write a trained model in the format of another program')
     p.add_argument('--stage', help='the stage to export (default: the last)')
-    p.add_argument('--format', required=True, choices=('hf', 'kyutai'))
+    p.add_argument('--format', required=True, choices=EXPORTS)
     p.add_argument('--out', required=True, metavar='DIR')
+    p.add_argument('--dtype', choices=DTYPES, help='of the matrices in gguf (default: f16)')
 
     p = verb('import', 'make a run directory from weights in the format of another program')
     p.add_argument('--stage', help='the stage the weights stand for (default: the last)')
-    p.add_argument('--format', required=True, choices=('hf', 'kyutai'))
+    p.add_argument('--format', required=True, choices=IMPORTS)
     p.add_argument('--source', required=True, metavar='DIR')
 
     p = verbs.add_parser('report', help='one HTML page with curves, grids, tables and audio',
@@ -208,7 +214,9 @@ def _generate(args, config):
 def _export(args, config):
     _devices()
     from jaxsd import export
-    export.export_run(config, args.workdir, args.out, args.format, stage_name=args.stage)
+    options = {} if args.dtype is None else dict(dtype=args.dtype)
+    export.export_run(config, args.workdir, args.out, args.format, stage_name=args.stage,
+                      **options)
     print(f'{args.out}: written in the format {args.format}')
 
 

@@ -28,6 +28,11 @@ Pick = Callable
 """pick(k, logits_BV, key) -> int32 [B]: the caller's choice among row k's predictable local ids."""
 
 
+def _fold(key, k: int):
+    """The key of row `k`; None for a pick that draws nothing or has its own random numbers."""
+    return None if key is None else jax.random.fold_in(key, k)
+
+
 def _local(target, row: Row):
     """Ids of `row` on the line as indices of its predictable ids; anything else becomes 0."""
     local = target - row.start
@@ -75,7 +80,7 @@ class Flat(nnx.Module):
 
     def sample(self, h_BD, embed_VD, key, pick: Pick):
         logits = self._logits(h_BD, embed_VD).astype(jnp.float32)
-        column = [pick(k, part, jax.random.fold_in(key, k)) + row.start if row.predicted
+        column = [pick(k, part, _fold(key, k)) + row.start if row.predicted
                   else jnp.full(h_BD.shape[:1], NOTHING)
                   for k, (row, part) in enumerate(self._by_row(logits))]
         return jnp.stack(column, axis=1)
@@ -239,7 +244,7 @@ class Depth(nnx.Module):
         del embed_VD
         B = h_BD.shape[0]
         N, H, P, L = self.heads, self.depth_width // self.heads, self.steps, self.layers
-        text = pick(0, self.text_out(h_BD).astype(jnp.float32), jax.random.fold_in(key, 0))
+        text = pick(0, self.text_out(h_BD).astype(jnp.float32), _fold(key, 0))
         column = [text + self.rows[0].start]
         keys = jnp.zeros((L, P, B, N, H), h_BD.dtype)
         values = jnp.zeros_like(keys)
@@ -261,7 +266,7 @@ class Depth(nnx.Module):
                 return x, (k_PBNH, v_PBNH)
             x, (keys, values) = jax.lax.scan(layer, x, (self.blocks, keys, values))
             logits = _each(self.outs, p)(x).astype(jnp.float32)
-            column.append(pick(p + 1, logits, jax.random.fold_in(key, p + 1))
+            column.append(pick(p + 1, logits, _fold(key, p + 1))
                           + self.rows[p + 1].start)
         silent = [jnp.full((B,), NOTHING)] * (len(self.rows) - 1 - P)
         return jnp.stack(column + silent, axis=1)

@@ -26,6 +26,7 @@ class Vocab:
     specials: dict[str, int]                # name -> id
     size: int                               # length of the line, padding included
     tokenizer: str = ''                     # path of a sentencepiece model; '' when ids come ready
+    unit: str = ''                          # how a unit is written where text and units mix
 
     def encode(self, name: str, ids) -> np.ndarray:
         """Local ids of range `name` as ids on the line. Raises ValueError for one outside it."""
@@ -67,11 +68,14 @@ def _checked(text_tokens: int, **ids: int) -> dict[str, int]:
 
 
 def line(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: int = 2,
-         markers: Sequence[str] = ('[Text]', '[Speech]'), multiple: int = 128) -> Vocab:
+         markers: Sequence[str] = ('[Text]', '[Speech]'), unit: str = '[Hu{}]',
+         multiple: int = 128) -> Vocab:
     """One row: text, then markers, then the codec's units, padded to a multiple.
 
-    The id map of released Spirit-LM checkpoints is this with 32,000 text tokens, two markers and
-    501 units (spiritlm model/utils.py).
+    unit: how an exported tokenizer writes a unit, with {} for its number.
+
+    The id map and the spelling of released Spirit-LM checkpoints are these with 32,000 text tokens,
+    two markers and 501 units (spiritlm model/utils.py).
     """
     units = codec['size']
     specials = _checked(text_tokens, bos=bos, eos=eos)
@@ -83,7 +87,9 @@ def line(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: int
     used = text_tokens + len(markers) + units
     size = _round_up(used, multiple)
     specials |= {m: text_tokens + i for i, m in enumerate(markers)}
-    return Vocab(ranges, (Row('tokens', 0, size, size),), specials, size, tokenizer)
+    if unit.count('{}') != 1:
+        raise ValueError(f'vocab.unit must hold {{}} once, for the number, got {unit!r}')
+    return Vocab(ranges, (Row('tokens', 0, size, size),), specials, size, tokenizer, unit)
 
 
 def streams(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: int = 2,

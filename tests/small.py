@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models and packed batches of random tokens that several tests share."""
+"""Small models, text models and packed batches of random tokens that several tests share."""
 
 import functools
+import io
+import pathlib
 
 import jax
 import ml_collections as mlc
@@ -69,3 +71,26 @@ def batch(c, rows: int = 2, segments: int = 3, columns: int | None = None, seed:
 
 def run(graph, params, method, *args):
     return getattr(nnx.merge(graph, params), method)(*args)
+
+
+SENTENCES = ('the cat sat on the mat', 'a dog sang to the moon', 'she sells sea shells',
+             'Numbers 1 2 3, and so on.', 'on and on they sang', 'the sea sat still')
+NONSENSE = ('nethas thadlo hesa tagsen onegth', 'doglesh lateh seanond shesthe', 'sthonela')
+
+
+@functools.cache
+def _text_model(algorithm: str, options: tuple) -> bytes:
+    import sentencepiece
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 5), model_writer=out, model_type=algorithm,
+        vocab_size=370, hard_vocab_limit=False, byte_fallback=True, unk_id=4, bos_id=1, eos_id=2,
+        pad_id=3, control_symbols=['<epad>'], num_threads=1, minloglevel=2, **dict(options))
+    return out.getvalue()
+
+
+def text_model(folder: pathlib.Path, algorithm: str = 'bpe', **options) -> str:
+    """The path of a small sentencepiece model with bytes, written to `folder`."""
+    path = folder / 'text.model'
+    path.write_bytes(_text_model(algorithm, tuple(options.items())))
+    return str(path)

@@ -105,7 +105,9 @@ def refused(capsys):
      "--task: invalid choice: 'sing' (choose from 'asr', 'tts'"),
     (['generate', '--config', 'x', '--workdir', 'w', '--task', 'tts'], 'required: --output'),
     (['export', '--config', 'x', '--workdir', 'w', '--format', 'onnx', '--out', 'o'],
-     "--format: invalid choice: 'onnx' (choose from 'hf', 'kyutai')"),
+     "--format: invalid choice: 'onnx' (choose from 'hf', 'kyutai', 'stablehlo', 'gguf', 'peft')"),
+    (['import', '--config', 'x', '--workdir', 'w', '--format', 'gguf', '--source', 'o'],
+     "--format: invalid choice: 'gguf' (choose from 'hf', 'kyutai')"),
     (['report', '--workdir', 'w'], 'required: --out')])
 def test_wrong_flags(refused, argv, says):
     said = refused(argv, says, '--help', status=2)
@@ -445,6 +447,8 @@ def test_a_checkpoint_of_another_config(refused, corpus, spirit, tmp_path):
     ('evaluate', ['--tasks', 'asr', '--config.evals.asr.source=arsa'], "has no option 'arsa'"),
     ('export', ['--format', 'hf', '--out', '{full}'], 'is not an empty folder; name a new one'),
     ('export', ['--format', 'hf', '--out', '{out}', '--stage', 'x'], "--stage has no option 'x'"),
+    ('export', ['--format', 'hf', '--out', '{out}', '--dtype', 'f16'], "has no option 'dtype'"),
+    ('export', ['--format', 'peft', '--out', '{out}'], "this stage has none; use format 'hf'"),
     ('import', ['--format', 'hf', '--source', '{full}/none'], 'no file or folder'),
     ('generate', ['--task', 'duplex'], '--task duplex does not fit this config: it has one stream'),
     ('generate', ['--task', 'tts', '--stage', 'x'], "--stage has no option 'x'"),

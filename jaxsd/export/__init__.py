@@ -4,7 +4,8 @@
 A format is a family of released checkpoints (see `families`): 'hf', a Hugging Face Llama, Mistral
 or Qwen2 that any server loads, and 'kyutai', the LMModel of the moshi package. One ordered table of
 rules is read in both directions, so import(export(x)) is x to the bit. Parameters are a nested dict
-of arrays in the shapes of `model.abstract(config)`.
+of arrays in the shapes of `model.abstract(config)`. Formats that are only written (see `runtimes`)
+are programs and files for other runtimes.
 
 From a notebook, `load(path)` is all there is to know. Below it: `streaming` reads a checkpoint box
 by box into the arrays of a mesh, `surgery` fits the weights of one model into another, `write`
@@ -21,12 +22,14 @@ from jaxsd.export.loading import (
     stated_license,
     stream,
 )
-from jaxsd.export.runs import export_run, history, import_run
-from jaxsd.export.write import SHARD_BYTES, card, fold_lora, save
-from jaxsd.stage import flatten, of_stage
+from jaxsd.export.runs import export_run, history, import_run, only_adapted
+from jaxsd.export.runtimes import RUNTIMES
+from jaxsd.export.write import SHARD_BYTES, about, card, fold_lora, save
+from jaxsd.stage import flatten, of_stage, unflatten
 
-FORMATS = tuple(FAMILIES)
+FORMATS = (*FAMILIES, *RUNTIMES)
 
-__all__ = ['FAMILIES', 'FORMATS', 'SHARD_BYTES', 'Loaded', 'card', 'described', 'export_run',
-           'family_of', 'flatten', 'fold_lora', 'history', 'import_params', 'import_run',
-           'is_foreign', 'load', 'of_stage', 'open_start', 'save', 'stated_license', 'stream']
+__all__ = ['FAMILIES', 'FORMATS', 'RUNTIMES', 'SHARD_BYTES', 'Loaded', 'about', 'card', 'described',
+           'export_run', 'family_of', 'flatten', 'fold_lora', 'history', 'import_params',
+           'import_run', 'is_foreign', 'load', 'of_stage', 'only_adapted', 'open_start', 'save',
+           'stated_license', 'stream', 'unflatten']

@@ -207,13 +207,14 @@ class Loaded:
         return _each_alone(vocab, facts(self.config)['layout.delays'], streams, segment,
                            lambda batch: self._model(self.params, batch))
 
-    def save(self, path: str, format: str | None = None) -> dict:
+    def save(self, path: str, format: str | None = None, **options) -> dict:
         """Writes the checkpoint to the new folder `path`, in the format that it came in or another.
 
-        Returns {'bytes', 'tensors', 'files'}; raises as `export.save` does.
+        options: what that format lets its user choose. Returns {'bytes', 'tensors', 'files'};
+        raises as `export.save` does.
         """
         return write.save(self.config, self.params, path, format or self.format,
-                          history=self.history)
+                          history=self.history, **options)
 
 
 def _logits(graph, params, batch):

@@ -12,7 +12,9 @@ from jaxsd import checkpoint, data, model, sharding, state
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint
+from jaxsd.export import runtimes
 from jaxsd.export.loading import open_start
+from jaxsd.export.streaming import some
 from jaxsd.export.write import save
 from jaxsd.stage import flatten, of_stage, unflatten
 
@@ -22,7 +24,7 @@ ANCESTORS = 64      # stages that a history goes back at most
 
 
 def export_run(config, workdir: str, out: str, format: str, *,
-               stage_name: str | None = None) -> dict:
+               stage_name: str | None = None, **options) -> dict:
     """Writes the newest checkpoint of a stage (default: the last) of run `workdir` to folder `out`.
 
     As `save`, with what the run's ledger tells of where the weights began and of the data they were
@@ -32,9 +34,19 @@ def export_run(config, workdir: str, out: str, format: str, *,
     rundir.same_run(workdir, config)
     params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, chosen.name),
                                              _placed(config, chosen)[1]['params'])
+    if format in runtimes.RUNTIMES and runtimes.RUNTIMES[format].adapts:
+        only_adapted(chosen, params)
     told = history(config, workdir, chosen, meta)
     return save(of_stage(config, chosen), params, out, format, history=told,
-                lora_scale=chosen.lora.get('scale', 0.0))
+                lora_scale=chosen.lora.get('scale', 0.0), **options)
+
+
+def only_adapted(stage, params) -> None:
+    """ConfigError where a stage changed more than its low-rank terms: only they are written."""
+    if moved := [path for path, m in stages.multipliers(stage, flatten(params)).items()
+                 if m is not None and not path.endswith(('/lora_a', '/lora_b'))]:
+        raise ConfigError(f'stage {stage.name} also trained {some(moved)}, which an adapter does '
+                          "not hold; use format 'hf'")
 
 
 def import_run(config, source: str, workdir: str, format: str, *,

@@ -10,8 +10,7 @@ and the first one writes.
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,11 @@ import numpy as np
 
 import jaxsd
 from jaxsd import model, sharding
-from jaxsd.config import ConfigError, fingerprint, plain, to_json
-from jaxsd.export import rules, safetensors
+from jaxsd.config import ConfigError, fingerprint, plain, to_json, unknown
+from jaxsd.export import rules, runtimes, safetensors, tokens
 from jaxsd.export.facts import facts
 from jaxsd.export.families import family_of
+from jaxsd.export.folder import fresh
 from jaxsd.export.streaming import covered, some
 from jaxsd.run import on_first_process
 from jaxsd.stage import flatten
@@ -32,56 +32,89 @@ SHARD_BYTES = 4 << 30
 
 def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
          notes: Mapping[str, str] | None = None, history: Mapping | None = None,
-         shard_bytes: int = SHARD_BYTES) -> dict:
+         shard_bytes: int = SHARD_BYTES, **options) -> dict:
     """Writes `params` of `config` to the new folder `out` in the files that `format` prescribes.
 
     config.json, float32 safetensors, generation_config.json, the text tokenizer where the config
-    names one, `vocabulary.json`, `provenance.json` and a model card README.md. params: arrays of
-    the host, or of the devices of one or several processes, which then all call this.
-    lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels.
-    notes: further lines of the card, {name: value}. history: {'sources', 'stages', 'codec'}, as
-    `runs.history` tells them. Returns {'bytes', 'tensors', 'files'}. Raises ConfigError for a
-    config that the format cannot express, ValueError for parameters of another config and where
-    `out` has something in it; then nothing is written.
+    names one, `vocabulary.json`, `provenance.json` and a model card README.md; for a format of
+    `runtimes` its own files in place of the first three. params: arrays of the host, or of the
+    devices of one or several processes, which then all call this.
+    lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels unless
+    the format is of the terms alone. notes: further lines of the card, {name: value}. history:
+    {'sources', 'stages', 'codec'}, as `runs.history` tells them. options: what the format lets its
+    user choose. Returns {'bytes', 'tensors', 'files'}. Raises ConfigError for a config that the
+    format cannot express, ValueError for parameters of another config and where `out` has something
+    in it; then nothing is written.
     """
+    notes, history = notes or {}, history or {}
+    if format in runtimes.RUNTIMES:
+        return _for_runtime(config, flatten(params), out, format, lora_scale, notes, history,
+                            shard_bytes, options)
     family = family_of(format)
+    if options:
+        raise unknown(f'--format {format}', next(iter(options)), ())
     have = facts(config)
     family.check(have)
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
     ours = fold_lora(flatten(params), lora_scale)
-    if {path: tuple(leaf.shape) for path, leaf in ours.items()} != shapes:
-        odd = sorted(set(ours) ^ set(shapes)) or [p for p in shapes if ours[p].shape != shapes[p]]
-        raise ValueError(f'the parameters are not those of the config: {some(odd)}')
+    _same(ours, shapes)
     plan = family.rules(have)
     covered(plan, shapes)
     made = list(rules.pieces(plan.rules, shapes))
     tensors = (rules.forward(piece, ours, _take) for piece in made)
-    error: list[BaseException] = []
-    done: dict = {}
 
     def write():
         spelled = family.spell(have)
-        parent = os.path.dirname(os.path.abspath(out))
-        if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
-            raise ValueError(f'--out: {out} is not an empty folder; name a new one')
-        os.makedirs(parent, exist_ok=True)
-        partial = tempfile.mkdtemp(prefix=f'.{os.path.basename(out)}.', dir=parent)
-        try:
-            size = safetensors.write(partial, {piece.key: piece.shape for piece in made}, tensors,
+        with fresh(out) as folder:
+            size = safetensors.write(folder, {piece.key: piece.shape for piece in made}, tensors,
                                      shard_bytes=shard_bytes if family.sharded else None)
-            _beside(partial, config, format, spelled, size, notes or {}, history or {})
-            done.update(bytes=size, tensors=len(made), files=sorted(os.listdir(partial)))
-            os.chmod(partial, 0o755)
-            os.replace(partial, out)
-        except BaseException as e:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(e, OSError):
-                raise OSError(f'--out: {out} cannot be written: {e.strerror or e}') from None
-            raise
+            _json(folder, 'config.json', spelled)
+            specials = model.make_vocab(config).specials
+            _json(folder, 'generation_config.json',
+                  {'bos_token_id': specials['bos'], 'eos_token_id': specials['eos'],
+                   '_from_model_config': True})
+            files = _beside(folder, config, format, about(format, spelled), size // 4, notes,
+                            history)
+        return {'bytes': size, 'tensors': len(made), 'files': files}
+    return _once(write, tensors)
 
+
+def _for_runtime(config, flat, out, format, lora_scale, notes, history, shard_bytes, options
+                 ) -> dict:
+    """`save` for a format of `runtimes`: its own files, and what every export carries."""
+    runtime = runtimes.checked(format, options)
+    if runtime.adapts:
+        options = options | dict(lora_scale=lora_scale)
+    else:
+        flat = fold_lora(flat, lora_scale)
+    _same({path: x for path, x in flat.items() if not path.endswith(('/lora_a', '/lora_b'))},
+          {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()})
+    flat = {path: _take(x, tuple(slice(0, n) for n in x.shape)) for path, x in flat.items()}
+
+    def write():
+        with fresh(out) as folder:
+            made = runtime.write(folder, config, flat, shard_bytes=shard_bytes, **options)
+            files = _beside(folder, config, format, made['about'], made['numbers'], notes, history)
+        return {'bytes': made['bytes'], 'tensors': made['tensors'], 'files': files}
+    return _once(write)
+
+
+def _same(ours: Mapping, shapes: Mapping) -> None:
+    if {path: tuple(leaf.shape) for path, leaf in ours.items()} != shapes:
+        odd = sorted(set(ours) ^ set(shapes)) or [p for p in shapes if ours[p].shape != shapes[p]]
+        raise ValueError(f'the parameters are not those of the config: {some(odd)}')
+
+
+def _once(write: Callable[[], dict], tensors: Iterable = ()) -> dict:
+    """What `write` returns, called by the first process; its error, raised by all.
+
+    tensors: what `write` draws from, which the other processes must draw as well. They return {}.
+    """
+    error: list[BaseException] = []
+    done: dict = {}
     if jax.process_index() == 0:
         try:
-            write()
+            done.update(write())
         except (OSError, ValueError) as e:
             error.append(e)
     if jax.process_count() > 1:
@@ -140,13 +173,10 @@ def _folded(equation: str, a, b, w, scale: float):
     return jax.jit(fold, out_shardings=w.sharding)(a, b, w)
 
 
-def _beside(folder: str, config, format: str, spelled, size: int, notes, history) -> None:
-    """Everything but the tensors."""
+def _beside(folder: str, config, format: str, about: str, numbers: int, notes, history
+            ) -> list[str]:
+    """What every export carries: ids, origin, text tokenizer, card. Returns all file names."""
     vocab = model.make_vocab(config)
-    _json(folder, 'config.json', spelled)
-    _json(folder, 'generation_config.json',
-          {'bos_token_id': vocab.specials['bos'], 'eos_token_id': vocab.specials['eos'],
-           '_from_model_config': True})
     codec = {k: v for k, v in plain(config.codec).items() if k != 'path'}
     _json(folder, 'vocabulary.json',
           {'ranges': {k: {'start': a, 'size': n} for k, (a, n) in vocab.ranges.items()},
@@ -160,8 +190,11 @@ def _beside(folder: str, config, format: str, spelled, size: int, notes, history
             shutil.copyfile(vocab.tokenizer, os.path.join(folder, 'tokenizer.model'))
         except OSError as e:
             raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
+        if format == 'hf':
+            tokens.write_tokenizer(folder, vocab, config.columns)
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
-        f.write(card(config, format, spelled, size, notes_of(history) | notes))
+        f.write(card(config, format, about, numbers, notes_of(history) | notes))
+    return sorted(os.listdir(folder))
 
 
 def notes_of(history: Mapping) -> dict[str, str]:
@@ -188,29 +221,39 @@ def license_of(sources: Iterable[Mapping]) -> str:
     return ', '.join(dict.fromkeys(source['license'] for source in sources)) or 'not stated'
 
 
-CARDS = {   # format: (library, what the folder is)
+CARDS = {   # format: (library, what the folder is), for the formats that are families
     'hf': ('transformers', 'a plain `{architecture}`: load it with '
-           '`transformers.AutoModelForCausalLM.from_pretrained(folder)`'),
+           '`transformers.AutoModelForCausalLM.from_pretrained(folder)`, and its tokenizer, where '
+           'it has one, with `AutoTokenizer`. Markers and units are recognized where text spells '
+           'them, so take them out of text that strangers write'),
     'kyutai': ('moshi', 'the `LMModel` of the `moshi` package: load it with '
                '`moshi.models.loaders.get_moshi_lm("model.safetensors", lm_kwargs)`, lm_kwargs '
                'being config.json'),
 }
 
 
-def card(config, format: str, spelled: Mapping, size: int, notes: Mapping[str, str]) -> str:
-    """The model card: what these files are, what made them, and what runs them."""
-    library, what = CARDS[format]
+def about(format: str, spelled: Mapping) -> str:
+    """What the files of a family are, and what loads them."""
+    return CARDS[format][1].format(architecture=spelled.get('architectures', [''])[0])
+
+
+def card(config, format: str, about: str, numbers: int, notes: Mapping[str, str]) -> str:
+    """The model card: what these files are, what made them, and what runs them.
+
+    about: what follows `This folder is`; numbers: how many parameters.
+    """
+    library = (CARDS[format][0] if format in CARDS else runtimes.RUNTIMES[format].library)
     codec = plain(config.codec)
     lines = {'format': format, 'config fingerprint': fingerprint(config),
              'codec': ', '.join(f'{k} {v}' for k, v in sorted(codec.items())),
-             'parameters': f'{size // 4:,} (float32)', 'seed': config.seed,
+             'parameters': f'{numbers:,}', 'seed': config.seed,
              'license of the weights': 'not stated', **notes}
     stated = lines['license of the weights']
     return '\n'.join([
         '---', f'library_name: {library}',
         *([] if stated == 'not stated' else [f'license: {json.dumps(stated)}']),
         'tags: [speech, jaxsd]', '---', '# A spoken language model', '',
-        f'This folder is {what.format(architecture=spelled.get("architectures", [""])[0])}.', '',
+        f'This folder is {about}.', '',
         'Sound is not in it: the ids of units and codes (`vocabulary.json` says which are which) '
         'are those of the codec named below, with which they must be made and played.', '',
         '| | |', '|---|---|', *(f'| {k} | {_cell(v)} |' for k, v in lines.items()), ''])

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GGUF files for llama.cpp and what is built on it: flat Llama, Mistral and Qwen2 models.
+
+What the format 'hf' would say, respelled as llama.cpp's own converter does (convert_hf_to_gguf.py):
+other tensor names, the rotary pairs of queries and keys interleaved where the architecture wants
+them so, and every fact of the model and its tokenizer as metadata.
+"""
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxsd import model
+from jaxsd.config import ConfigError, fingerprint, plain, unknown
+from jaxsd.export import decoders, rules, tokens
+from jaxsd.export.facts import facts
+
+DTYPES = ('f32', 'f16', 'q8_0')
+ARCHITECTURES = {'llama': 'llama', 'mistral': 'llama', 'qwen2': 'qwen2'}
+MODELS = {'bpe': 'llama', 'unigram': 't5'}      # llama.cpp's names of the two algorithms
+LAYER_NAMES = {
+    'input_layernorm': 'attn_norm', 'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k',
+    'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output',
+    'post_attention_layernorm': 'ffn_norm', 'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up',
+    'mlp.down_proj': 'ffn_down'}
+NAMES = {'model.embed_tokens.weight': 'token_embd.weight',
+         'model.norm.weight': 'output_norm.weight', 'lm_head.weight': 'output.weight'}
+SPELLED = {     # what `write` turns into metadata, or what has one legal value in llama.cpp
+    'architectures', 'model_type', 'vocab_size', 'hidden_size', 'intermediate_size',
+    'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim', 'hidden_act',
+    'rms_norm_eps', 'rope_theta', 'rope_scaling', 'max_position_embeddings', 'attention_dropout',
+    'tie_word_embeddings', 'use_cache', 'torch_dtype', 'bos_token_id', 'eos_token_id',
+    'attention_bias', 'mlp_bias', 'sliding_window', 'use_sliding_window', 'max_window_layers'}
+
+
+def check(have: Mapping) -> dict:
+    """The model's config.json, or ConfigError where llama.cpp would not run what it says."""
+    decoders.check(have)
+    spelled = decoders.spell(have)
+    if spelled['model_type'] not in ARCHITECTURES:
+        raise ConfigError(f"format 'gguf' writes {', '.join(ARCHITECTURES)}, this config is a "
+                          f"{spelled['model_type']}; use format 'hf' and llama.cpp's converter")
+    if odd := [k for k in spelled if k not in SPELLED]:
+        raise ConfigError(f"format 'gguf' cannot say {', '.join(odd)}; use format 'hf' and "
+                          "llama.cpp's converter")
+    if spelled['rope_scaling'] is not None:
+        raise ConfigError("format 'gguf' cannot say rotary scaling; use format 'hf' and "
+                          "llama.cpp's converter")
+    return spelled
+
+
+def name_of(key: str) -> str:
+    """llama.cpp's name of a Hugging Face tensor."""
+    if key in NAMES:
+        return NAMES[key]
+    layer, _, rest = key.removeprefix('model.layers.').partition('.')
+    part, _, kind = rest.rpartition('.')
+    return f'blk.{layer}.{LAYER_NAMES[part]}.{kind}'
+
+
+def interleaved(tensor: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of every head from (i, i + H/2) to (2i, 2i + 1): the pairs that 'llama' rotates."""
+    half = tensor.shape[0] // heads // 2
+    out = tensor.reshape(heads, 2, half, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+    return np.ascontiguousarray(out)
+
+
+def write(folder: str, config, flat: Mapping, *, shard_bytes: int, dtype: str = 'f16') -> dict:
+    """Writes one file model-<dtype>.gguf; see `runtimes.Runtime`.
+
+    dtype: of the matrices, one of DTYPES; rows that q8_0's blocks of 32 do not divide stay f16,
+    norms and biases f32. shard_bytes is ignored: llama.cpp maps one file of any size.
+    """
+    del shard_bytes
+    if dtype not in DTYPES:
+        raise unknown('--dtype', dtype, DTYPES)
+    import gguf
+    have = facts(config)
+    spelled = check(have)
+    vocab = model.make_vocab(config)
+    arch = ARCHITECTURES[spelled['model_type']]
+    shapes = {path: x.shape for path, x in flat.items()}
+    plan = rules.pieces(decoders.rules_of(have).rules, shapes)
+    kinds = gguf.GGMLQuantizationType
+    wanted = {'f32': kinds.F32, 'f16': kinds.F16, 'q8_0': kinds.Q8_0}[dtype]
+
+    def kind_of(shape):
+        if len(shape) == 1:
+            return kinds.F32
+        return kinds.F16 if wanted == kinds.Q8_0 and shape[-1] % 32 else wanted
+
+    file = f'model-{dtype}.gguf'
+    writer = gguf.GGUFWriter(os.path.join(folder, file), arch)
+    try:
+        window = spelled.get('sliding_window')
+        context = spelled['max_position_embeddings']
+        _metadata(writer, config, spelled, min(context, window or context), dtype)
+        _tokenizer(writer, vocab)
+        plan, size = list(plan), 0
+        for piece in plan:
+            kind = kind_of(piece.shape)
+            size += (n := int(np.prod(gguf.quant_shape_to_byte_shape(piece.shape, kind))))
+            writer.add_tensor_info(name_of(piece.key), piece.shape, np.dtype(np.float32), n, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for piece in plan:
+            tensor = rules.forward(piece, flat)
+            if arch == 'llama' and '.q_proj.' in piece.key:
+                tensor = interleaved(tensor, spelled['num_attention_heads'])
+            if arch == 'llama' and '.k_proj.' in piece.key:
+                tensor = interleaved(tensor, spelled['num_key_value_heads'])
+            writer.write_tensor_data(gguf.quants.quantize(tensor, kind_of(piece.shape)))
+    finally:
+        writer.close()
+    return {'bytes': size, 'tensors': len(plan), 'numbers': sum(x.size for x in flat.values()),
+            'about': about(file, vocab, window)}
+
+
+def _metadata(writer, config, spelled: Mapping, context: int, dtype: str) -> None:
+    import gguf
+    writer.add_type('model')
+    writer.add_name('jaxsd')
+    writer.add_description(f'config {fingerprint(config)}; the sound of units is that of codec '
+                           + ', '.join(f'{k} {v}' for k, v in sorted(plain(config.codec).items())))
+    writer.add_file_type({'f32': gguf.LlamaFileType.ALL_F32, 'f16': gguf.LlamaFileType.MOSTLY_F16,
+                          'q8_0': gguf.LlamaFileType.MOSTLY_Q8_0}[dtype])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(spelled['vocab_size'])
+    writer.add_context_length(context)
+    writer.add_embedding_length(spelled['hidden_size'])
+    writer.add_block_count(spelled['num_hidden_layers'])
+    writer.add_feed_forward_length(spelled['intermediate_size'])
+    writer.add_head_count(spelled['num_attention_heads'])
+    writer.add_head_count_kv(spelled['num_key_value_heads'])
+    writer.add_key_length(spelled['head_dim'])
+    writer.add_value_length(spelled['head_dim'])
+    writer.add_rope_dimension_count(spelled['head_dim'])
+    writer.add_rope_freq_base(spelled['rope_theta'])
+    writer.add_layer_norm_rms_eps(spelled['rms_norm_eps'])
+
+
+def _tokenizer(writer, vocab) -> None:
+    """Every token of the line; without a text tokenizer ids go in and come out."""
+    if not vocab.tokenizer:
+        writer.add_tokenizer_model('none')
+        return
+    made = tokens.line(vocab)
+    writer.add_tokenizer_model(MODELS[made.algorithm])
+    writer.add_tokenizer_pre('default')
+    writer.add_token_list([piece.text for piece in made.pieces])
+    writer.add_token_scores([piece.score for piece in made.pieces])
+    writer.add_token_types([piece.kind for piece in made.pieces])
+    writer.add_bos_token_id(vocab.specials['bos'])
+    writer.add_eos_token_id(vocab.specials['eos'])
+    for i, piece in enumerate(made.pieces[:made.own]):
+        if piece.kind == tokens.UNKNOWN:
+            writer.add_unk_token_id(i)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(made.prefix)
+    writer.add_remove_extra_whitespaces(made.squeeze)
+    if made.charsmap and made.algorithm == 'unigram':
+        writer.add_precompiled_charsmap(made.charsmap)
+
+
+def about(file: str, vocab, window: int | None) -> str:
+    """What the folder is and what its reader must know, for the model card."""
+    lines = [f'a model for llama.cpp: `llama-cli -m {file}`, or any program that reads GGUF.']
+    if window:
+        lines.append(f'The context is {window} columns, the window of its attention: beyond it '
+                     'llama.cpp would attend to more than the model was trained to.')
+    if not vocab.tokenizer:
+        lines.append('It has no text tokenizer: ids go in and come out')
+    else:
+        made = tokens.line(vocab)
+        lines.append('Markers are control tokens and shown only with `--special`; units are '
+                     'written like `' + vocab.unit.format(0) + '` and recognized in text')
+        if not made.byte_fallback:
+            lines[-1] += ('. Its text model has no bytes: llama.cpp cannot read characters that '
+                          'are not among its pieces')
+    return ' '.join(lines)

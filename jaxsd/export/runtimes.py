@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The formats that are only written: what runs a model elsewhere, and what adapts another.
+
+A runtime writes its files into a folder that `export.save` opens, and closes with the ids, the text
+tokenizer and the card that every export carries.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxsd.config import ConfigError, unknown
+from jaxsd.export import gguf, peft, stablehlo
+
+
+class Runtime(NamedTuple):
+    """write(folder, config, flat, *, shard_bytes, <options>) -> what it wrote.
+
+    That is {'bytes', 'tensors', 'numbers', 'about'}: its size, how many parameters, and the first
+    paragraph of the card.
+    flat: parameters by path, low-rank terms folded unless `adapts` (then lora_scale is given too).
+    package: what must be installed besides the core ('': nothing), and the extra that installs it.
+    library: how a model hub calls the program that reads these files.
+    """
+
+    write: Callable[..., dict]
+    library: str
+    package: str
+    extra: str
+    adapts: bool = False
+
+
+RUNTIMES = {
+    'stablehlo': Runtime(stablehlo.write, 'jax', 'flatbuffers', 'stablehlo'),
+    'gguf': Runtime(gguf.write, 'gguf', 'gguf', 'gguf'),
+    'peft': Runtime(peft.write, 'peft', '', '', adapts=True),
+}
+
+
+def options_of(format: str) -> dict[str, inspect.Parameter]:
+    """What a user may choose about `format`: the keyword-only parameters of its writer."""
+    if format not in RUNTIMES:
+        return {}
+    found = inspect.signature(RUNTIMES[format].write).parameters
+    return {k: p for k, p in found.items() if p.kind is p.KEYWORD_ONLY
+            and k not in ('shard_bytes', 'lora_scale')}
+
+
+def checked(format: str, options) -> Runtime:
+    """The runtime, or ConfigError for an option it does not take or a package that is missing."""
+    runtime = RUNTIMES[format]
+    for key in options:
+        if key not in options_of(format):
+            raise unknown(f'--format {format}', key, options_of(format))
+    if runtime.package and importlib.util.find_spec(runtime.package) is None:
+        raise ConfigError(f'--format {format} needs the package {runtime.package}: '
+                          f"pip install 'jaxsd[{runtime.extra}]'")
+    return runtime

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What other programs make of the files beside the weights: tokenizers and adapters."""
+
+import json
+
+import numpy as np
+import pytest
+import released
+import sentencepiece
+import small
+
+from jaxsd import export, model
+
+pytestmark = pytest.mark.peers
+
+
+@pytest.mark.parametrize('algorithm', ['bpe', 'unigram'])
+@pytest.mark.parametrize('rule', ['identity', 'nmt_nfkc'])
+def test_tokenizer(algorithm, rule, tmp_path):
+    """Loaded by transformers: our ids for text, markers and units, in both directions."""
+    import transformers
+    path = small.text_model(tmp_path, algorithm, normalization_rule_name=rule)
+    config = released.decoder('llama')
+    config.vocab = dict(name='line', text_tokens=400, tokenizer=path, unit='<|unit{}|>',
+                        markers=('[Text]', '[Speech]', '[ASR]'))
+    vocab = model.make_vocab(config)
+    export.save(config, released.random_params(config, 1), str(tmp_path / 'out'), 'hf')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+    ours = sentencepiece.SentencePieceProcessor(model_file=path)
+    for name, i in vocab.specials.items():
+        written = {'bos': '<s>', 'eos': '</s>'}.get(name, name)
+        assert theirs.convert_tokens_to_ids(written) == i
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+    units = vocab.encode('units', np.arange(34))
+    assert theirs.convert_tokens_to_ids([f'<|unit{i}|>' for i in range(34)]) == units.tolist()
+    assert len(theirs) == 400 + 3 + 34 <= vocab.size
+    for text in (*small.SENTENCES, *small.NONSENSE, 'the  shells   sang', ' unseen wörds zzz ',
+                 'ﬁne ½', '日本語 \U0001f600'):
+        assert theirs(text).input_ids == [1, *ours.encode(text)], text
+        assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text)), text
+    mixed = '[Text] the cat [Speech]<|unit3|><|unit33|>[Text]sat on'
+    assert theirs(mixed).input_ids == [
+        1, vocab.specials['[Text]'], *ours.encode('the cat'), vocab.specials['[Speech]'],
+        *units[[3, 33]].tolist(), vocab.specials['[Text]'], *ours.encode('sat on')]
+    shown = theirs.decode(theirs(mixed).input_ids, skip_special_tokens=True)
+    assert '<|unit3|>' in shown and '[Speech]' not in shown
+
+
+@pytest.mark.parametrize('name, changes', [('llama', dict(pairs='interleaved')), ('qwen2', {})])
+def test_adapter(name, changes, tmp_path):
+    """peft puts the adapter onto the exported base model: the logits of the folded export."""
+    import peft
+    import torch
+    import transformers
+    config = released.decoder(name, **changes)
+    params = released.random_params(config, 5, dict(rank=3, scale=.75))
+    base = export.unflatten({k: v for k, v in export.flatten(params).items() if 'lora_' not in k})
+    export.save(config, params, str(tmp_path / 'adapter'), 'peft', lora_scale=.75)
+    export.save(config, params, str(tmp_path / 'folded'), 'hf', lora_scale=.75)
+    export.save(config, base, str(tmp_path / 'base'), 'hf')
+    tokens = torch.tensor(np.random.default_rng(1).integers(0, 96, (2, 20)))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    with torch.no_grad():
+        plain = load(tmp_path / 'base')(tokens).logits
+        folded = load(tmp_path / 'folded')(tokens).logits
+        adapted = peft.PeftModel.from_pretrained(load(tmp_path / 'base'), tmp_path / 'adapter')
+        ours = adapted(tokens).logits
+    assert (folded - plain).abs().max() > .1
+    worst = float((ours - folded).abs().max() / folded.abs().max())
+    print(f'adapter against folded, {name}: {worst:.1e} of the largest logit')
+    assert worst < 1e-5
+    wanted = json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())
+    assert set(adapted.peft_config['default'].target_modules) == set(wanted['target_modules'])

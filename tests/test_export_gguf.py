@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a GGUF file say what the released implementation says, read by llama.cpp's conventions?
+
+The forward pass below is written from llama.cpp (src/llama-model.cpp, src/llama-graph.cpp): 'llama'
+rotates neighboring pairs, 'qwen2' halves; matrices are [out, in]; a missing output is the table.
+It reads nothing but the file.
+"""
+
+import heapq
+
+import gguf
+import numpy as np
+import pytest
+import released
+import sentencepiece
+import small
+
+from jaxsd import export, model
+from jaxsd.config import ConfigError, fingerprint
+
+REQUIRED = ('{}.context_length', '{}.embedding_length', '{}.block_count', '{}.feed_forward_length',
+            '{}.attention.head_count', '{}.attention.layer_norm_rms_epsilon')
+
+
+def read(path):
+    """({key: value}, {name: float32 array}) of a GGUF file."""
+    file = gguf.GGUFReader(path)
+    fields = {k: f.contents() for k, f in file.fields.items()}
+    return fields, {t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1])
+                    for t in file.tensors}
+
+
+def forward(fields, weights, tokens):
+    """Logits [B, T, V] of tokens [B, T], float64, as llama.cpp computes them."""
+    arch = fields['general.architecture']
+    for key in REQUIRED:
+        assert key.format(arch) in fields, key
+    get = {k.removeprefix(f'{arch}.'): v for k, v in fields.items()}
+    N, G = get['attention.head_count'], get['attention.head_count_kv']
+    H, eps = get['rope.dimension_count'], get['attention.layer_norm_rms_epsilon']
+    assert H == get['attention.key_length'] == get['attention.value_length']
+    B, T = tokens.shape
+    w = {k: v.astype(np.float64) for k, v in weights.items()}
+    angle = np.arange(T)[:, None] * get['rope.freq_base'] ** (-np.arange(0, H, 2) / H)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+
+    def norm(x, name):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w[name]
+
+    def linear(x, name):
+        return x @ w[f'{name}.weight'].T + w.get(f'{name}.bias', 0.)
+
+    def rope(x):
+        first, second = ((slice(0, None, 2), slice(1, None, 2)) if arch == 'llama' else
+                         (slice(0, H // 2), slice(H // 2, None)))
+        out = np.empty_like(x)
+        out[..., first] = x[..., first] * cos - x[..., second] * sin
+        out[..., second] = x[..., second] * cos + x[..., first] * sin
+        return out
+
+    x = w['token_embd.weight'][tokens]
+    for i in range(get['block_count']):
+        at = f'blk.{i}.'
+        y = norm(x, at + 'attn_norm.weight')
+        q = rope(linear(y, at + 'attn_q').reshape(B, T, N, H))
+        k = rope(linear(y, at + 'attn_k').reshape(B, T, G, H)).repeat(N // G, 2)
+        v = linear(y, at + 'attn_v').reshape(B, T, G, H).repeat(N // G, 2)
+        s = np.einsum('btnh,bcnh->bntc', q, k) / np.sqrt(H)
+        s = np.exp(np.where(np.tri(T, dtype=bool), s, -np.inf))
+        o = np.einsum('bntc,bcnh->btnh', s / s.sum(-1, keepdims=True), v).reshape(B, T, N * H)
+        x = x + linear(o, at + 'attn_output')
+        y = norm(x, at + 'ffn_norm.weight')
+        gate = linear(y, at + 'ffn_gate')
+        x = x + linear(gate / (1 + np.exp(-gate)) * linear(y, at + 'ffn_up'), at + 'ffn_down')
+    x = norm(x, 'output_norm.weight')
+    return x @ w.get('output.weight', w['token_embd.weight']).T
+
+
+@pytest.mark.parametrize('name, arch', [('llama', 'llama'), ('mistral', 'llama'),
+                                        ('qwen2', 'qwen2')])
+def test_the_peer_s_logits(name, arch, tmp_path):
+    """What a released implementation computed in float32, from a file made of its own weights."""
+    golden = np.load(released.GOLDEN / name / 'arrays.npz')
+    config = released.decoder(name)
+    params = export.import_params(config, str(released.GOLDEN / name), 'hf')
+    export.save(config, params, str(tmp_path / 'out'), 'gguf', dtype='f32')
+    fields, weights = read(tmp_path / 'out' / 'model-f32.gguf')
+    assert (fields['general.architecture'], fields['general.file_type']) == (arch, 0)
+    assert (fields['tokenizer.ggml.model'], fields[f'{arch}.vocab_size']) == ('none', 96)
+    assert fingerprint(config) in fields['general.description']
+    context = fields[f'{arch}.context_length']      # llama.cpp knows no window for this family
+    assert context == (5 if name == 'mistral' else 128)
+    tokens, logits = golden['tokens'][:, :context], golden['logits'][:, :context]
+    assert logits.std() > .5
+    np.testing.assert_allclose(forward(fields, weights, tokens), logits, atol=5e-5)
+
+
+@pytest.mark.parametrize('kind, changes', [('llama', {}), ('qwen2', dict(head_dim=8))])
+def test_interleaved_pairs(kind, changes, tmp_path):
+    """Our other order of rotary pairs, against the half order that the test above proves."""
+    half = released.decoder(kind, **changes)
+    config = released.decoder(kind, pairs='interleaved', **changes)
+    params = released.random_params(config, 2)
+    turned = ('backbone/blocks/q', 'backbone/blocks/k')
+    same = export.unflatten({
+        path: np.concatenate([x[..., 0::2], x[..., 1::2]], -1) if path.startswith(turned) else x
+        for path, x in export.flatten(params).items()})
+    made = []
+    for i, (c, p) in enumerate(((config, params), (half, same))):
+        export.save(c, p, str(tmp_path / str(i)), 'gguf', dtype='f32')
+        made.append(read(tmp_path / str(i) / 'model-f32.gguf')[1])
+    for name, x in made[0].items():
+        np.testing.assert_array_equal(x, made[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize('dtype, file_type', [('f16', 1), ('q8_0', 7)])
+def test_smaller_numbers(dtype, file_type, tmp_path):
+    """Every matrix is as near as its format allows; norms and biases stay whole."""
+    config = released.decoder('qwen2')
+    params = released.random_params(config, 4)
+    whole = export.save(config, params, str(tmp_path / 'f32'), 'gguf', dtype='f32')
+    made = export.save(config, params, str(tmp_path / dtype), 'gguf', dtype=dtype)
+    assert made['bytes'] < whole['bytes'] * (.55 if dtype == 'f16' else .4)
+    exact = read(tmp_path / 'f32' / 'model-f32.gguf')[1]
+    fields, near = read(tmp_path / dtype / f'model-{dtype}.gguf')
+    assert fields['general.file_type'] == file_type and set(near) == set(exact)
+    kinds = {t.name: t.tensor_type.name for t in
+             gguf.GGUFReader(tmp_path / dtype / f'model-{dtype}.gguf').tensors}
+    for name, x in exact.items():
+        if x.ndim == 1:
+            assert kinds[name] == 'F32'
+            np.testing.assert_array_equal(near[name], x)
+        elif dtype == 'f16' or name.endswith('ffn_down.weight'):    # 80 is not divisible by 32
+            assert kinds[name] == 'F16'
+            np.testing.assert_array_equal(near[name], x.astype(np.float16).astype(np.float32))
+        else:
+            assert kinds[name] == 'Q8_0'
+            blocks = x.reshape(-1, 32)
+            step = abs(blocks).max(-1, keepdims=True) / 127
+            assert (abs(near[name].reshape(-1, 32) - blocks) <= step * .56).all()
+    tokens = np.random.default_rng(5).integers(0, 96, (2, 20))
+    whole = forward(fields, exact, tokens)
+    off = forward(fields, near, tokens) - whole
+    assert off.std() < whole.std() * (2e-3 if dtype == 'f16' else .05)
+
+
+def spm(fields, text: str) -> list[int]:
+    """llama.cpp's 'llama' tokenizer (llm_tokenizer_spm): the best-scored neighbors join first."""
+    pieces = fields['tokenizer.ggml.tokens']
+    scores = fields['tokenizer.ggml.scores']
+    ids = {t: i for i, t in enumerate(pieces)}
+    text = '\u2581' * fields['tokenizer.ggml.add_space_prefix'] + text.replace(' ', '\u2581')
+    symbols, follow = list(text), list(range(1, len(text) + 1))
+    before, queue = list(range(-1, len(text) - 1)), []
+
+    def offer(left, right):
+        if left >= 0 and right < len(symbols) and (both := symbols[left] + symbols[right]) in ids:
+            heapq.heappush(queue, (-scores[ids[both]], left, right, both))
+    for i in range(len(symbols) - 1):
+        offer(i, i + 1)
+    while queue:
+        _, left, right, both = heapq.heappop(queue)
+        if symbols[left] and symbols[right] and symbols[left] + symbols[right] == both:
+            symbols[left], symbols[right] = both, ''
+            follow[left] = follow[right]
+            if follow[left] < len(symbols):
+                before[follow[left]] = left
+            offer(before[left], left)
+            offer(left, follow[left])
+    return [i for s in symbols if s for i in
+            ([ids[s]] if s in ids else [ids[f'<0x{b:02X}>'] for b in s.encode()])]
+
+
+def test_tokenizer(tmp_path):
+    """Every id's token, score and kind, and text cut by llama.cpp's algorithm as we cut it."""
+    config = released.decoder('llama')
+    path = small.text_model(tmp_path, 'bpe', normalization_rule_name='identity')
+    config.vocab = dict(name='line', text_tokens=400, tokenizer=path, unit='<{}>', multiple=64)
+    vocab = model.make_vocab(config)
+    export.save(config, released.random_params(config, 1), str(tmp_path / 'out'), 'gguf')
+    fields, weights = read(tmp_path / 'out' / 'model-f16.gguf')
+    assert fields['tokenizer.ggml.model'] == 'llama'
+    pieces, kinds = fields['tokenizer.ggml.tokens'], fields['tokenizer.ggml.token_type']
+    assert len(pieces) == len(set(pieces)) == len(kinds) == vocab.size == 448
+    assert weights['token_embd.weight'].shape[0] == vocab.size
+    theirs = sentencepiece.SentencePieceProcessor(model_file=path)
+    for i in range(theirs.get_piece_size()):
+        assert pieces[i] == theirs.id_to_piece(i)
+        assert fields['tokenizer.ggml.scores'][i] == theirs.get_score(i)
+        assert kinds[i] == (2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else
+                            6 if theirs.is_byte(i) else 1)
+    assert pieces[399:404] == ['[unused399]', '[Text]', '[Speech]', '<0>', '<1>']
+    assert kinds[399:404] == [5, 3, 3, 4, 4] and pieces[435] == '<33>' and kinds[436:] == [5] * 12
+    assert [fields[f'tokenizer.ggml.{k}'] for k in (
+        'bos_token_id', 'eos_token_id', 'unknown_token_id', 'add_bos_token', 'add_eos_token',
+    )] == [1, 2, 4, True, False]
+    for text in (*small.SENTENCES, *small.NONSENSE, 'unseen wörds zzz', 'a'):
+        assert spm(fields, text) == theirs.encode(text), text
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'llama-cli -m model-f16.gguf' in card and '`<0>`' in card
+
+
+def test_unigram_tokenizer(tmp_path):
+    config = released.decoder('llama')
+    path = small.text_model(tmp_path, 'unigram')
+    config.vocab = dict(name='line', text_tokens=400, tokenizer=path)
+    export.save(config, released.random_params(config, 1), str(tmp_path / 'out'), 'gguf')
+    fields, _ = read(tmp_path / 'out' / 'model-f16.gguf')
+    assert fields['tokenizer.ggml.model'] == 't5'
+    assert fields['tokenizer.ggml.remove_extra_whitespaces'] is True
+    assert len(fields['tokenizer.ggml.precompiled_charsmap']) > 1000
+
+
+def test_refused(tmp_path):
+    config = released.decoder('llama')
+    params = released.random_params(config, 1)
+    with pytest.raises(ConfigError, match="--dtype has no option 'f8'"):
+        export.save(config, params, str(tmp_path / 'out'), 'gguf', dtype='f8')
+    with pytest.raises(ConfigError, match='head.name is'):
+        config = released.multistream()
+        export.save(config, released.random_params(config, 1), str(tmp_path / 'out'), 'gguf')
+    assert not list(tmp_path.iterdir())
