@@ -293,8 +293,8 @@ def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batc
     correct: among the words written between a question's end and the next question, the last that
     is of the asked kind is the right one. waited: no word begins while the question is being asked.
     latency: frames from the question's end to the answer's first word. The model hears the user
-    frame by frame and everything it says itself is its own; decoding is greedy in text, sampled
-    in sound (temperature 0.8, the released default).
+    frame by frame and everything it says itself is its own; decoding is greedy, in text and in
+    sound, so that the measure repeats.
     """
     positive('evals.answers', batch=batch)
     config, v = lm.config, lm.vocab
@@ -302,14 +302,14 @@ def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batc
     records = list(data.examples(config, split, source, vocab=v, limit=limit))
     hz = config.codec.frame_hz
     late = generate.layout_delays(config, v)
-    speaker = lm.speaker({'mine': generate.Sampler(0.8, 250)})
+    speaker = lm.speaker()
     text = lm.text()
     records.sort(key=lambda r: r.codes.shape[-1])       # so that few columns are padding
     found = []
-    for n, part in enumerate(generate.in_parts(records, batch)):
+    for part in generate.in_parts(records, batch):
         plans = [generate.conversation_plan(v, r.codes[1], late) for r in part]
         plans += plans[:1] * (batch - len(part))
-        filled = generate.converse(speaker, plans, key=jax.random.fold_in(jax.random.key(0), n))
+        filled = generate.converse(speaker, plans)
         for r, columns in zip(part, filled, strict=False):
             said = generate.words_at(v, text, duplex.undelay(columns, late)[0])
             found += score_dialogue(said, r.turns, asked, kinds, hz)
