@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What thinks: one pre-norm decoder whose options make it Llama, Mistral, Qwen2 or Helium.
+"""What thinks: one pre-norm decoder whose options make it Llama, Mistral, Mixtral, Qwen or
+Helium.
 
 Layers are stacked on a leading axis and scanned. The same code runs a packed training batch and a
 streaming step: without a cache a column attends to the earlier columns of its segment, with one it
@@ -18,25 +19,40 @@ from jaxsd.types import Sizes, Where, check, positive
 
 
 class Block(nnx.Module):
-    """One pre-norm layer: attention, then a gated feed-forward."""
+    """One pre-norm layer: attention, then a gated feed-forward or one of several experts'."""
 
     def __init__(self, *, rngs, width, heads, kv_heads, head_dim, mlp, norm_eps, norm_gain,
-                 qkv_bias):
+                 qkv_bias, qk_norm, experts, experts_per_column):
         D, N, G, H = width, heads, kv_heads, head_dim
         self.norm_attention = nn.Norm(D, eps=norm_eps, gain=norm_gain)
         self.q = nn.Dense((D,), (N, H), ('embed', 'heads', 'head_dim'), rngs=rngs, bias=qkv_bias)
         self.k = nn.Dense((D,), (G, H), ('embed', 'kv_heads', 'head_dim'), rngs=rngs, bias=qkv_bias)
         self.v = nn.Dense((D,), (G, H), ('embed', 'kv_heads', 'head_dim'), rngs=rngs, bias=qkv_bias)
         self.out = nn.Dense((N, H), (D,), ('heads', 'head_dim', 'embed'), rngs=rngs)
+        if qk_norm == 'head':
+            self.norm_q = nn.Norm(H, eps=norm_eps, gain=norm_gain)
+            self.norm_k = nn.Norm(H, eps=norm_eps, gain=norm_gain)
         self.norm_mlp = nn.Norm(D, eps=norm_eps, gain=norm_gain)
-        self.gate_up = nn.Dense((D,), (2, mlp), ('embed', 'stream', 'mlp'), rngs=rngs)
-        self.down = nn.Dense((mlp,), (D,), ('mlp', 'embed'), rngs=rngs)
+        if experts:
+            self.experts = nn.Experts(D, mlp, rngs=rngs, experts=experts,
+                                      chosen=experts_per_column)
+        else:
+            self.gate_up = nn.Dense((D,), (2, mlp), ('embed', 'stream', 'mlp'), rngs=rngs)
+            self.down = nn.Dense((mlp,), (D,), ('mlp', 'embed'), rngs=rngs)
+
+    def feed_forward(self, x_BTD, place: Place):
+        if hasattr(self, 'experts'):
+            return self.experts(x_BTD, place)
+        return nn.gated(x_BTD, self.gate_up, self.down)
 
 
 class Decoder(nnx.Module):
     """x_BTD -> h_BTD through `layers` causal layers and a final norm.
 
     window_columns: a column sees itself and the `window_columns - 1` before it; None sees all.
+    rope_scaling: slows rotary positions, see `nn.frequencies`. qk_norm: 'head' normalizes every
+    query and key over its head before they are turned, 'none' does not. experts: feed-forwards per
+    layer, of which each column uses `experts_per_column`; 0 is one that all use, without a router.
     remat: 'full' recomputes each layer in the backward pass, 'dots' keeps matrix products,
     'none' keeps everything. block_columns: queries per attention block.
     """
@@ -44,8 +60,9 @@ class Decoder(nnx.Module):
     def __init__(self, sizes: Sizes, *, rngs, width: int, layers: int, heads: int, kv_heads: int,
                  head_dim: int, mlp: int, theta: float, pairs: str = 'half',
                  window_columns: int | None = None, norm_eps: float = 1e-5,
-                 norm_gain: str = 'late', qkv_bias: bool = False, remat: str = 'full',
-                 block_columns: int = 512):
+                 norm_gain: str = 'late', qkv_bias: bool = False, qk_norm: str = 'none',
+                 rope_scaling: str | dict = 'none', experts: int = 0, experts_per_column: int = 0,
+                 remat: str = 'full', block_columns: int = 512):
         positive('backbone', width=width, layers=layers, heads=heads, kv_heads=kv_heads,
                  head_dim=head_dim, mlp=mlp, block_columns=block_columns,
                  window_columns=1 if window_columns is None else window_columns)
@@ -58,23 +75,36 @@ class Decoder(nnx.Module):
             raise ValueError(f'backbone.width {width} and the model width {sizes.width} must agree')
         if heads % kv_heads:
             raise ValueError(f'backbone.kv_heads {kv_heads} must divide backbone.heads {heads}')
+        if qk_norm not in ('none', 'head'):
+            raise ValueError(f"backbone.qk_norm is 'none' or 'head', got {qk_norm!r}")
+        if (experts or experts_per_column) and not 1 <= experts_per_column <= experts:
+            raise ValueError(f'backbone.experts_per_column {experts_per_column} must lie between 1 '
+                             f'and backbone.experts {experts}')
+        nn.frequencies(head_dim // 2, theta, rope_scaling)      # raises for what it does not know
         if remat not in ('full', 'dots', 'none'):
             raise ValueError(f"backbone.remat is 'full', 'dots' or 'none', got {remat!r}")
         self.blocks = nn.stack(
             functools.partial(Block, width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-                              mlp=mlp, norm_eps=norm_eps, norm_gain=norm_gain, qkv_bias=qkv_bias),
+                              mlp=mlp, norm_eps=norm_eps, norm_gain=norm_gain, qkv_bias=qkv_bias,
+                              qk_norm=qk_norm, experts=experts,
+                              experts_per_column=experts_per_column),
             layers, rngs=rngs)
         self.norm = nn.Norm(width, eps=norm_eps, gain=norm_gain)
         self.layers, self.kv_heads, self.head_dim, self.width = layers, kv_heads, head_dim, width
         self.heads, self.mlp = heads, mlp
         self.theta, self.pairs, self.window_columns = theta, pairs, window_columns
+        self.rope_scaling = (rope_scaling if isinstance(rope_scaling, str)
+                             else tuple(sorted(rope_scaling.items())))
         self.remat, self.block_columns = remat, block_columns
 
     def _layer(self, block: Block, x_BTD, where: Where, cache, place: Place):
         y = block.norm_attention(x_BTD)
         turn = functools.partial(nn.rotate, position_BT=where.position, theta=self.theta,
-                                 pairs=self.pairs)
-        q, k, v = turn(block.q(y)), turn(block.k(y)), block.v(y)
+                                 pairs=self.pairs, scaling=self.rope_scaling)
+        q, k, v = block.q(y), block.k(y), block.v(y)
+        if hasattr(block, 'norm_q'):
+            q, k = block.norm_q(q), block.norm_k(k)
+        q, k = turn(q), turn(k)
         if cache is None:
             o = nn.causal_attention(q, k, v, where, window_columns=self.window_columns,
                                     block_columns=self.block_columns)
@@ -84,7 +114,7 @@ class Decoder(nnx.Module):
             v = v_BCGH.at[:, slots].set(v.astype(v_BCGH.dtype))
             o = nn.attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BTC)
         x_BTD = place(x_BTD + block.out(o), 'batch', 'column', 'width')
-        x_BTD = x_BTD + nn.gated(block.norm_mlp(x_BTD), block.gate_up, block.down)
+        x_BTD = x_BTD + block.feed_forward(block.norm_mlp(x_BTD), place)
         return place(x_BTD, 'batch', 'column', 'width'), (k, v)
 
     def __call__(self, x_BTD, where: Where, cache=None, place: Place = anywhere):

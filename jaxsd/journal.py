@@ -38,6 +38,10 @@ def model_tflops(config, columns: int) -> float:
     flat = {p: int(np.prod(x.shape)) for p, x in flatten(shapes).items() if p.endswith('/kernel')}
     used = sum(flat.values())
     head, back = config.head, config.backbone
+    if back.get('experts'):
+        mixed = shapes['backbone']['blocks']['experts']
+        used += (mixed['gate_up'].size + mixed['down'].size) * (
+            back.experts_per_column / back.experts)
     if head['name'] == 'tied':
         used += shapes['frontend']['table'].size
     flops = 2.0 * used

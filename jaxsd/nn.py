@@ -7,12 +7,15 @@ Weights are float32 masters, cast to the dtype of the activation where they are 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from jaxsd.sharding import Place, anywhere
 from jaxsd.types import Where
 
 
@@ -89,14 +92,54 @@ class Norm(nnx.Module):
         return x32.astype(x.dtype) * self.weight[...].astype(x.dtype)
 
 
-def rotate(x_BTNH, position_BT, *, theta: float, pairs: str):
+ROPE_SCALINGS = {       # the numbers that each takes
+    'linear': ('factor',),
+    'llama3': ('factor', 'low_freq_factor', 'high_freq_factor', 'original_columns')}
+
+
+def frequencies(pairs: int, theta: float, scaling: str | Mapping | tuple = 'none') -> np.ndarray:
+    """Radians per column of each rotary pair: float32 theta^(-i / pairs), slowed as `scaling` says.
+
+    scaling, 'none' or a dict (or its items) with a name: 'linear' divides all by `factor` (arXiv
+    2306.15595). 'llama3' divides only those whose wavelength exceeds original_columns /
+    low_freq_factor, keeps those below original_columns / high_freq_factor, and blends between
+    (transformers modeling_rope_utils). Raises ValueError for a name or numbers that are not those.
+    """
+    frequency = float(theta) ** (-np.arange(pairs) / pairs)
+    if scaling == 'none':
+        return frequency.astype(np.float32)
+    numbers = dict(scaling) if isinstance(scaling, Mapping | tuple) else {'name': scaling}
+    name = numbers.pop('name', None)
+    if name not in ROPE_SCALINGS:
+        raise ValueError(f"rope_scaling is 'none' or has a name of {', '.join(ROPE_SCALINGS)}, "
+                         f'got {name!r}')
+    wanted = ROPE_SCALINGS[name]
+    if set(numbers) != set(wanted) or any(
+            isinstance(x, bool) or not isinstance(x, int | float) or not x > 0
+            for x in numbers.values()):
+        raise ValueError(f"rope_scaling {name!r} takes the positive numbers {', '.join(wanted)}, "
+                         f'got {numbers}')
+    slow = frequency / numbers['factor']
+    if name == 'linear':
+        return slow.astype(np.float32)
+    low, high = numbers['low_freq_factor'], numbers['high_freq_factor']
+    if not low < high:
+        raise ValueError(f'rope_scaling: low_freq_factor {low} must be below high_freq_factor '
+                         f'{high}')
+    turns = numbers['original_columns'] * frequency / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return ((1 - kept) * slow + kept * frequency).astype(np.float32)
+
+
+def rotate(x_BTNH, position_BT, *, theta: float, pairs: str, scaling='none'):
     """Rotary positions. pairs='half': (i, i + H/2), as Hugging Face; 'interleaved': (2i, 2i + 1).
 
     Angles are float32. The half layout multiplies in the activation's dtype and the interleaved one
     in float32, as the peers do (peer code: transformers modeling_llama, moshi modules/rope.py).
+    scaling: see `frequencies`.
     """
     half = x_BTNH.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = frequencies(half, theta, scaling)
     angle = position_BT[..., None, None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if pairs == 'half':
@@ -159,6 +202,118 @@ def gated(x, gate_up: Callable, down: Callable):
     """down(silu(gate(x)) * up(x)), gate and up being the two halves of one map [.., 2, F]."""
     y = gate_up(x)
     return down(jax.nn.silu(y[..., 0, :]) * y[..., 1, :])
+
+
+class Experts(nnx.Module):
+    """`experts` gated feed-forwards; each column goes through the `chosen` its router prefers.
+
+    The weights of those are the softmax over all experts, in float32, divided by their sum; every
+    column gets all that it chose (peer code: transformers modeling_mixtral; arXiv 2401.04088).
+    """
+
+    def __init__(self, width: int, mlp: int, *, rngs, experts: int, chosen: int):
+        self.router = Dense((width,), (experts,), ('embed', 'expert'), rngs=rngs)
+        self.gate_up = nnx.Param(truncated(rngs.params(), (experts, width, 2, mlp), width),
+                                 axes=('expert', 'embed', 'stream', 'mlp'))
+        self.down = nnx.Param(truncated(rngs.params(), (experts, mlp, width), mlp),
+                              axes=('expert', 'mlp', 'embed'))
+        self.chosen = chosen
+
+    def __call__(self, x_BTD, place: Place = anywhere):
+        with jax.default_matmul_precision('float32'):
+            p = jax.nn.softmax(self.router(x_BTD.astype(jnp.float32)), axis=-1)
+        p, choice = jax.lax.top_k(p, self.chosen)
+        p = (p / jnp.sum(p, axis=-1, keepdims=True)).astype(x_BTD.dtype)
+        columns = ('batch', 'column')
+        # Each device sorts its own columns, and takes those that chose an expert it holds.
+        return place.apart(
+            _through_experts, (x_BTD, *columns, 'width'), (p, *columns, None),
+            (choice, *columns, None), (jnp.arange(len(self.down)), 'expert'),
+            (self.gate_up[...].astype(x_BTD.dtype), 'expert', None, None, 'mlp'),
+            (self.down[...].astype(x_BTD.dtype), 'expert', 'mlp', None),
+            out=(*columns, 'width'), summed=('expert', 'mlp'))
+
+
+def _through_experts(x_BTD, p_BTK, choice_BTK, ids_E, gate_up_EDUF, down_EFD):
+    """The chosen experts' outputs added up as p weighs them: of experts `ids_E`, which are here."""
+    E, D, _, F = gate_up_EDUF.shape
+    chosen = p_BTK.shape[-1]
+    blocks = Blocks.of(choice_BTK.reshape(-1) - ids_E[0], E)
+    x = blocks.spread(jnp.repeat(x_BTD.reshape(-1, D), chosen, axis=0))
+
+    def gate_up(x):
+        y = grouped(x, gate_up_EDUF.reshape(E, D, 2 * F), blocks.owner, blocks.used)
+        return y.reshape(*x.shape[:-1], 2, F)
+    y = gated(x, gate_up, lambda y: grouped(y, down_EFD, blocks.owner, blocks.used))
+    y = y.reshape(-1, D)[blocks.at].reshape(*x_BTD.shape[:-1], chosen, D)
+    return jnp.einsum('BTKD,BTK->BTD', y, p_BTK)
+
+
+class Blocks(NamedTuple):
+    """Rows sorted by their expert into blocks of one expert each, the last of each partly empty.
+
+    at: [rows], where each row lies.    owner: [blocks], the expert of each.    used: how many
+    blocks experts have, after which lie the rows of experts that are not here.    size: rows of a
+    block.
+    """
+
+    at: jax.Array
+    owner: jax.Array
+    used: jax.Array
+    size: int
+
+    @staticmethod
+    def of(expert, experts: int) -> 'Blocks':
+        """From the expert of each row, which is here if it is one of `experts` from 0 on."""
+        rows = len(expert)
+        # A quarter of an even share: few empty rows, and still a matrix product.
+        size = 1 << max(0, min(8, (rows // experts // 4).bit_length() - 1))
+        expert = jnp.where((expert >= 0) & (expert < experts), expert, experts)
+        counts = jnp.bincount(expert, length=experts + 1)
+        blocks = -(-counts // size)
+        ends = jnp.cumsum(blocks)
+        order = jnp.argsort(expert)
+        nth = jnp.arange(rows) - (jnp.cumsum(counts) - counts)[expert[order]]
+        first = (ends - blocks) * size
+        at = jnp.zeros(rows, jnp.int32).at[order].set(first[expert[order]] + nth)
+        most = -(-rows // size) + experts + 1
+        owner = jnp.searchsorted(ends[:-1], jnp.arange(most), side='right')
+        return Blocks(at, jnp.minimum(owner, experts - 1), ends[-2], size)
+
+    def spread(self, x):
+        """[rows, D] as [blocks, size, D], zeros where a block is empty."""
+        flat = jnp.zeros((len(self.owner) * self.size, x.shape[-1]), x.dtype)
+        return flat.at[self.at].set(x).reshape(-1, self.size, x.shape[-1])
+
+
+@jax.custom_vjp
+def grouped(x_KCD, w_EDF, owner_K, used):
+    """Block k of x times the matrix of its expert, for the first `used` blocks; zeros for the rest.
+
+    One product at a time: `jax.lax.ragged_dot` on CPU multiplies every row by every expert.
+    """
+    return _each_block(lambda k: x_KCD[k] @ w_EDF[owner_K[k]], used,
+                       jnp.zeros((*x_KCD.shape[:-1], w_EDF.shape[-1]), x_KCD.dtype))
+
+
+def _each_block(fn, used, out):
+    return jax.lax.fori_loop(0, used, lambda k, out: out.at[k].set(fn(k)), out)
+
+
+def _grouped_forward(x, w, owner, used):
+    return grouped(x, w, owner, used), (x, w, owner, used)
+
+
+def _grouped_backward(kept, g):
+    x, w, owner, used = kept
+    dx = _each_block(lambda k: g[k] @ w[owner[k]].T, used, jnp.zeros_like(x))
+    dw = jax.lax.fori_loop(
+        0, used, lambda k, dw: dw.at[owner[k]].add(jnp.matmul(
+            x[k].T, g[k], preferred_element_type=jnp.float32)), jnp.zeros(w.shape, jnp.float32))
+    return dx, dw.astype(w.dtype), None, None
+
+
+grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def log_prob(logits, target):

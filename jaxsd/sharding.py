@@ -21,14 +21,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     'batch': ('data', 'fsdp'), 'column': None, 'width': None,
 }
 
-Place = Callable[..., jax.Array]
-"""place(x, *axis names) -> x, constrained to its sharding; the identity without a mesh."""
-
-
-def anywhere(x, *_axes):
-    """The `Place` of a program without a mesh: leaves `x` where it is."""
-    return x
-
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     """A mesh over `devices` with the axes of AXES; absent ones have size 1, one -1 takes the rest.
@@ -67,10 +59,16 @@ def rules_of(overrides: Mapping[str, str | None]) -> dict:
     return RULES | dict(overrides)
 
 
+def _mesh_axes(axes, rules: Mapping) -> list[str]:
+    """The mesh axes that split arrays with these axes, one entry for every use."""
+    parts = [rules[a] if a is not None else None for a in axes]
+    return [m for p in parts if p for m in ((p,) if isinstance(p, str) else p)]
+
+
 def spec(axes: tuple[str | None, ...], rules: Mapping) -> PartitionSpec:
     """The partition of an array with named `axes`. A mesh axis used twice is a ValueError."""
     parts = [rules[a] if a is not None else None for a in axes]
-    used = [m for p in parts if p for m in ((p,) if isinstance(p, str) else p)]
+    used = _mesh_axes(axes, rules)
     if len(used) != len(set(used)):
         raise ValueError(f'axes {axes} would use a mesh axis twice: {parts}; override mesh.rules')
     return PartitionSpec(*parts)
@@ -105,11 +103,41 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+class Place:
+    """place(x, *axis names) -> x, constrained to its sharding; the identity without a mesh."""
+
+    def __init__(self, rules: Mapping = RULES, mesh: Mesh | None = None):
+        self.rules, self.mesh = rules, mesh
+
+    def __call__(self, x, *axes):
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(self.mesh, spec(axes, self.rules)))
+
+    def apart(self, fn: Callable, *parts: tuple, out: tuple, summed: tuple):
+        """`fn` of every device's own piece of each of `parts`, (array, *axis names).
+
+        What it returns is the piece of an array with axes `out`, once added up over the mesh axes
+        that split the axes `summed`. For what the compiler cannot split by itself: sorting, say.
+        """
+        arrays = [x for x, *_ in parts]
+        if self.mesh is None:
+            return fn(*arrays)
+        over = tuple(a for a in AXES if a in _mesh_axes(summed, self.rules))
+        return jax.shard_map(
+            lambda *xs: jax.lax.psum(fn(*xs), over), mesh=self.mesh, check_vma=False,
+            in_specs=tuple(spec(axes, self.rules) for _, *axes in parts),
+            out_specs=spec(out, self.rules))(*arrays)
+
+
+anywhere = Place()
+"""The `Place` of a program without a mesh: leaves everything where it is."""
+
+
 def placer(rules: Mapping, mesh: Mesh) -> Place:
     """The `Place` that constrains activations by their axis names."""
-    def place(x, *axes):
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, rules)))
-    return place
+    return Place(rules, mesh)
 
 
 def batch_sharding(rules: Mapping, mesh: Mesh) -> NamedSharding:

@@ -25,13 +25,29 @@ def log_softmax(s):
     return np.log(softmax(s))
 
 
-def rotary(x, theta, pairs):
+def slowed(frequency, name, factor, low_freq_factor=None, high_freq_factor=None,
+           original_columns=None):
+    """One rotary frequency, as Llama 3.1's model code has it: by its wavelength in columns."""
+    wavelength = 2 * np.pi / frequency
+    if name == 'linear' or wavelength > original_columns / low_freq_factor:
+        return frequency / factor
+    if wavelength < original_columns / high_freq_factor:
+        return frequency
+    smooth = (original_columns / wavelength - low_freq_factor) / (
+        high_freq_factor - low_freq_factor)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def rotary(x, theta, pairs, scaling='none'):
     """[T, N, H] as complex pairs, pair j of column t times exp(i t theta^(-j / pairs))."""
     half = x.shape[-1] // 2
+    frequency = theta ** (-np.arange(half) / half)
+    if scaling != 'none':
+        frequency = np.array([slowed(f, **scaling) for f in frequency])
     a, b = ((slice(0, half), slice(half, None)) if pairs == 'half' else
             (slice(0, None, 2), slice(1, None, 2)))
     z = (x[..., a] + 1j * x[..., b]) * np.exp(
-        1j * np.arange(len(x))[:, None, None] * theta ** (-np.arange(half) / half))
+        1j * np.arange(len(x))[:, None, None] * frequency)
     out = np.empty_like(x)
     out[..., a], out[..., b] = z.real, z.imag
     return out
@@ -53,8 +69,21 @@ def frontend(params, tokens_KT):
     return x
 
 
-def decoder(params, x_TD, *, theta, pairs='half', window_columns=None, norm_eps=1e-5):
-    T, layers = len(x_TD), len(params['blocks']['down']['kernel'])
+def experts(p, x_TD, used):
+    """Column by column: its `used` likeliest experts, weighted as likely as they are together."""
+    out = np.zeros_like(x_TD)
+    for t, x in enumerate(x_TD):
+        likely = softmax(x @ p['router'])
+        best = np.argsort(-likely)[:used]
+        for e in best:
+            gate, up = np.einsum('d,dcf->cf', x, p['gate_up'][e])
+            out[t] += likely[e] / likely[best].sum() * (silu(gate) * up) @ p['down'][e]
+    return out
+
+
+def decoder(params, x_TD, *, theta, pairs='half', window_columns=None, norm_eps=1e-5,
+            rope_scaling='none', experts_per_column=None):
+    T, layers = len(x_TD), len(params['blocks']['norm_mlp']['weight'])
     back = np.arange(T)[:, None] - np.arange(T)
     seen = (back >= 0) & (back < (window_columns or T))
     x = x_TD
@@ -63,9 +92,17 @@ def decoder(params, x_TD, *, theta, pairs='half', window_columns=None, norm_eps=
         y = norm(x, p['norm_attention']['weight'][i], norm_eps)
         q, k, v = (np.einsum('td,dnh->tnh', y, p[n]['kernel'][i])
                    + (p[n]['bias'][i] if 'bias' in p[n] else 0.0) for n in 'qkv')
-        o = attention(rotary(q, theta, pairs), rotary(k, theta, pairs), v, seen)
+        if 'norm_q' in p:
+            q, k = (norm(z, p[n]['weight'][i], norm_eps) for z, n in ((q, 'norm_q'), (k, 'norm_k')))
+        q, k = (rotary(z, theta, pairs, rope_scaling) for z in (q, k))
+        o = attention(q, k, v, seen)
         x = x + np.einsum('tnh,nhd->td', o, p['out']['kernel'][i])
         y = norm(x, p['norm_mlp']['weight'][i], norm_eps)
+        if 'experts' in p:
+            e = p['experts']
+            x = x + experts(dict(router=e['router']['kernel'][i], gate_up=e['gate_up'][i],
+                                 down=e['down'][i]), y, experts_per_column)
+            continue
         gate, up = np.einsum('td,dcf->ctf', y, p['gate_up']['kernel'][i])
         x = x + (silu(gate) * up) @ p['down']['kernel'][i]
     return norm(x, params['norm']['weight'], norm_eps)

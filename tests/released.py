@@ -19,6 +19,9 @@ from jaxsd.types import NOTHING
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / 'golden'
 
+ONE_ROW = dict(name='weighted_ce', terms=dict(ce=('tokens',)))
+DECODERS = ('llama', 'llama3', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'helium')
+
 
 def _config(**slots) -> mlc.ConfigDict:
     c = mlc.ConfigDict(dict(seed=0, columns=128, objective=dict(name='weighted_ce'), stages=(),
@@ -30,18 +33,38 @@ def _config(**slots) -> mlc.ConfigDict:
 
 
 def decoder(name: str, **changes) -> mlc.ConfigDict:
-    """The config of the golden `llama`, `mistral` or `qwen2`. The line is text, markers, units."""
+    """The config of the golden of that name in DECODERS. The line is text, markers, units."""
     sizes = dict(
         llama=dict(width=64, heads=4, kv_heads=2, head_dim=16, mlp=112, theta=500.0),
         mistral=dict(width=48, heads=4, kv_heads=1, head_dim=16, mlp=80, theta=2000.0,
                      window_columns=5),
         qwen2=dict(width=64, heads=4, kv_heads=2, head_dim=16, mlp=80, theta=300.0,
-                   norm_eps=1e-6, qkv_bias=True))[name]
+                   norm_eps=1e-6, qkv_bias=True),
+        llama3=dict(width=48, heads=6, kv_heads=2, head_dim=16, mlp=64, theta=500.0,
+                    rope_scaling=dict(name='llama3', factor=8.0, low_freq_factor=1.0,
+                                      high_freq_factor=4.0, original_columns=32)),
+        qwen3=dict(width=48, heads=4, kv_heads=2, head_dim=16, mlp=64, theta=300.0,
+                   norm_eps=1e-6, qk_norm='head'),
+        mixtral=dict(width=32, heads=4, kv_heads=2, head_dim=8, mlp=40, theta=400.0,
+                     experts=5, experts_per_column=2),
+        helium=dict(width=64, heads=4, kv_heads=2, head_dim=16, mlp=80, theta=700.0,
+                    pairs='interleaved', norm_eps=1e-8, norm_gain='early'))[name]
     return _config(
         codec=dict(name='kmeans', path='', frame_hz=25.0, size=34, codebooks=1),
         vocab=dict(name='line', text_tokens=60, multiple=32), layout=dict(name='flat.interleave'),
+        objective=ONE_ROW,
         backbone=dict(name='decoder', layers=2, remat='none') | sizes | changes,
-        head=dict(name='tied' if name == 'qwen2' else 'flat'))
+        head=dict(name='tied' if name in ('qwen2', 'llama3') else 'flat'))
+
+
+def of_facts(facts: dict) -> mlc.ConfigDict:
+    """The config of what `export.decoders.read` says of a peer's config.json."""
+    return _config(
+        codec=dict(name='kmeans', path='', frame_hz=25.0, size=2, codebooks=1),
+        vocab=dict(name='line', text_tokens=facts['vocab.size'] - 4, multiple=1),
+        layout=dict(name='flat.interleave'), objective=ONE_ROW, head=dict(name=facts['head.name']),
+        backbone=dict(name='decoder', remat='none') | {
+            k.split('.')[1]: v for k, v in facts.items() if k.startswith('backbone.')})
 
 
 def multistream(*, head=None, vocab=None, **changes) -> mlc.ConfigDict:
@@ -102,6 +125,22 @@ def scores(config, params, tokens) -> list:
     """Logits [B, T, V] per row (None: unpredicted) for the column after each column."""
     out = _scores(_Key(config), params, np.asarray(tokens, np.int32))
     return [None if x is None else np.asarray(x) for x in out]
+
+
+def loss(config, params, tokens, labels) -> float:
+    """What training minimizes when every cell of `labels` [B, T] but -100 counts once."""
+    B, T = tokens.shape
+    weights = (labels != -100).astype(np.float32)
+    weights[:, 0] = 0
+    batch = dict(tokens=tokens[:, None], weights=weights[:, None],
+                 position=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
+                 segment=np.ones((B, T), np.int32))
+    objective = model.objective_of(config)
+
+    @jax.jit
+    def terms(params, batch):
+        return objective(*bound(config, params)(batch), batch)[0]
+    return float(sum(total / weight for total, weight in terms(params, batch).values()))
 
 
 def late(config) -> tuple[int, ...]:

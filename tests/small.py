@@ -16,6 +16,9 @@ BACKBONES = {       # the kinds of decoder, each with what sets it apart
     'llama': dict(),
     'mistral': dict(window_columns=5, kv_heads=2),
     'qwen2': dict(qkv_bias=True, kv_heads=1),
+    'qwen3': dict(qk_norm='head', kv_heads=2, rope_scaling=dict(     # one pair slowed, one blended
+        name='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_columns=12)),
+    'mixtral': dict(experts=4, experts_per_column=2, kv_heads=2),
     'helium': dict(pairs='interleaved', norm_eps=1e-8, norm_gain='early', window_columns=7),
 }
 

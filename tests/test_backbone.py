@@ -58,7 +58,8 @@ def test_decoder_by_hand(kind):
     lm, x = made(kind), inputs()
     params = by_hand.float64(nnx.to_pure_dict(nnx.state(lm)))
     options = {k: v for k, v in BACKBONES[kind].items()
-               if k in ('pairs', 'window_columns', 'norm_eps')}
+               if k in ('pairs', 'window_columns', 'norm_eps', 'rope_scaling',
+                        'experts_per_column')}
     want = by_hand.decoder(params, np.asarray(x[0], np.float64), theta=100.0, **options)
     np.testing.assert_allclose(forward(lm, x, where_of(COLUMNS))[0], want, rtol=1e-4, atol=1e-4)
 
@@ -191,7 +192,12 @@ def test_rounding_of_the_stream_and_of_the_forward_agree_in_bfloat16():
     (dict(kv_heads=3), 'backbone.kv_heads 3 must divide backbone.heads 4'),
     (dict(remat='some'), "backbone.remat is 'full', 'dots' or 'none', got 'some'"),
     (dict(pairs='quarter'), "'half' or 'interleaved', got 'quarter'"),
-    (dict(norm_gain='middle'), "'late' or 'early', got 'middle'")])
+    (dict(norm_gain='middle'), "'late' or 'early', got 'middle'"),
+    (dict(qk_norm='row'), "backbone.qk_norm is 'none' or 'head', got 'row'"),
+    (dict(experts=2, experts_per_column=3),
+     'experts_per_column 3 must lie between 1 and backbone.experts 2'),
+    (dict(experts=-1), 'backbone.experts -1'),
+    (dict(rope_scaling='dynamic'), "rope_scaling is 'none' or has a name")])
 def test_bad_options_say_which(change, message):
     with pytest.raises(ValueError, match=message):
         forward(made('llama', **change), inputs(), where_of(COLUMNS))

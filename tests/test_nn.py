@@ -8,6 +8,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from by_hand import slowed as slowed_by_hand
 from flax import nnx
 
 from jaxsd import nn
@@ -55,6 +56,75 @@ def test_rotary_layouts_are_one_rotation_in_two_orders():
                      ).dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="'half' or 'interleaved'"):
         nn.rotate(jnp.asarray(x), at, theta=50.0, pairs='both')
+
+
+def test_rotary_scaling_by_wavelength():
+    """Sixteen pairs through all three regimes, each against the published cases."""
+    numbers = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_columns=64)
+    plain = nn.frequencies(16, 1000.0)
+    np.testing.assert_allclose(plain, 1000.0 ** (-np.arange(16) / 16), rtol=1e-6)
+    assert plain.dtype == np.float32
+    got = nn.frequencies(16, 1000.0, dict(name='llama3', **numbers))
+    want = [slowed_by_hand(f, 'llama3', **numbers) for f in plain.astype(float)]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    kept, slowed = got == plain, np.isclose(got, plain / 8)
+    assert kept.any() and slowed.any() and (~kept & ~slowed).any()
+    linear = dict(name='linear', factor=3.0)
+    np.testing.assert_allclose(nn.frequencies(16, 1000.0, linear), plain / 3, rtol=1e-6)
+    x, at = jnp.asarray(normal(1, 4, 1, 8)), jnp.arange(4)[None]
+    for pairs in ('half', 'interleaved'):       # a third of the way for every column
+        np.testing.assert_allclose(
+            nn.rotate(x, 3 * at, theta=9.0, pairs=pairs, scaling=tuple(linear.items())),
+            nn.rotate(x, at, theta=9.0, pairs=pairs), atol=1e-5)
+
+
+@pytest.mark.parametrize('scaling, message', [
+    ('llama3', "'none' or has a name of linear, llama3, got 'llama3'|takes the positive numbers"),
+    (dict(name='yarn', factor=2.0), "got 'yarn'"), (dict(factor=2.0), 'got None'), (7, 'got 7'),
+    (dict(name='linear', factor=0), 'takes the positive numbers factor, got'),
+    (dict(name='linear', factor='2'), 'takes the positive numbers factor, got'),
+    (dict(name='linear', factor=2.0, low=1.0), "'low'"),
+    (dict(name='llama3', factor=2.0), 'low_freq_factor, high_freq_factor, original_columns'),
+    (dict(name='llama3', factor=2.0, low_freq_factor=4.0, high_freq_factor=4.0,
+          original_columns=8), 'low_freq_factor 4.0 must be below high_freq_factor 4.0')])
+def test_bad_rotary_scaling_says_what_it_takes(scaling, message):
+    with pytest.raises(ValueError, match=message):
+        nn.frequencies(4, 100.0, scaling)
+
+
+@functools.cache
+def experts(count: int, chosen: int):
+    return nn.Experts(6, 10, rngs=nnx.Rngs(3), experts=count, chosen=chosen)
+
+
+def dense_experts(module, x_MD):
+    """Every column through every expert, those that it did not choose weighted zero."""
+    likely = jax.nn.softmax(x_MD @ module.router.kernel[...], -1)
+    least = jnp.sort(likely, -1)[:, -module.chosen, None]
+    weight = jnp.where(likely >= least, likely, 0)
+    y = jnp.einsum('md,eduf->emuf', x_MD, module.gate_up[...])
+    y = jnp.einsum('emf,efd->emd', jax.nn.silu(y[:, :, 0]) * y[:, :, 1], module.down[...])
+    return jnp.einsum('emd,me->md', y, weight / weight.sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize('columns, count, chosen', ((3, 5, 2), (200, 4, 2)))
+def test_experts_are_all_experts_masked(columns, count, chosen):
+    """Sorting into blocks changes neither values nor any gradient, from few columns to many."""
+    module, x = experts(count, chosen), jnp.asarray(normal(1, columns, 6, seed=columns))
+    graph, state = nnx.split(module)
+
+    def loss(fn, state, x):
+        return jnp.sum(jnp.sin(fn(nnx.merge(graph, state), x[0])))
+    one = jax.jit(jax.value_and_grad(lambda s, x: loss(lambda m, x: m(x[None])[0], s, x), (0, 1)))
+    two = jax.jit(jax.value_and_grad(lambda s, x: loss(dense_experts, s, x), (0, 1)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+                 one(state, x), two(state, x))
+
+
+def test_no_column_is_dropped_when_all_choose_one_expert():
+    module, x = experts(5, 2), jnp.asarray(np.tile(normal(1, 1, 6), (1, 64, 1)))
+    got = np.asarray(jax.jit(lambda x: module(x))(x))
+    np.testing.assert_allclose(got[0], np.tile(dense_experts(module, x[0])[:1], (64, 1)), atol=1e-5)
 
 
 @pytest.mark.parametrize('gain', ('late', 'early'))

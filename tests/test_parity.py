@@ -25,14 +25,14 @@ def imported(config, name: str) -> dict:
                                 'kyutai' if name == 'kyutai' else 'hf')
 
 
-@pytest.mark.parametrize('name', ['llama', 'mistral', 'qwen2'])
+@pytest.mark.parametrize('name', released.DECODERS)
 def test_decoder_logits(name):
     config, golden = released.decoder(name), arrays(name)
     logits, = released.scores(config, imported(config, name), golden['tokens'][:, None])
     assert np.abs(logits - golden['logits']).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize('name', ['llama', 'mistral', 'qwen2'])
+@pytest.mark.parametrize('name', released.DECODERS)
 def test_decoder_greedy(name):
     """Sixteen greedy tokens. Ours reads the whole prefix anew for each; rounding cannot decide,
     because the peer's narrowest choice was far wider (made.json)."""
@@ -46,10 +46,20 @@ def test_decoder_greedy(name):
     np.testing.assert_array_equal(tokens[:, prompt.shape[1]:], golden['greedy'])
 
 
+@pytest.mark.parametrize('name', ('llama', 'mixtral'))
+def test_training_loss_is_the_peers(name):
+    """Through our shift and our objective, the peer having shifted its labels itself: once."""
+    config, golden = released.decoder(name), arrays(name)
+    ours = released.loss(config, imported(config, name), golden['tokens'], golden['labels'])
+    assert ours == pytest.approx(float(golden['loss']), abs=1e-5)
+
+
 @pytest.mark.parametrize('name, change', [
     ('llama', dict(theta=501.0)), ('llama', dict(norm_eps=1e-3)),
     ('llama', dict(pairs='interleaved')), ('mistral', dict(window_columns=4)),
-    ('mistral', dict(window_columns=None))])
+    ('mistral', dict(window_columns=None)), ('llama3', dict(rope_scaling='none')),
+    ('llama3', dict(rope_scaling=dict(name='linear', factor=8.0))),
+    ('mixtral', dict(experts_per_column=3)), ('helium', dict(pairs='half'))])
 def test_a_broken_convention_shows(name, change):
     """The golden logits tell a wrong base, epsilon, pairing or window from the right one."""
     config, golden = released.decoder(name), arrays(name)

@@ -27,7 +27,8 @@ def a_stage(**options):
 
 
 def prepared(system, mesh_sizes, devices=8, **options):
-    c = config(system, 'helium' if system == 'streams' else 'llama')
+    c = (config('flat', 'mixtral') if system == 'experts' else
+         config(system, 'helium' if system == 'streams' else 'llama'))
     stage = a_stage(**options)
     mesh = sharding.make_mesh(mesh_sizes, jax.devices()[:devices])
     graph, target, by_path = train.abstract_state(c, stage, mesh)
@@ -65,6 +66,18 @@ def test_every_mesh_equals_one_device(system, mesh):
     np.testing.assert_allclose(many, one, rtol=1e-5)
     # Adam divides by the root of a square: where a gradient is nearly 0 its sign is noise.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), others, params)
+
+
+def test_experts_on_their_own_devices():
+    """Half of the experts here, half there, each halved again: what one device computes."""
+    one, params = two_steps('experts', (('fsdp', 1),), devices=1)
+    many, others = two_steps('experts', (('fsdp', 2), ('tensor', 2), ('expert', 2)))
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), others, params)
+    _, _, target, _, _, _ = prepared('experts', dict(fsdp=2, tensor=2, expert=2))
+    held = target['params']['backbone']['blocks']['experts']
+    assert held['gate_up'].sharding.spec == jax.sharding.PartitionSpec(
+        None, 'expert', 'fsdp', None, 'tensor')
 
 
 @pytest.mark.parametrize('system', ('flat', 'streams'))

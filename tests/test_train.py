@@ -295,6 +295,10 @@ def test_flops_by_hand():
     attention = 2 * L * 2 * (c.columns / 2) * D     # scores and values, over half a row on average
     assert journal.model_tflops(c, 100) == pytest.approx(
         3 * 100 * (2 * matrices + attention) / 1e12, rel=1e-6)
+    experts = small_config('flat', 'mixtral')       # a router, two of four, half as many keys
+    matrices += L * (-D * D + 4 * D + 3 * D * F)
+    assert journal.model_tflops(experts, 100) == pytest.approx(
+        3 * 100 * (2 * matrices + attention) / 1e12, rel=1e-6)
 
 
 # When something goes wrong.

@@ -26,6 +26,8 @@ def check(have: Mapping) -> None:
                  'head.name': ('depth',), 'backbone.norm_eps': tuple(NORMS.values()),
                  'head.norm_eps': (have['backbone.norm_eps'],), 'backbone.norm_gain': ('early',),
                  'head.norm_gain': ('early',), 'backbone.qkv_bias': (False,),
+                 'backbone.rope_scaling': ('none',), 'backbone.qk_norm': ('none',),
+                 'backbone.experts': (0,),
                  'backbone.head_dim': (have['backbone.width'] / have['backbone.heads'],)}, family)
     if 'layout.delays' not in have:
         raise ConfigError(f'{family} needs a layout with acoustic_delay_columns')

@@ -2,7 +2,7 @@
 """Makes the golden arrays under tests/golden/ from the released PyTorch implementations.
 
 Tiny models with random weights are run by the `moshi` package (LMModel, LMGen) and by
-`transformers` (Llama, Mistral, Qwen2). Each folder receives the weights in the peer's own on-disk
+`transformers` (DECODERS below). Each folder receives the weights in the peer's own on-disk
 format, the inputs, and what the peer answered, so that the ordinary tests need no PyTorch::
 
     .peers/bin/python tests/peers/make_goldens.py [FOLDER, default tests/golden]
@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 
 os.environ.setdefault('NO_TORCH_COMPILE', '1')
 
@@ -51,6 +52,28 @@ DECODERS = {
         num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=300.,
         use_sliding_window=False, max_position_embeddings=128, tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2)),
+    'llama3': (transformers.LlamaConfig, dict(
+        vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5,
+        rope_theta=500., rope_scaling=dict(
+            rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4.,
+            original_max_position_embeddings=32),
+        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)),
+    'qwen3': (transformers.Qwen3Config, dict(
+        vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
+        rope_theta=300., use_sliding_window=False, max_position_embeddings=128,
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)),
+    'mixtral': (transformers.MixtralConfig, dict(
+        vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=400.,
+        num_local_experts=5, num_experts_per_tok=2, sliding_window=None,
+        max_position_embeddings=128, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)),
+    'helium': (transformers.HeliumConfig, dict(
+        vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-8,
+        rope_theta=700., max_position_embeddings=128, tie_word_embeddings=False, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2)),
 }
 
 
@@ -77,11 +100,12 @@ def shake(model, seed: int, scale: float = 1.4) -> None:
 
 
 def rotary(values: dict) -> dict:
-    """`values` as the installed transformers spells the rotary base."""
+    """`values` as the installed transformers spells the rotary base and its scaling."""
     if int(transformers.__version__.split('.')[0]) < 5:
         return values
     values = dict(values)
-    values['rope_parameters'] = {'rope_type': 'default', 'rope_theta': values.pop('rope_theta')}
+    values['rope_parameters'] = {'rope_type': 'default', 'rope_theta': values.pop('rope_theta')
+                                 } | (values.pop('rope_scaling', None) or {})
     return values
 
 
@@ -143,10 +167,18 @@ def stream(model, frames: np.ndarray) -> tuple[np.ndarray, float]:
     return said.numpy().astype(np.int32), min(gaps)
 
 
+def on_disk(model) -> dict:
+    """The tensors as the peer saves them: transformers stacks experts in memory, not in files."""
+    if not hasattr(model, 'save_pretrained'):
+        return model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return safetensors.torch.load_file(pathlib.Path(folder) / 'model.safetensors')
+
+
 def write(folder: pathlib.Path, model, config: dict, arrays: dict, made: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.bfloat16().contiguous() for k, v in model.state_dict().items()
-             if not (k == 'lm_head.weight' and config.get('tie_word_embeddings'))}
+    state = {k: v.bfloat16().contiguous() for k, v in on_disk(model).items()}
     safetensors.torch.save_file(state, folder / 'model.safetensors', metadata={'format': 'pt'})
     (folder / 'config.json').write_text(json.dumps(config, indent=1, sort_keys=True) + '\n')
     np.savez_compressed(folder / 'arrays.npz', **arrays)
@@ -196,13 +228,18 @@ def make_decoder(folder: pathlib.Path, name: str, seed: int) -> None:
     if gap < 1e-3:
         raise SystemExit(f'{name}: a greedy choice hangs on {gap:.1e}; take another seed')
     config = json.loads(model.config.to_json_string(use_diff=False))
-    if name == 'mistral':       # the older spelling, which transformers 5 still reads
-        config['rope_theta'] = config.pop('rope_parameters')['rope_theta']
-        config['rope_scaling'] = None
+    if name in ('mistral', 'llama3', 'mixtral'):    # the older spelling, which 5 still reads
+        rope = config.pop('rope_parameters')
+        config['rope_theta'] = rope.pop('rope_theta')
+        config['rope_scaling'] = None if rope['rope_type'] == 'default' else rope
     config = {k: v for k, v in config.items() if v is not None or k == 'rope_scaling'}
     config['dtype'] = 'bfloat16'
-    arrays = dict(tokens=tokens, logits=logits.numpy(), prompt=tokens[:, :8],
-                  greedy=ids[:, 8:].numpy().astype(np.int32))
+    labels = tokens.copy()      # of which some do not count
+    labels[0, :5], labels[1, -3:], labels[:, 11] = -100, -100, -100
+    with torch.no_grad():
+        loss = model(torch.tensor(tokens).long(), labels=torch.tensor(labels).long()).loss
+    arrays = dict(tokens=tokens, logits=logits.numpy(), prompt=tokens[:, :8], labels=labels,
+                  greedy=ids[:, 8:].numpy().astype(np.int32), loss=loss.numpy())
     write(folder / name, model, config, arrays,
           {'transformers': transformers.__version__, 'seed': seed, 'narrowest_greedy_gap': gap,
            'eager_minus_sdpa': drift})

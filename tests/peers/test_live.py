@@ -69,55 +69,97 @@ def greedy(config, params, prompt, steps: int):
     return np.concatenate([np.asarray(first), np.asarray(rest)[:, :, 0].T], 1)
 
 
-SHAPES = {      # another shape than the goldens', so that no size can be mistaken for another
+LLAMA3 = dict(rope_type='llama3', factor=4., low_freq_factor=1., high_freq_factor=3.,
+              original_max_position_embeddings=24)
+SHAPES = {      # other shapes than the goldens', so that no size can be mistaken for another
     'llama': dict(hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=6,
                   num_key_value_heads=3, head_dim=24, rope_theta=1e5, rms_norm_eps=1e-6),
+    'llama linear': dict(tie_word_embeddings=True, num_key_value_heads=4,
+                         rope_scaling=dict(rope_type='linear', factor=3.)),
+    'llama3': dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=3, head_dim=32,
+                   rope_scaling=LLAMA3, tie_word_embeddings=False),
+    'llama3 base': dict(num_key_value_heads=1, rope_theta=9e4, rope_scaling=dict(
+        LLAMA3, factor=32., original_max_position_embeddings=40)),
     'mistral': dict(hidden_size=64, num_hidden_layers=3, sliding_window=7, num_key_value_heads=2),
+    'mistral tied': dict(head_dim=24, sliding_window=30, tie_word_embeddings=True,
+                         rope_scaling=dict(rope_type='linear', factor=2.)),
+    'mixtral': dict(hidden_size=48, num_hidden_layers=3, num_local_experts=8, head_dim=16,
+                    intermediate_size=24, sliding_window=7),
+    'mixtral three': dict(num_local_experts=4, num_experts_per_tok=3, num_key_value_heads=4,
+                          tie_word_embeddings=True),
     'qwen2': dict(hidden_size=96, num_key_value_heads=1, tie_word_embeddings=False),
     'qwen2 window': dict(use_sliding_window=True, sliding_window=6, max_window_layers=0),
+    'qwen3': dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, head_dim=24,
+                  num_key_value_heads=1, tie_word_embeddings=True),
+    'qwen3 window': dict(use_sliding_window=True, sliding_window=6, max_window_layers=0,
+                         num_key_value_heads=4),
+    'helium': dict(hidden_size=48, num_attention_heads=2, head_dim=24, num_hidden_layers=3),
+    'helium tied': dict(num_key_value_heads=4, rope_theta=1e5, tie_word_embeddings=True,
+                        intermediate_size=56),
 }
 
 
-def our_config(path: str, name: str):
+def our_config(path: str):
     """A config of ours from what a peer's config.json says."""
     with open(os.path.join(path, 'config.json')) as f:
-        said = export.FAMILIES['hf'].read(json.load(f), path)
-    config = released.decoder(name)
-    config.backbone = dict(name='decoder', remat='none') | {
-        k.split('.')[1]: v for k, v in said.items() if k.startswith('backbone.')}
-    config.head = dict(name=said['head.name'])
-    return config
+        return released.of_facts(export.FAMILIES['hf'].read(json.load(f), path))
+
+
+def continued(torch, peer, tokens):
+    """Sixteen tokens that the peer finds likeliest after the first eight."""
+    return peer.generate(torch.tensor(tokens[:, :8]).long(), do_sample=False, max_new_tokens=16,
+                         eos_token_id=None, pad_token_id=0)[:, 8:].numpy()
 
 
 @pytest.mark.parametrize('case', SHAPES)
 def test_decoder_from_peer(case, torch, peers, show, tmp_path):
-    name = case.split()[0]
-    peer = peers.decoder(name, 31, **SHAPES[case])
+    peer = peers.decoder(case.split()[0], 31, **SHAPES[case])
     peer.save_pretrained(tmp_path, max_shard_size='60kB')
     assert len(list(tmp_path.glob('*.safetensors'))) > 2      # read through the index
-    config = our_config(str(tmp_path), name)
+    config = our_config(str(tmp_path))
     params = export.import_params(config, str(tmp_path), 'hf')
     tokens = tokens_for(config, 1)
-    theirs = peer(torch.tensor(tokens).long()).logits.numpy()
-    assert theirs.std() > .5
+    labels = np.where(np.arange(tokens.shape[1]) % 5 == 3, -100, tokens)
+    out = peer(torch.tensor(tokens).long(), labels=torch.tensor(labels).long())
+    assert out.logits.std() > .5
     ours, = released.scores(config, params, tokens[:, None])
-    show(f'{case} to us', far(ours, theirs))
+    show(f'{case} to us', far(ours, out.logits.numpy()))
+    assert released.loss(config, params, tokens, labels) == pytest.approx(float(out.loss), abs=1e-5)
+    np.testing.assert_array_equal(greedy(config, params, tokens[:, :8], 16),
+                                  continued(torch, peer, tokens))
     export.save(config, params, str(tmp_path / 'back'), 'hf')
     again = export.import_params(config, str(tmp_path / 'back'), 'hf')
     for a, b in zip(released.jax.tree.leaves(params), released.jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize('case, config', {
-    'llama': released.decoder('llama', head_dim=32),
-    'mistral': released.decoder('mistral', window_columns=9),
-    'qwen2': released.decoder('qwen2'),
-    'qwen2 window': released.decoder('qwen2', window_columns=6),
-    'interleaved pairs': released.decoder('llama', pairs='interleaved'),
-    'interleaved biases': released.decoder('qwen2', pairs='interleaved'),
-}.items())
-def test_decoder_to_peer(case, config, torch, show, tmp_path):
+OURS = {        # a config of ours and the class of transformers that it becomes
+    'llama': (released.decoder('llama', head_dim=32), 'Llama'),
+    'llama linear': (released.decoder('llama', rope_scaling=dict(name='linear', factor=3.)),
+                     'Llama'),
+    'llama3': (released.decoder('llama3', mlp=56), 'Llama'),
+    'mistral': (released.decoder('mistral', window_columns=9), 'Mistral'),
+    'mixtral': (released.decoder('mixtral', experts=3, mlp=24), 'Mixtral'),
+    'mixtral window': (released.decoder('mixtral', window_columns=6, experts_per_column=1),
+                       'Mixtral'),
+    'qwen2': (released.decoder('qwen2'), 'Qwen2'),
+    'qwen2 window': (released.decoder('qwen2', window_columns=6), 'Qwen2'),
+    'qwen3': (released.decoder('qwen3', kv_heads=1), 'Qwen3'),
+    'qwen3 window': (released.decoder('qwen3', window_columns=6), 'Qwen3'),
+    'helium': (released.decoder('helium', kv_heads=4), 'Helium'),
+    'helium slowed': (released.decoder('helium', rope_scaling=dict(
+        name='llama3', factor=4., low_freq_factor=1., high_freq_factor=3., original_columns=24)),
+        'Helium'),
+    'interleaved pairs': (released.decoder('llama', pairs='interleaved'), 'Llama'),
+    'interleaved biases': (released.decoder('qwen2', pairs='interleaved'), 'Qwen2'),
+    'interleaved norms': (released.decoder('qwen3', pairs='interleaved'), 'Qwen3'),
+}
+
+
+@pytest.mark.parametrize('case', OURS)
+def test_decoder_to_peer(case, torch, show, tmp_path):
     import transformers
+    config, name = OURS[case]
     params = released.random_params(config, 4)
     export.save(config, params, str(tmp_path / 'out'), 'hf', shard_bytes=100_000)
     peer, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -125,15 +167,13 @@ def test_decoder_to_peer(case, config, torch, show, tmp_path):
     assert not any(info.values()), info
     assert peer.dtype == torch.float32
     assert (peer.generation_config.bos_token_id, peer.generation_config.eos_token_id) == (1, 2)
-    assert type(peer).__name__.startswith({'i': 'Qwen2' if 'b' in case[4:] else 'Llama'}.get(
-        case[0], case.split()[0].capitalize()))
+    assert type(peer).__name__ == f'{name}ForCausalLM'
     tokens = tokens_for(config, 2)
     theirs = peer(torch.tensor(tokens).long()).logits.numpy()
     ours, = released.scores(config, params, tokens[:, None])
     show(f'{case} to the peer', far(ours, theirs))
-    said = peer.generate(torch.tensor(tokens[:, :8]).long(), do_sample=False, max_new_tokens=16,
-                         eos_token_id=None, pad_token_id=0)[:, 8:].numpy()
-    np.testing.assert_array_equal(greedy(config, params, tokens[:, :8], 16), said)
+    np.testing.assert_array_equal(greedy(config, params, tokens[:, :8], 16),
+                                  continued(torch, peer, tokens))
 
 
 MULTISTREAM = {     # what changes in the peer's config.json, what changes in ours
@@ -202,7 +242,7 @@ def test_goldens_are_what_the_peers_say(torch, peers):
     """The committed arrays, made anew from the committed weights by the installed peers."""
     import transformers
     from moshi.models import loaders
-    for name in ('llama', 'mistral', 'qwen2'):
+    for name in released.DECODERS:
         golden = dict(np.load(released.GOLDEN / name / 'arrays.npz'))
         peer = transformers.AutoModelForCausalLM.from_pretrained(
             released.GOLDEN / name, dtype=torch.float32)
