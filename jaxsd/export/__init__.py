@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hands checkpoints to the runtimes people use, and starts from the weights people have.
 
-A format is a family of released checkpoints (see `families`): 'hf', a Hugging Face Llama, Mistral
-or Qwen2 that any server loads, and 'kyutai', the LMModel of the moshi package. One ordered table of
+A format is a family of released checkpoints (see `families`): 'hf', a Hugging Face decoder that any
+server loads (see `decoders`), and 'kyutai', the LMModel of the moshi package. One ordered table of
 rules is read in both directions, so import(export(x)) is x to the bit. Parameters are a nested dict
 of arrays in the shapes of `model.abstract(config)`. Formats that are only written (see `runtimes`)
 are programs and files for other runtimes.

@@ -42,9 +42,13 @@ def export_run(config, workdir: str, out: str, format: str, *,
 
 
 def only_adapted(stage, params) -> None:
-    """ConfigError where a stage changed more than its low-rank terms: only they are written."""
-    if moved := [path for path, m in stages.multipliers(stage, flatten(params)).items()
-                 if m is not None and not path.endswith(('/lora_a', '/lora_b'))]:
+    """ConfigError where a stage changed more than its low-rank terms: only they are written.
+
+    A stage without such terms is for the format itself to refuse.
+    """
+    moved = [path for path, m in stages.multipliers(stage, flatten(params)).items()
+             if m is not None and not path.endswith(('/lora_a', '/lora_b'))]
+    if stage.lora and moved:
         raise ConfigError(f'stage {stage.name} also trained {some(moved)}, which an adapter does '
                           "not hold; use format 'hf'")
 
