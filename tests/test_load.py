@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import released
 
+from data_pipelines import demo
 from jaxsd import export
 from jaxsd.config import ConfigError, read
 from jaxsd.export import kyutai
@@ -159,8 +160,8 @@ def test_saving_gives_the_same_files(llama, multistream, tmp_path):
 
 def test_an_export_of_ours_keeps_the_names_of_its_ids(tmp_path):
     config = released.decoder('llama')
-    (tmp_path / 'text.model').write_bytes(b'pieces')
     config.vocab.tokenizer = str(tmp_path / 'text.model')
+    demo.fit_text(config.vocab.tokenizer, ['a key', 'a cup'])
     params = released.random_params(config, 3)
     export.save(config, params, str(tmp_path / 'out'), 'hf')
     lm = export.load(str(tmp_path / 'out'))
