@@ -134,7 +134,7 @@ def _foreign(config, stage: Stage, workdir: str):
 
     A path that holds one is recognized; 'hf:path' says what it is.
     """
-    if (stage.start in ('init', *(s.name for s in stages.stages(config)))
+    if (stage.start == 'init' or stage.start in [s.name for s in stages.stages(config)]
             or checkpoint.steps(checkpoint.folder_of(workdir, stage.name))
             or checkpoint.steps(stage.start) or not export.is_foreign(stage.start)):
         return None
