@@ -17,6 +17,7 @@ from jaxsd.config import ConfigError
 
 log = logging.getLogger('jaxsd')
 
+FORMATS = ('hf', 'kyutai', 'kyutai-hf')      # jaxsd.export.FORMATS, which cannot be had without jax
 EPILOG = """\
 A config is a Python file with get_config(arg): FILE.py is the published size, FILE.py:demo learns
 something on a laptop in minutes, FILE.py:tiny takes two steps. Any value can be overridden with
@@ -88,12 +89,12 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb('export', 'write a trained model in the format of another program')
     p.add_argument('--stage', help='the stage to export (default: the last)')
-    p.add_argument('--format', required=True, choices=('hf', 'kyutai'))
+    p.add_argument('--format', required=True, choices=FORMATS)
     p.add_argument('--out', required=True, metavar='DIR')
 
     p = verb('import', 'make a run directory from weights in the format of another program')
     p.add_argument('--stage', help='the stage the weights stand for (default: the last)')
-    p.add_argument('--format', required=True, choices=('hf', 'kyutai'))
+    p.add_argument('--format', required=True, choices=FORMATS)
     p.add_argument('--source', required=True, metavar='DIR')
 
     p = verbs.add_parser('report', help='one HTML page with curves, grids, tables and audio',

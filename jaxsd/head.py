@@ -150,8 +150,8 @@ class Depth(nnx.Module):
     """
 
     def __init__(self, sizes: Sizes, *, rngs, width: int, layers: int, heads: int, mlp: int,
-                 step_weights: str | tuple[int, ...] = 'own', norm_eps: float = 1e-8, norm_gain: str = 'early',
-                 fraction: float = 1.0, chunk_columns: int = 512):
+                 step_weights: str | tuple[int, ...] = 'own', norm_eps: float = 1e-8,
+                 norm_gain: str = 'early', fraction: float = 1.0, chunk_columns: int = 512):
         audio = [(k, row) for k, row in enumerate(sizes.rows) if k and row.predicted]
         self.audio = tuple(k for k, _ in audio)
         self.steps = P = len(audio)

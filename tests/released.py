@@ -7,6 +7,7 @@ The golden folders hold tiny models of the released implementations with random 
 
 import functools
 import pathlib
+import re
 
 import jax
 import ml_collections as mlc
@@ -54,6 +55,21 @@ def multistream(*, head=None, vocab=None, **changes) -> mlc.ConfigDict:
                       mlp=176, theta=500, pairs='interleaved', window_columns=7, norm_eps=1e-8,
                       norm_gain='early', remat='none') | changes,
         head=dict(name='depth', width=32, layers=2, heads=2, mlp=88) | (head or {}))
+
+
+def stacked(state: dict) -> dict:
+    """A kyutai checkpoint's tensors as published ones name them: all steps of a projection in one."""
+    out, parts = {}, {}
+    for key, value in state.items():
+        match = re.fullmatch(r'(.*self_attn\.)(in|out)_projs\.(\d+)\.(.*)', key)
+        if match:
+            tail = match[4] if match[2] == 'out' or match[4] != 'weight' else 'in_proj_weight'
+            name = tail if tail == 'in_proj_weight' else f'{match[2]}_proj.{tail}'
+            parts.setdefault(match[1] + name, {})[int(match[3])] = value
+        else:
+            out[key] = value
+    return out | {key: np.concatenate([value[s] for s in range(len(value))])
+                  for key, value in parts.items()}
 
 
 def random_params(config, seed: int, lora: dict | None = None) -> dict:

@@ -104,8 +104,8 @@ def refused(capsys):
     (['generate', '--config', 'x', '--workdir', 'w', '--task', 'sing', '--output', 'o'],
      "--task: invalid choice: 'sing' (choose from 'asr', 'tts'"),
     (['generate', '--config', 'x', '--workdir', 'w', '--task', 'tts'], 'required: --output'),
-    (['export', '--config', 'x', '--workdir', 'w', '--format', 'onnx', '--out', 'o'],
-     "--format: invalid choice: 'onnx' (choose from 'hf', 'kyutai')"),
+    (['export', '--config', 'x', '--workdir', 'w', '--format', 'pickle', '--out', 'o'],
+     "--format: invalid choice: 'pickle' (choose from 'hf', 'kyutai', 'kyutai-hf'"),
     (['report', '--workdir', 'w'], 'required: --out')])
 def test_wrong_flags(refused, argv, says):
     said = refused(argv, says, '--help', status=2)

@@ -29,6 +29,12 @@ CASES = {
     'kyutai shared': (released.multistream(head=dict(step_weights='shared')), 'kyutai'),
     'kyutai both': (released.multistream(vocab=dict(predicted=('mine', 'theirs')), mlp=168),
                     'kyutai'),
+    'kyutai schedule': (released.multistream(head=dict(step_weights=(0, 1, 1, 2))), 'kyutai'),
+    'kyutai one set by schedule': (released.multistream(head=dict(step_weights=(0,) * 4)),
+                                   'kyutai'),
+    'kyutai-hf': (released.multistream(), 'kyutai-hf'),
+    'kyutai-hf half': (released.multistream(pairs='half', kv_heads=2, head_dim=24, norm_eps=1e-6),
+                       'kyutai-hf'),
 }
 
 
@@ -184,6 +190,49 @@ def test_padding_rows_of_the_line_stay_home(tmp_path):
     equal(params, back)
 
 
+BOTH = ('mine', 'theirs')
+
+
+@pytest.mark.parametrize('old', [False, True])
+@pytest.mark.parametrize('steps, kept', [
+    ('own', 'own'), ('shared', 'shared'), ((0, 1, 1, 2, 3, 3, 3, 3), (0, 1, 1, 2)),
+    ((0, 1, 2, 3, 4, 4, 4, 4), 'own'), ((0, 1, 1, 1, 1, 1, 1, 0), (0, 1, 1, 1))])
+def test_who_speaks_for_both_can_speak_for_one(steps, kept, old, tmp_path, caplog):
+    """Import leaves out the depth steps of the other speaker, in either dialect."""
+    whole = released.multistream(vocab=dict(predicted=BOTH), head=dict(step_weights=steps))
+    mine = released.multistream(head=dict(step_weights=kept))
+    params = released.random_params(whole, 1)
+    export.save(whole, params, str(tmp_path / 'out'), 'kyutai')
+    if old:
+        path = tmp_path / 'out' / 'model.safetensors'
+        save_file(released.stacked(load_file(path)), path)
+    with caplog.at_level('INFO', 'jaxsd'):
+        back = export.import_params(mine, str(tmp_path / 'out'), 'kyutai')
+    assert 'the first 4 of 8 depth steps' in caplog.text
+    head, sets = params['head'], back['head']['inputs']['kernel'].shape[0]
+    head['tables'] = head['tables'][:3]
+    head['outs']['kernel'] = head['outs']['kernel'][:4]
+    head['inputs']['kernel'] = head['inputs']['kernel'][:sets]
+    for name in ('qkv', 'out', 'gate_up', 'down'):
+        head['blocks'][name]['kernel'] = head['blocks'][name]['kernel'][:, :sets]
+    equal(params, back)
+    refuse(released.multistream(), str(tmp_path / 'out'), 'kyutai', 'head.step_weights'
+           ) if kept != 'own' else None
+
+
+def test_who_speaks_for_one_cannot_speak_for_both(folder):
+    whole = released.multistream(vocab=dict(predicted=BOTH))
+    refuse(whole, str(folder['kyutai']), 'kyutai', 'rows .size, predicted. is')
+
+
+def test_a_step_too_many_is_not_left_behind(folder, tmp_path):
+    """Only what the checkpoint's own config.json speaks of may be left out."""
+    bad = copied(folder, tmp_path, 'kyutai')
+    edited(bad, dep_q=5)
+    change_tensors(bad, lambda s: s.update({'linears.5.weight': s['linears.0.weight']}))
+    refuse(CASES['kyutai'][0], bad, 'kyutai', 'without a place in the config: linears.5.weight')
+
+
 # What bad input gets -----------------------------------------------------------------------------
 
 def copied(folder, tmp_path, name):
@@ -228,11 +277,17 @@ def test_bad_decoder_config(folder, tmp_path, changes, match):
 @pytest.mark.parametrize('changes, match', [
     (dict(context=8), 'backbone.window_columns is 7, the checkpoint has 8'),
     (dict(delays=[0] * 9), 'layout.delays is'), (dict(delays=[0]), 'delays must be n_q'),
-    (dict(dep_q=8), 'rows .size, predicted. is'), (dict(hidden_scale=4), 'backbone.mlp is 176'),
+    (dict(dep_q=3), 'rows .size, predicted. is'), (dict(hidden_scale=4), 'backbone.mlp is 176'),
     (dict(norm='layer_norm'), 'norm must be'), (dict(gating='none'), "gating must be 'silu'"),
     (dict(positional_embedding='sin'), "positional_embedding must be 'rope'"),
     (dict(depformer_low_rank_embeddings=8), 'depformer_low_rank_embeddings'),
-    (dict(depformer_weights_per_step_schedule=[0, 1, 1, 1]), 'schedule'),
+    (dict(depformer_weights_per_step_schedule=[0, 1, 1, 1]),
+     r"head.step_weights is 'own', the checkpoint has \(0, 1, 1, 1\)"),
+    (dict(depformer_weights_per_step_schedule=[0, 1, 1]), 'each of the dep_q = 4 steps'),
+    (dict(depformer_weights_per_step_schedule=[0, 1, 1, 3]), 'leaves out none'),
+    (dict(depformer_weights_per_step_schedule=[0, 1, 1, 1 << 60]), 'leaves out none'),
+    (dict(depformer_weights_per_step_schedule=[0, 1, 1, [2]]), 'must be a list'),
+    (dict(depformer_weights_per_step_schedule=3), 'must be a list'),
     (dict(kv_repeat=2), 'depformer_kv_repeat'), (dict(n_q=1 << 40), 'n_q must be'),
     (dict(existing_text_padding_id=4), 'vocab.pad is 3'),
 ])
@@ -342,7 +397,11 @@ def test_both_dialects_at_once(folder, tmp_path):
     (released.multistream(norm_eps=1e-6), 'kyutai', 'backbone.norm_eps is 1e-06'),
     (released.multistream(head_dim=24), 'kyutai', 'backbone.head_dim'),
     (released.multistream(qkv_bias=True), 'kyutai', 'backbone.qkv_bias'),
-    (released.decoder('llama'), 'gguf', '--format has no option'),
+    (released.multistream(head=dict(step_weights='shared')), 'kyutai-hf', "can only say 'own'"),
+    (released.multistream(vocab=dict(predicted=('mine', 'theirs'))), 'kyutai-hf', 'vocab.predicted'),
+    (released.multistream(window_columns=None), 'kyutai-hf', 'window_columns'),
+    (released.decoder('llama'), 'kyutai-hf', "head.name is 'flat'"),
+    (released.decoder('llama'), 'pickle', '--format has no option'),
 ])
 def test_what_a_format_cannot_say(config, format, match, tmp_path):
     with pytest.raises(ConfigError, match=match):

@@ -90,14 +90,8 @@ def test_old_dialect_gives_the_same(tmp_path):
     import ml_dtypes  # noqa: F401  (bfloat16 for numpy)
     from safetensors.numpy import load_file, save_file
     config = released.multistream()
-    state, old = load_file(released.GOLDEN / 'kyutai' / 'model.safetensors'), {}
-    for key, value in state.items():
-        head, _, tail = key.partition('_projs.')
-        if tail in ('', '0.weight'):
-            parts = [state[f'{head}_projs.{s}.weight'] for s in range(4)
-                     if f'{head}_projs.{s}.weight' in state] if tail else [value]
-            suffix = '_proj_weight' if head.endswith('in') else '_proj.weight'
-            old[head + suffix if tail else key] = np.concatenate(parts)
+    state = load_file(released.GOLDEN / 'kyutai' / 'model.safetensors')
+    old = released.stacked(state)
     assert 'depformer.layers.1.self_attn.in_proj_weight' in old
     assert len(old) == len(state) - 2 * 2 * 3
     save_file(old, tmp_path / 'model.safetensors')

@@ -2,9 +2,10 @@
 """Hands checkpoints to the runtimes people use, and starts from the weights people have.
 
 A format is a family of released checkpoints (see `families`): 'hf', a Hugging Face Llama, Mistral
-or Qwen2 that any server loads, and 'kyutai', the LMModel of the moshi package. One ordered table of
-rules is read in both directions, so import(export(x)) is x to the bit. Parameters are a nested dict
-of arrays in the shapes of `model.abstract(config)`.
+or Qwen2 that any server loads, 'kyutai', the LMModel of the moshi package, and 'kyutai-hf', the
+same as transformers lays it out. One ordered table of rules is read in both directions, so
+import(export(x)) is x to the bit. Parameters are a nested dict of arrays in the shapes of
+`model.abstract(config)`.
 """
 
 import copy
@@ -141,11 +142,14 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
             for piece in made:
                 keys.append(piece.key)
                 yield piece.key, rules.forward(piece, ours)
+            for key, tensor in family.along(have).items():
+                keys.append(key)
+                yield key, tensor
 
         size = safetensors.write(partial, tensors(),
                                  shard_bytes=shard_bytes if family.sharded else None)
         _json(partial, 'config.json', spelled)
-        _json(partial, 'generation_config.json',
+        _json(partial, 'generation_config.json', family.generation(have) if family.generation else
               {'bos_token_id': vocab.specials['bos'], 'eos_token_id': vocab.specials['eos'],
                '_from_model_config': True})
         _json(partial, 'vocabulary.json',
@@ -182,7 +186,7 @@ def stream(config, source: str, format: str):
     family = family_of(format)
     have = facts(config)
     family.check(have)
-    _agree(family, have, source)
+    have['checkpoint'] = _agree(family, have, source)
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
     plan = family.rules(have)
     _covered(plan, shapes)
@@ -226,14 +230,19 @@ def card(config, format: str, spelled: Mapping, size: int, notes: Mapping[str, s
                   '`transformers.AutoModelForCausalLM.from_pretrained(folder)`',
             'kyutai': 'the `LMModel` of the `moshi` package: load it with '
                       '`moshi.models.loaders.get_moshi_lm("model.safetensors", lm_kwargs)`, '
-                      'lm_kwargs being config.json'}[format]
+                      'lm_kwargs being config.json',
+            'kyutai-hf': 'a `MoshiForConditionalGeneration`: load it with '
+                        '`transformers.MoshiForConditionalGeneration.from_pretrained(folder)`, and '
+                        'put the codec named below in its `audio_encoder` unless its tensors are '
+                        'in the files'}[format]
     codec = plain(config.codec)
     lines = {'format': format, 'config fingerprint': fingerprint(config),
              'codec': ', '.join(f'{k} {v}' for k, v in sorted(codec.items())),
              'parameters': f'{size // 4:,} (float32)', 'seed': config.seed,
              'license of the weights': 'not stated', **notes}
     return '\n'.join([
-        '---', 'library_name: ' + {'hf': 'transformers', 'kyutai': 'moshi'}[format],
+        '---', 'library_name: ' + {'hf': 'transformers', 'kyutai': 'moshi',
+                                    'kyutai-hf': 'transformers'}[format],
         'tags: [speech, jaxsd]', '---', '# A spoken language model', '',
         f'This folder is {what}.', '',
         'Sound is not in it: the ids of units and codes (`vocabulary.json` says which are which) '
@@ -247,7 +256,8 @@ def family_of(format: str) -> Family:
     return FAMILIES[format]
 
 
-def _agree(family: Family, have: Mapping, source: str) -> None:
+def _agree(family: Family, have: Mapping, source: str) -> Mapping:
+    """The facts of the checkpoint, which are those of the config but for what import leaves out."""
     if not os.path.exists(source):
         raise ValueError(f'--source: no file or folder {source}')
     folder = source if os.path.isdir(source) else os.path.dirname(source)
@@ -258,8 +268,10 @@ def _agree(family: Family, have: Mapping, source: str) -> None:
         values, path = family.without_config, f'{source} (which has no config.json)'
     else:
         raise ValueError(f'--source: no {path}')
-    if wrong := disagreements(have, family.read(values, path)):
+    said = family.read(values, path)
+    if wrong := disagreements(have, family.cut(have, said)):
         raise ConfigError(f'the config is not that of {path}: {"; ".join(wrong)}')
+    return said
 
 
 def _matched(source: str, found: Mapping, wanted, ignored: str) -> None:

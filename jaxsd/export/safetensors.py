@@ -77,7 +77,7 @@ def entries(folder: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, E
     """Every tensor below `folder` by its current name.
 
     names(key) is (key,) or, for a tensor that older files stack, the names of its equal stretches
-    along the first axis.
+    along the first axis; '' is the name of what is not wanted.
     """
     files, stated = _files(folder)
     out: dict[str, Entry] = {}
@@ -97,6 +97,8 @@ def entries(folder: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, E
                     raise ValueError(f'{path}: {key} of shape {shape} cannot be cut into '
                                      f'{len(current)} steps')
                 for part, name in enumerate(current):
+                    if not name:
+                        continue
                     if name in out:
                         raise ValueError(f'{path}: {key} holds {name}, which {out[name].key} of '
                                          f'{out[name].file} holds too')
