@@ -17,7 +17,9 @@ from jaxsd.config import ConfigError
 
 log = logging.getLogger('jaxsd')
 
-FORMATS = ('hf', 'kyutai', 'kyutai-hf')      # jaxsd.export.FORMATS, which cannot be had without jax
+# What jaxsd.export calls FORMATS, and cannot tell before jax is imported.
+FORMATS = ('hf', 'kyutai', 'kyutai-hf', 'kyutai-lora')
+
 EPILOG = """\
 A config is a Python file with get_config(arg): FILE.py is the published size, FILE.py:demo learns
 something on a laptop in minutes, FILE.py:tiny takes two steps. Any value can be overridden with

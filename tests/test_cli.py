@@ -539,3 +539,8 @@ def test_status_of_a_process(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count('\n') == 1 and len(done.stderr) < 1100
+
+
+def test_formats_are_those_of_export():
+    from jaxsd import cli, export
+    assert cli.FORMATS == export.FORMATS

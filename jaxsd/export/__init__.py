@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 
 import jax
@@ -25,14 +24,16 @@ from jaxsd import checkpoint, data, model
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, plain, unknown
-from jaxsd.export import rules, safetensors
+from jaxsd.export import kyutai_lora, rules, safetensors
 from jaxsd.export.facts import disagreements, facts
 from jaxsd.export.families import FAMILIES, Family
+from jaxsd.export.folder import fresh
 from jaxsd.stage import flatten, unflatten
 
 log = logging.getLogger('jaxsd')
 
-FORMATS = tuple(FAMILIES)
+LORA = 'kyutai-lora'
+FORMATS = (*FAMILIES, LORA)
 SHARD_BYTES = 4 << 30
 LISTED = 8          # how many tensors an error names before it counts the rest
 
@@ -43,11 +44,9 @@ def export_run(config, workdir: str, out: str, format: str, *,
 
     As `save`, with what the ledger says of the stage's training in the model card.
     """
-    chosen, at = stages.find(config, stage_name), _one_device()
+    chosen = stages.find(config, stage_name)
     rundir.same_run(workdir, config)
-    shapes = model.abstract(config, chosen.lora)[1]
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes)
-    params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, chosen.name), target)
+    params, meta = _restored(config, chosen.lora, checkpoint.folder_of(workdir, chosen.name))
     notes = {'config fingerprint': fingerprint(config), 'stage': chosen.name,
              'step': str(meta['step'])}
     for entry in rundir.read_ledger(workdir):
@@ -55,8 +54,18 @@ def export_run(config, workdir: str, out: str, format: str, *,
             for source, c in sorted(entry['consumed'].items()):
                 notes[f'trained on {source}'] = (f'{c["tokens"]:,} tokens, '
                                                  f'{c["audio_s"] / 3600:.2f} h of audio')
+    tables = format == LORA and kyutai_lora.trains_tables(
+        stages.multipliers(chosen, flatten(params)))
     return save(of_stage(config, chosen), params, out, format, notes=notes,
-                lora_scale=chosen.lora.get('scale', 0.0))
+                lora_scale=chosen.lora.get('scale', 0.0), **(dict(tables=True) if tables else {}))
+
+
+def _restored(config, lora, folder: str):
+    """(params, meta) of the newest checkpoint in `folder`, on one device."""
+    at = _one_device()
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+                          model.abstract(config, lora)[1])
+    return checkpoint.restore_params(folder, target)
 
 
 def import_run(config, source: str, workdir: str, format: str, *,
@@ -67,14 +76,19 @@ def import_run(config, source: str, workdir: str, format: str, *,
     only training in this workdir is refused; naming the checkpoint as a stage's `start` is not.
     """
     chosen = stages.find(config, stage_name)
-    if chosen.lora:
+    if bool(chosen.lora) != (format == LORA):
         raise ConfigError(f'stage {chosen.name} adds low-rank terms to earlier weights; import '
-                          'into the stage before it with --stage')
+                          'into the stage before it with --stage' if chosen.lora else
+                          f'stage {chosen.name} has no low-rank terms: name one that has (lora)')
     if os.path.exists(checkpoint.folder_of(workdir, chosen.name)):
         raise ConfigError(f'--workdir {workdir} already has checkpoints of stage {chosen.name}; '
                           'name a new directory')
-    params = unflatten({path: jax.device_put(x, _one_device()) for path, x in
-                        stream(of_stage(config, chosen), source, format)})
+    if format == LORA:
+        found = kyutai_lora.read(of_stage(config, chosen), source,
+                                 _adapted(config, chosen, workdir), chosen.lora).items()
+    else:
+        found = stream(of_stage(config, chosen), source, format)
+    params = unflatten({path: jax.device_put(x, _one_device()) for path, x in found})
     by_path = stages.multipliers(chosen, flatten(params))
     opt = jax.jit(stages.optimizer(chosen, by_path).init)(stages.split(params, by_path)[0])
     state = dict(params=params, opt=opt, step=jax.numpy.int32(0), bad_steps=jax.numpy.int32(0),
@@ -93,6 +107,16 @@ def import_run(config, source: str, workdir: str, format: str, *,
         saved.save(0, state, data_state=dict(next_step=0, fingerprint=marks), wait=True)
 
 
+def _adapted(config, stage, workdir: str) -> dict:
+    """The weights by path that a stage adds low-rank terms to: those that it starts from."""
+    names = [s.name for s in stages.stages(config)]
+    folder = (checkpoint.folder_of(workdir, stage.start) if stage.start in names else stage.start)
+    if stage.start == 'init' or not os.path.isdir(folder):
+        raise ConfigError(f'stage {stage.name} starts from {stage.start!r}, and there is no '
+                          'checkpoint of it; import the model that the terms adapt there first')
+    return flatten(_restored(config, None, folder)[0])
+
+
 def of_stage(config, stage):
     """`config` with the layout that the stage trains with: its delays are part of the weights."""
     if not stage.layout:
@@ -107,34 +131,31 @@ def _one_device():
 
 
 def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
-         notes: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES) -> dict:
+         notes: Mapping[str, str] | None = None, shard_bytes: int = SHARD_BYTES,
+         tables: bool = False) -> dict:
     """Writes `params` of `config` to the new folder `out` in the files that `format` prescribes.
 
     config.json, float32 safetensors, generation_config.json, the text tokenizer where the config
     names one, `vocabulary.json` (which ids are text, markers, units) and a model card README.md.
-    lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels.
-    notes: further lines of the card, {name: value}. Returns {'bytes', 'tensors', 'files'}.
+    lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels, except
+    in 'kyutai-lora', which holds the terms alone; there `tables` adds the embeddings. notes:
+    further lines of the card, {name: value}. Returns {'bytes', 'tensors', 'files'}.
     Raises ConfigError for a config that the format cannot express, ValueError for parameters of
     another config and where `out` has something in it; then nothing is written.
     """
+    if format == LORA:
+        return _save_terms(config, flatten(params), out, lora_scale, tables, notes or {})
     family = family_of(format)
     have = facts(config)
     family.check(have)
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
     ours = {path: np.asarray(x) for path, x in fold_lora(flatten(params), lora_scale).items()}
-    if {path: tuple(leaf.shape) for path, leaf in ours.items()} != shapes:
-        odd = sorted(set(ours) ^ set(shapes)) or [p for p in shapes if ours[p].shape != shapes[p]]
-        raise ValueError(f'the parameters are not those of the config: {_some(odd)}')
+    _same(ours, shapes)
     plan = family.rules(have)
     _covered(plan, shapes)
     spelled = family.spell(have)
     vocab = model.make_vocab(config)
-    parent = os.path.dirname(os.path.abspath(out))
-    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
-        raise ValueError(f'--out: {out} is not an empty folder; name a new one')
-    os.makedirs(parent, exist_ok=True)
-    partial = tempfile.mkdtemp(prefix=f'.{os.path.basename(out)}.', dir=parent)
-    try:
+    with fresh(out) as folder:
         made = rules.pieces(plan.rules, shapes)
         keys = []
 
@@ -146,29 +167,43 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
                 keys.append(key)
                 yield key, tensor
 
-        size = safetensors.write(partial, tensors(),
+        size = safetensors.write(folder, tensors(),
                                  shard_bytes=shard_bytes if family.sharded else None)
-        _json(partial, 'config.json', spelled)
-        _json(partial, 'generation_config.json', family.generation(have) if family.generation else
+        _json(folder, 'config.json', spelled)
+        _json(folder, 'generation_config.json', family.generation(have) if family.generation else
               {'bos_token_id': vocab.specials['bos'], 'eos_token_id': vocab.specials['eos'],
                '_from_model_config': True})
-        _json(partial, 'vocabulary.json',
-              {'ranges': {k: {'start': a, 'size': n} for k, (a, n) in vocab.ranges.items()},
-               'specials': vocab.specials, 'size': vocab.size})
-        if vocab.tokenizer:
-            try:
-                shutil.copyfile(vocab.tokenizer, os.path.join(partial, 'tokenizer.model'))
-            except OSError as e:
-                raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
-        with open(os.path.join(partial, 'README.md'), 'w', encoding='utf-8') as f:
-            f.write(card(config, format, spelled, size, notes or {}))
-        files = sorted(os.listdir(partial))
-        os.chmod(partial, 0o755)
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        files = _beside(folder, config, format, about(format, spelled), size // 4, notes or {})
     return {'bytes': size, 'tensors': len(keys), 'files': files}
+
+
+def _save_terms(config, flat: Mapping, out: str, scale: float, tables: bool,
+                notes: Mapping[str, str]) -> dict:
+    """`save` of low-rank terms alone."""
+    flat = {path: np.asarray(x) for path, x in flat.items()}
+    _same({path: x for path, x in flat.items() if not path.endswith(('/lora_a', '/lora_b'))},
+          {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()})
+    with fresh(out) as folder:
+        made = kyutai_lora.write(folder, config, flat, lora_scale=scale, tables=tables)
+        files = _beside(folder, config, LORA, made['about'], made['numbers'], notes)
+    return {'bytes': made['bytes'], 'tensors': made['tensors'], 'files': files}
+
+
+def _beside(folder: str, config, format: str, about: str, numbers: int,
+            notes: Mapping[str, str]) -> list[str]:
+    """What every export carries: ids, the text tokenizer, the card. Returns all file names."""
+    vocab = model.make_vocab(config)
+    _json(folder, 'vocabulary.json',
+          {'ranges': {k: {'start': a, 'size': n} for k, (a, n) in vocab.ranges.items()},
+           'specials': vocab.specials, 'size': vocab.size})
+    if vocab.tokenizer:
+        try:
+            shutil.copyfile(vocab.tokenizer, os.path.join(folder, 'tokenizer.model'))
+        except OSError as e:
+            raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
+    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
+        f.write(card(config, format, about, numbers, notes))
+    return sorted(os.listdir(folder))
 
 
 def import_params(config, source: str, format: str) -> dict:
@@ -224,9 +259,9 @@ def fold_lora(flat: Mapping[str, object], scale: float) -> dict:
     return out
 
 
-def card(config, format: str, spelled: Mapping, size: int, notes: Mapping[str, str]) -> str:
-    """The model card: what these files are, what made them, and what runs them."""
-    what = {'hf': f'a plain `{spelled.get("architectures", [""])[0]}`: load it with '
+def about(format: str, spelled: Mapping) -> str:
+    """What the files of a family are, and what loads them."""
+    return {'hf': f'a plain `{spelled.get("architectures", [""])[0]}`: load it with '
                   '`transformers.AutoModelForCausalLM.from_pretrained(folder)`',
             'kyutai': 'the `LMModel` of the `moshi` package: load it with '
                       '`moshi.models.loaders.get_moshi_lm("model.safetensors", lm_kwargs)`, '
@@ -235,16 +270,23 @@ def card(config, format: str, spelled: Mapping, size: int, notes: Mapping[str, s
                         '`transformers.MoshiForConditionalGeneration.from_pretrained(folder)`, and '
                         'put the codec named below in its `audio_encoder` unless its tensors are '
                         'in the files'}[format]
+
+
+def card(config, format: str, about: str, numbers: int, notes: Mapping[str, str]) -> str:
+    """The model card: what these files are, what made them, and what runs them.
+
+    about: what follows `This folder is`; numbers: how many parameters.
+    """
     codec = plain(config.codec)
     lines = {'format': format, 'config fingerprint': fingerprint(config),
              'codec': ', '.join(f'{k} {v}' for k, v in sorted(codec.items())),
-             'parameters': f'{size // 4:,} (float32)', 'seed': config.seed,
+             'parameters': f'{numbers:,} (float32)', 'seed': config.seed,
              'license of the weights': 'not stated', **notes}
     return '\n'.join([
         '---', 'library_name: ' + {'hf': 'transformers', 'kyutai': 'moshi',
-                                    'kyutai-hf': 'transformers'}[format],
+                                    'kyutai-hf': 'transformers', LORA: 'moshi'}[format],
         'tags: [speech, jaxsd]', '---', '# A spoken language model', '',
-        f'This folder is {what}.', '',
+        f'This folder is {about}.', '',
         'Sound is not in it: the ids of units and codes (`vocabulary.json` says which are which) '
         'are those of the codec named below, with which they must be made and played.', '',
         '| | |', '|---|---|', *(f'| {k} | {v} |' for k, v in lines.items()), ''])
@@ -252,7 +294,7 @@ def card(config, format: str, spelled: Mapping, size: int, notes: Mapping[str, s
 
 def family_of(format: str) -> Family:
     if format not in FAMILIES:
-        raise unknown('--format', format, FORMATS)
+        raise unknown('--format', format, FAMILIES)
     return FAMILIES[format]
 
 
@@ -285,6 +327,12 @@ def _matched(source: str, found: Mapping, wanted, ignored: str) -> None:
         if entry.shape != piece.shape:
             raise ValueError(f'{entry.file}: {entry.key} has shape {entry.shape}, '
                              f'the config wants {piece.shape}')
+
+
+def _same(ours: Mapping, shapes: Mapping) -> None:
+    if {path: tuple(leaf.shape) for path, leaf in ours.items()} != shapes:
+        odd = sorted(set(ours) ^ set(shapes)) or [p for p in shapes if ours[p].shape != shapes[p]]
+        raise ValueError(f'the parameters are not those of the config: {_some(odd)}')
 
 
 def _covered(plan, shapes: Mapping) -> None:
