@@ -135,7 +135,7 @@ def read(values: Mapping, path: str) -> dict:
     j = Json(values, path)
     if values.get('model_type') != 'moshi':
         raise ValueError(f"{path}: model_type must be 'moshi', got {values.get('model_type')!r}")
-    deep = values.get('depth_decoder_config')
+    deep = values.get('depth_decoder_config') or {}
     codec = values.get('audio_encoder_config') or {}
     rope = values.get('rope_parameters') or values
     for key, value in (('depth_decoder_config', deep), ('audio_encoder_config', codec),
@@ -150,8 +150,10 @@ def read(values: Mapping, path: str) -> dict:
         raise ValueError(f'{path}: rope_scaling must be an object')
     if (scaled := scaling.get('rope_type', scaling.get('type', 'default'))) != 'default':
         raise ValueError(f'{path}: rotary scaling {scaled!r} is not supported')
-    width, heads = j.number('hidden_size'), j.number('num_attention_heads', high=1 << 12)
-    deep_width, deep_heads = d.number('hidden_size'), d.number('num_attention_heads', high=1 << 12)
+    # The defaults are those of transformers (configuration_moshi.py): the released model's sizes.
+    width, heads = j.number('hidden_size', 4096), j.number('num_attention_heads', 32, high=1 << 12)
+    deep_width = d.number('hidden_size', 1024)
+    deep_heads = d.number('num_attention_heads', 16, high=1 << 12)
     size = Json(codec, f'{path}: audio_encoder_config').number('codebook_size', 2048)
     text, card = j.number('vocab_size', 32000), j.number('audio_vocab_size', size)
     codebooks = j.number('num_codebooks', 8, low=2, high=128)
@@ -159,12 +161,12 @@ def read(values: Mapping, path: str) -> dict:
     d.only(vocab_size=(text,), audio_vocab_size=(card,), num_codebooks=(codebooks,),
            input_size=(width,), num_key_value_heads=(None, deep_heads),
            head_dim=(None, deep_width // deep_heads))
-    mlp, deep_mlp = j.number('ffn_dim', low=2), d.number('ffn_dim', low=2)
+    mlp, deep_mlp = j.number('ffn_dim', 22528, low=2), d.number('ffn_dim', 5632, low=2)
     if mlp % 2 or deep_mlp % 2:
         raise ValueError(f'{path}: ffn_dim must be even: it counts gate and up together')
     return {
         'backbone.width': width, 'backbone.heads': heads,
-        'backbone.layers': j.number('num_hidden_layers', high=1 << 12),
+        'backbone.layers': j.number('num_hidden_layers', 32, high=1 << 12),
         'backbone.kv_heads': j.number('num_key_value_heads', heads, high=1 << 12),
         'backbone.head_dim': j.number('head_dim', width // heads), 'backbone.mlp': mlp // 2,
         'backbone.theta': Json(rope, path).number('rope_theta', 1e4, high=1e12, kind=float),
@@ -173,7 +175,7 @@ def read(values: Mapping, path: str) -> dict:
         'backbone.norm_gain': 'early', 'head.norm_gain': 'early', 'head.name': 'depth',
         'head.norm_eps': d.number('rms_norm_eps', 1e-8, low=0, high=1, kind=float),
         'head.width': deep_width, 'head.heads': deep_heads, 'head.mlp': deep_mlp // 2,
-        'head.layers': d.number('num_hidden_layers', high=1 << 12), 'head.step_weights': 'own',
+        'head.layers': d.number('num_hidden_layers', 6, high=1 << 12), 'head.step_weights': 'own',
         ROWS: ((text + 1, text), *[(card + 1, card)] * codebooks, *[(card + 1, 0)] * codebooks),
         'layout.delays': _delays(codebooks),
     }
@@ -190,7 +192,8 @@ def _codec_config(have: Mapping) -> dict:
         if j.number('codebook_size', 2048) != card or j.number('num_quantizers', 32) < codebooks:
             raise ConfigError(f'codec.path: {path} has another codebook_size, or fewer '
                               'num_quantizers, than the config has codes')
-    return dict(codebook_size=card, num_quantizers=max(32, codebooks)) | said | dict(
+    power = 1 << (card - 1).bit_length()        # transformers refuses any other number
+    return dict(codebook_size=power, num_quantizers=max(32, codebooks)) | said | dict(
         model_type='mimi')
 
 

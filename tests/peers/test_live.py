@@ -155,8 +155,8 @@ MULTISTREAM = {     # what changes in the peer's config.json, what changes in ou
                         dict(head=dict(step_weights=(0, 1, 1, 2)))),
     'kyutai one set by schedule': (
         dict(depformer_weights_per_step_schedule=[0] * 4, depformer_dim=48, depformer_num_heads=3,
-             depformer_dim_feedforward=198, depformer_num_layers=3),
-        dict(head=dict(step_weights=(0,) * 4, width=48, heads=3, mlp=132, layers=3))),
+             depformer_dim_feedforward=198, depformer_num_layers=1),
+        dict(head=dict(step_weights=(0,) * 4, width=48, heads=3, mlp=132, layers=1))),
 }
 BOTH = ('mine', 'theirs')
 
@@ -291,6 +291,7 @@ def test_terms_to_peer(case, torch, peers, show, tmp_path):
     """Our terms, whose q, k and v have factors of their own, in the peer's own loader."""
     from moshi.models import loaders
     _, config, lora = TERMS[case]
+    lora = lora | dict(scale=.5)        # random terms are large; this keeps logits to a few units
     params = released.random_params(config, 9, lora)
     flat = export.flatten(params)
     base = {k: v for k, v in flat.items() if 'lora_' not in k}
