@@ -25,7 +25,7 @@ file leaves at its default.
 """
 
 
-IMPORTS = ('hf', 'kyutai')
+IMPORTS = ('hf', 'kyutai', 'kyutai-hf', 'kyutai-lora')
 EXPORTS = (*IMPORTS, 'stablehlo', 'gguf', 'peft')
 DTYPES = ('f32', 'f16', 'q8_0')         # of gguf
 

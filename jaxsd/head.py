@@ -120,22 +120,44 @@ def _each(dense: nn.Dense, slot):
     return jax.tree.map(lambda x: x[slot], dense)
 
 
+def _slots(step_weights, steps: int) -> tuple[int, ...]:
+    """Which set of weights each step uses, of `max + 1` sets."""
+    if step_weights == 'own':
+        return tuple(range(steps))
+    if step_weights == 'shared':
+        return (0,) * steps
+    if not isinstance(step_weights, tuple) or any(type(s) is not int for s in step_weights):
+        raise ValueError(f"head.step_weights is 'own', 'shared' or a tuple of {steps} numbers, "
+                         f'got {step_weights!r}')
+    if len(step_weights) != steps or set(step_weights) != set(range(max(step_weights) + 1)):
+        raise ValueError(f'head.step_weights {step_weights} must name a set for each of the '
+                         f'{steps} steps, and leave out none from 0 to the last')
+    if step_weights == tuple(range(steps)):
+        raise ValueError(f"head.step_weights {step_weights} gives each step a set of its own: "
+                         "write 'own'")
+    return step_weights
+
+
 class Depth(nnx.Module):
     """Text from the hidden state, then the audio rows of the column one after another.
 
     A small causal transformer runs over the P predicted audio rows of one column: step p reads
     in_p(h) + the embedding of the row before it (the text token for p = 0) and predicts row p + 1.
-    No positions; weights per step ('own') or one set ('shared'); no final norm
-    (arXiv 2410.00037 §3.4.1; moshi models/lm.py forward_depformer_training). Its inputs are the
-    column as it stands, delays included.
+    No positions; no final norm (arXiv 2410.00037 §3.4.1; moshi models/lm.py
+    forward_depformer_training). Its inputs are the column as it stands, delays included.
+
+    step_weights: every step has its 'own' set of maps, all have one set ('shared'), or a schedule
+    (0, 1, 2, 2) names the set that each step uses, so that the fine codebooks may share one (moshi
+    models/lm.py depformer_weights_per_step_schedule). Norms are shared and output maps and
+    embeddings are per codebook in any case.
 
     fraction < 1 trains the depth loop on that random share of the columns: their terms are scaled
     by T / taken, so that the expected loss and gradient are those of all columns (CSM's recipe).
     """
 
     def __init__(self, sizes: Sizes, *, rngs, width: int, layers: int, heads: int, mlp: int,
-                 step_weights: str = 'own', norm_eps: float = 1e-8, norm_gain: str = 'early',
-                 fraction: float = 1.0, chunk_columns: int = 512):
+                 step_weights: str | tuple[int, ...] = 'own', norm_eps: float = 1e-8,
+                 norm_gain: str = 'early', fraction: float = 1.0, chunk_columns: int = 512):
         positive('head', width=width, layers=layers, heads=heads, mlp=mlp,
                  chunk_columns=chunk_columns)
         audio = [(k, row) for k, row in enumerate(sizes.rows) if k and row.predicted]
@@ -145,8 +167,7 @@ class Depth(nnx.Module):
             raise ValueError('head depth needs predicted audio rows right after the text row')
         if len({row.size for _, row in audio}) != 1:
             raise ValueError('head depth needs audio rows of one size')
-        if step_weights not in ('own', 'shared'):
-            raise ValueError(f"head.step_weights is 'own' or 'shared', got {step_weights!r}")
+        self.slots = _slots(step_weights, P)
         if width % heads:
             raise ValueError(f'head.heads {heads} must divide head.width {width}')
         if not 0.0 < fraction <= 1.0:
@@ -155,9 +176,7 @@ class Depth(nnx.Module):
         self.fraction, self.chunk_columns, self.layers = fraction, chunk_columns, layers
         self.depth_width, self.heads, self.mlp = width, heads, mlp
         text, card, size = sizes.rows[0], audio[0][1].predicted, audio[0][1].size
-        S = P if step_weights == 'own' else 1
-        self.slots = tuple(range(P)) if step_weights == 'own' else (0,) * P
-        D = width
+        S, D = max(self.slots) + 1, width
         self.text_out = nn.Dense((sizes.width,), (text.predicted,), ('embed', 'vocab'), rngs=rngs)
         self.inputs = nn.stack(lambda *, rngs: nn.Dense((sizes.width,), (D,), ('embed', 'mlp'),
                                                         rngs=rngs), S, rngs=rngs)

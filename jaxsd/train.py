@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxsd import checkpoint, data, export, journal, model, sharding
+from jaxsd import checkpoint, data, journal, model, sharding
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, plain
-from jaxsd.stage import Stage, flatten
+from jaxsd.export import begin
+from jaxsd.stage import Stage
 from jaxsd.state import abstract_state, fresh_state, mesh_of
 
 log = logging.getLogger('jaxsd')
@@ -100,62 +101,6 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
     return step
 
 
-def start_params(config, stage: Stage, workdir: str, target):
-    """(parameters to begin `stage` with, where they come from): (None, 'init') or those it names.
-
-    A stage with low-rank terms takes them fresh and everything else from there.
-    """
-    flat, old = flatten(target['params']), _older(target)
-    if (begun := _foreign(config, stage, workdir)) is not None:
-        params = stages.unflatten(begun.params(flatten(old), jax.random.key(config.seed)))
-        source = stage.start
-    elif (folder := _start_folder(config, stage, workdir)) is not None:
-        params, meta = checkpoint.restore_params(folder, old)
-        data.same_codec(meta['data'], config)
-        source = f'step {meta["step"]} of {stage.start}'
-    else:
-        return None, 'init'
-    if len(flatten(old)) == len(flat):
-        return params, source
-    where = jax.tree.map(lambda x: x.sharding, target['params'])
-    fresh = jax.jit(lambda key: model.init(config, key, stage.lora),
-                    out_shardings=where)(jax.random.key(config.seed))
-    return stages.unflatten(flatten(fresh) | flatten(params)), source
-
-
-def _older(target) -> dict:
-    """The parameters of `target` that an earlier stage has: all but fresh low-rank terms."""
-    return stages.unflatten({p: x for p, x in flatten(target['params']).items()
-                             if not p.rsplit('/', 1)[-1].startswith('lora_')})
-
-
-def _foreign(config, stage: Stage, workdir: str):
-    """The checkpoint of another program that `stage` begins with, checked (export.Start), or None.
-
-    A path that holds one is recognized; 'hf:path' says what it is.
-    """
-    if (stage.start == 'init' or stage.start in [s.name for s in stages.stages(config)]
-            or checkpoint.steps(checkpoint.folder_of(workdir, stage.name))
-            or checkpoint.steps(stage.start) or not export.is_foreign(stage.start)):
-        return None
-    return export.open_start(export.of_stage(config, stage), stage.start, graft=stage.graft,
-                             where=f'stage {stage.name} starts from {stage.start}')
-
-
-def _start_folder(config, stage: Stage, workdir: str) -> str | None:
-    """The checkpoints that `stage` begins with, if any. ConfigError where they are missing."""
-    if stage.start == 'init' or checkpoint.steps(checkpoint.folder_of(workdir, stage.name)):
-        return None
-    names = [s.name for s in stages.stages(config)]
-    folder = (checkpoint.folder_of(workdir, stage.start) if stage.start in names else stage.start)
-    if not checkpoint.steps(folder):
-        fix = ('train that stage first' if stage.start in names else
-               'name a folder of checkpoints, such as RUN/checkpoints/STAGE')
-        raise ConfigError(f'stage {stage.name} starts from {stage.start!r}, but there is no '
-                          f'checkpoint in {folder}; {fix}')
-    return folder
-
-
 # The loop.
 
 @contextlib.contextmanager
@@ -211,9 +156,9 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
         target = abstract_state(config, stage, mesh)[1]
         _check_batch(config, stage, mesh, v)
         if (stage.start not in [s.name for s in which[:i]]
-                and _foreign(config, stage, workdir) is None
-                and (folder := _start_folder(config, stage, workdir)) == stage.start):
-            data.same_codec(checkpoint.fits(folder, _older(target))['data'], config)
+                and begin.foreign(config, stage, workdir) is None
+                and (folder := begin.start_folder(config, stage, workdir)) == stage.start):
+            data.same_codec(checkpoint.fits(folder, begin.older(target))['data'], config)
         probes.append(probe_of(stage) if probe_of else None)
     rundir.open_run(workdir, config)
     loss = None
@@ -266,20 +211,18 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
         found = saved.resume(target)
         if found:
             state, meta = found
-            begin, counted = int(meta['step']), meta['data'].get('consumed', {})
+            first, counted = int(meta['step']), meta['data'].get('consumed', {})
             data.resume(meta['data'], marks)
-            if begin >= stage.steps:
+            if first >= stage.steps:
                 log.info('stage %s is done (%d steps)', stage.name, stage.steps)
                 return None
-            begun = dict(event='resume', stage=stage.name, step=begin)
+            begun = dict(event='resume', stage=stage.name, step=first)
         else:
-            foreign = _foreign(config, stage, workdir)
-            params, source = start_params(config, stage, workdir, target)
-            state = fresh_state(config, stage, target, by_path, params)
-            begin, counted = 0, {}
-            begun = dict(event='start', stage=stage.name, step=0, start=source)
-            if foreign is not None:
-                begun |= dict(origin=foreign.origin)
+            found = begin.start_params(config, stage, workdir, target)
+            state = fresh_state(config, stage, target, by_path, found.params)
+            first, counted = 0, {}
+            begun = dict(event='start', stage=stage.name, step=0, start=found.start,
+                         origins=found.origins)
         parameters = model.count(target['params'])
         trained = model.count(stages.split(target['params'], by_path)[0])
         rundir.ledger(workdir, begun | dict(
@@ -289,27 +232,27 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
             parameters=parameters, trained_parameters=trained,
             dataset=marks['dataset']))
         log.info('stage %s: steps %d..%d, %.2f M parameters (%.2f M trained), mesh %s, from %s',
-                 stage.name, begin, stage.steps, parameters / 1e6, trained / 1e6,
+                 stage.name, first, stage.steps, parameters / 1e6, trained / 1e6,
                  {k: int(n) for k, n in mesh.shape.items() if n > 1} or 'one device',
-                 begun.get('start', f'step {begin}'))
+                 begun.get('start', f'step {first}'))
         share = _share_of_rows(rows, stage.batch)
-        batches = data.batches(config, dataclasses.asdict(stage), v, start_step=begin,
+        batches = data.batches(config, dataclasses.asdict(stage), v, start_step=first,
                                process_index=share[0], process_count=share[1])
         drawn_from = dict(fingerprint=marks, codec=data.codec(config))
         with contextlib.closing(batches):
             return _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, state,
-                         begin, journal.Consumed(stage, counted, share[0]), saved, probe,
+                         first, journal.Consumed(stage, counted, share[0]), saved, probe,
                          profile_steps, stop)
 
 
-def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, state, begin,
+def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, state, first,
           consumed, saved, probe, profile_steps, stop):
     tflops = journal.model_tflops(config, stage.batch * config.columns) / mesh.size
     peak = journal.peak_tflops(mesh.devices.flat[0])
     first_trace, last_trace = profile_steps or (stage.steps, stage.steps)
-    if profile_steps and not (begin < last_trace and first_trace < stage.steps):
+    if profile_steps and not (first < last_trace and first_trace < stage.steps):
         log.warning('stage %s: steps %d..%d are to be traced, but steps %d..%d are to be trained',
-                    stage.name, first_trace, last_trace, begin, stage.steps)
+                    stage.name, first_trace, last_trace, first, stage.steps)
 
     def put(arrays):
         return {k: jax.make_array_from_process_local_data(rows, x) for k, x in arrays.items()}
@@ -320,11 +263,11 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
     step_fn = step_fn.lower(state, put(ahead[0][0])).compile()
     log.info('compiled in %.1f s', time.perf_counter() - start)
 
-    writers = journal.Writers(workdir, begin, stage.name)
+    writers = journal.Writers(workdir, first, stage.name)
     pending = loss = None
     # waited: for data; dispatched: host work of handing a step over; both since the last line.
     waited = dispatched = 0.0
-    since, since_step, before = time.perf_counter(), begin, consumed.before
+    since, since_step, before = time.perf_counter(), first, consumed.before
 
     def read(pending):
         """The numbers of an earlier step, counted and checked; written every log_steps."""
@@ -375,7 +318,7 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
 
     tracing = False
     with contextlib.closing(writers):
-        for n in range(begin, stage.steps):
+        for n in range(first, stage.steps):
             if first_trace <= n < last_trace and not tracing:
                 jax.profiler.start_trace(os.path.join(workdir, 'profile'))
                 tracing = True

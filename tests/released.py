@@ -7,6 +7,7 @@ The golden folders hold tiny models of the released implementations with random 
 
 import functools
 import pathlib
+import re
 
 import jax
 import ml_collections as mlc
@@ -79,6 +80,21 @@ def multistream(*, head=None, vocab=None, **changes) -> mlc.ConfigDict:
         head=dict(name='depth', width=32, layers=2, heads=2, mlp=88) | (head or {}))
 
 
+def stacked(state: dict) -> dict:
+    """A kyutai checkpoint's tensors as published: all steps of a projection in one."""
+    out, parts = {}, {}
+    for key, value in state.items():
+        match = re.fullmatch(r'(.*self_attn\.)(in|out)_projs\.(\d+)\.(.*)', key)
+        if match:
+            tail = match[4] if match[2] == 'out' or match[4] != 'weight' else 'in_proj_weight'
+            name = tail if tail == 'in_proj_weight' else f'{match[2]}_proj.{tail}'
+            parts.setdefault(match[1] + name, {})[int(match[3])] = value
+        else:
+            out[key] = value
+    return out | {key: np.concatenate([value[s] for s in range(len(value))])
+                  for key, value in parts.items()}
+
+
 def random_params(config, seed: int, lora: dict | None = None) -> dict:
     """Parameters far from their initial values: gains and biases too, so that none can hide."""
     rng = np.random.default_rng(seed)
@@ -90,9 +106,9 @@ def random_params(config, seed: int, lora: dict | None = None) -> dict:
     return jax.tree_util.tree_map_with_path(draw, model.abstract(config, lora)[1])
 
 
-def bound(config, params) -> model.Model:
+def bound(config, params, lora: dict | None = None) -> model.Model:
     """The model of `config` holding `params`."""
-    made = nnx.eval_shape(lambda: model.build(config, rngs=nnx.Rngs(0)), graph=False)
+    made = nnx.eval_shape(lambda: model.build(config, rngs=nnx.Rngs(0), lora=lora), graph=False)
     graph, state = nnx.split(made, graph=False)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
@@ -104,15 +120,15 @@ def _scores(config_key, params, tokens):
     B, _, T = tokens.shape
     batch = dict(tokens=tokens, position=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
                  segment=np.ones((B, T), np.int32))
-    return bound(config, params).scores(batch)
+    return bound(config, params, config_key.lora).scores(batch)
 
 
 class _Key:
     """A config as a static argument of jit: equal where the configs are."""
 
-    def __init__(self, config):
+    def __init__(self, config, lora=None):
         from jaxsd.config import to_json
-        self.config, self.text = config, to_json(config)
+        self.config, self.lora, self.text = config, lora, to_json([config, lora])
 
     def __hash__(self):
         return hash(self.text)
@@ -121,9 +137,9 @@ class _Key:
         return self.text == other.text
 
 
-def scores(config, params, tokens) -> list:
+def scores(config, params, tokens, lora: dict | None = None) -> list:
     """Logits [B, T, V] per row (None: unpredicted) for the column after each column."""
-    out = _scores(_Key(config), params, np.asarray(tokens, np.int32))
+    out = _scores(_Key(config, lora), params, np.asarray(tokens, np.int32))
     return [None if x is None else np.asarray(x) for x in out]
 
 
@@ -156,10 +172,11 @@ def columns_of(config, codes: np.ndarray) -> np.ndarray:
                         late(config))
 
 
-def aligned_scores(config, params, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def aligned_scores(config, params, codes: np.ndarray, lora: dict | None = None
+                   ) -> tuple[np.ndarray, np.ndarray]:
     """(text [B, 1, T, V], audio [B, Q, T, card]) as the peer aligns them: NaN where it masks."""
     T = codes.shape[-1]
-    text, *audio = scores(config, params, columns_of(config, codes))
+    text, *audio = scores(config, params, columns_of(config, codes), lora)
     out = []
     for logits, d in zip(audio, late(config)[1:], strict=True):
         if logits is not None:
@@ -168,7 +185,7 @@ def aligned_scores(config, params, codes: np.ndarray) -> tuple[np.ndarray, np.nd
     return text[:, None, :T], np.stack(out, 1)
 
 
-def spoken(config, params, heard) -> np.ndarray:
+def spoken(config, params, heard, lora: dict | None = None) -> np.ndarray:
     """What our streaming engine says greedily while it hears `heard`, as moshi's LMGen gives it.
 
     heard [B, user rows, steps] -> [B, 1 + own rows, steps - max delay], local ids. LMGen puts the
@@ -176,11 +193,59 @@ def spoken(config, params, heard) -> np.ndarray:
     the last column is only spoken, not heard.
     """
     v, delays = model.make_vocab(config), late(config)
-    graph, _, _ = model.abstract(config)
-    speaker = generate.ready(graph, params, v, {}, config.backbone.window_columns)
+    speaker = _speaker(config, params, lora)
     own = len(v.rows) - heard.shape[1]
     frames = np.concatenate([heard[:, :, 1:], np.zeros_like(heard[:, :, :1])], -1)
     plans = [generate.conversation_plan(v, f, delays) for f in frames]
     said = np.stack(generate.converse(speaker, plans))
     said = duplex.undelay(said, delays)[:, :own, :heard.shape[-1] - max(delays)]
     return said - np.array([row.start for row in v.rows[:own]])[:, None]
+
+
+def _speaker(config, params, lora: dict | None = None) -> generate.Speaker:
+    graph, _, _ = model.abstract(config, lora)
+    return generate.ready(graph, params, model.make_vocab(config), {},
+                          config.backbone.window_columns)
+
+
+def continued(config, params, codes, blank, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """What follows `codes` [B, rows, T] greedily while the user's every frame is `blank` [B, Q].
+
+    As transformers gives it: text [B, T + steps] and codes [B, own rows, T + steps - 1], local ids.
+    """
+    v, delays, prompt = model.make_vocab(config), late(config), codes.shape[-1]
+    own = len(v.rows) - blank.shape[1]
+    plans = []
+    for example, silence in zip(codes, blank, strict=True):
+        heard = np.concatenate([example[own:], np.tile(silence[:, None], (1, steps))], 1)
+        plan = generate.conversation_plan(v, heard, delays)
+        for k, row in enumerate(v.rows[:own]):
+            plan[k, 1 + delays[k]:1 + delays[k] + prompt] = example[k] + row.start
+        plans.append(plan)
+    said = duplex.undelay(np.stack(generate.converse(_speaker(config, params), plans)), delays)
+    said = said[:, :own] - np.array([row.start for row in v.rows[:own]])[:, None]
+    return said[:, 0], said[:, 1:, :-1]
+
+
+def scheduled(**changes) -> mlc.ConfigDict:
+    """The config of the golden LMModel whose later depth steps share a set of weights."""
+    config = multistream(head=dict(width=24, layers=2, heads=3, mlp=66, step_weights=(0, 1, 1),
+                                   norm_eps=1e-5),
+                         width=32, layers=1, heads=2, kv_heads=2, mlp=84, norm_eps=1e-5,
+                         window_columns=9, **changes)
+    config.codec = dict(name='rvq', path='', frame_hz=12.5, codebooks=3, size=16)
+    config.vocab.text_tokens = 24
+    config.layout.acoustic_delay_columns = 2
+    return config
+
+
+LORA = dict(rank=2, scale=2.0)       # of the golden low-rank terms
+
+
+def in_halves(**changes) -> mlc.ConfigDict:
+    """The config of the golden transformers Moshi."""
+    config = multistream(head=dict(width=16, layers=2, heads=2, mlp=24) | changes.pop('head', {}),
+                         **dict(width=48, heads=3, kv_heads=3, mlp=64, pairs='half') | changes)
+    config.codec = dict(name='rvq', path='', frame_hz=12.5, codebooks=3, size=32)
+    config.vocab.text_tokens = 40
+    return config

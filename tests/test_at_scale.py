@@ -33,7 +33,7 @@ def test_a_shard_is_filled_box_by_box(mesh, host_bytes, tmp_path):
         params = released.random_params(config, 5)
         folder = str(tmp_path / format)
         export.save(config, params, folder, format)
-        source = loading.open_source(config, export.family_of(format), folder)
+        source = loading.open_source(config, *loading.agreeing(config, folder, format), folder)
         target = flatten(loading.placed(config))
         for path in ('backbone/blocks/q/kernel', 'backbone/blocks/gate_up/kernel',
                      'backbone/norm/weight', 'frontend/table', 'head/blocks/qkv/kernel'):
@@ -54,7 +54,8 @@ def test_every_stored_precision_becomes_float32(dtype, tmp_path):
     stored = {k: v.astype(dtype) for k, v in load_file(path).items()}
     save_file(stored, path)
     whole = export.import_params(config, str(tmp_path / 'out'), 'hf')
-    source = loading.open_source(config, export.family_of('hf'), str(tmp_path / 'out'))
+    out = str(tmp_path / 'out')
+    source = loading.open_source(config, *loading.agreeing(config, out, 'hf'), out)
     table = flatten(loading.placed(config, jax.devices()[:1]))['frontend/table']
     made = streaming.array(source, [streaming.whole('frontend/table', table.shape)], table,
                          host_bytes=0, box_bytes=700)

@@ -105,9 +105,10 @@ def refused(capsys):
      "--task: invalid choice: 'sing' (choose from 'asr', 'tts'"),
     (['generate', '--config', 'x', '--workdir', 'w', '--task', 'tts'], 'required: --output'),
     (['export', '--config', 'x', '--workdir', 'w', '--format', 'onnx', '--out', 'o'],
-     "--format: invalid choice: 'onnx' (choose from 'hf', 'kyutai', 'stablehlo', 'gguf', 'peft')"),
+     "--format: invalid choice: 'onnx' (choose from 'hf', 'kyutai', 'kyutai-hf', 'kyutai-lora', "
+     "'stablehlo', 'gguf', 'peft')"),
     (['import', '--config', 'x', '--workdir', 'w', '--format', 'gguf', '--source', 'o'],
-     "--format: invalid choice: 'gguf' (choose from 'hf', 'kyutai')"),
+     "--format: invalid choice: 'gguf' (choose from 'hf', 'kyutai', 'kyutai-hf', 'kyutai-lora')"),
     (['report', '--workdir', 'w'], 'required: --out')])
 def test_wrong_flags(refused, argv, says):
     said = refused(argv, says, '--help', status=2)

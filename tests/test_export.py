@@ -13,9 +13,11 @@ import released
 from safetensors.numpy import load_file, save_file
 
 from jaxsd import checkpoint, export, model
+from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, read
-from jaxsd.export import rules
+from jaxsd.export import kyutai_lora, rules
 
+BOTH = ('mine', 'theirs')
 CASES = {
     'llama': (released.decoder('llama'), 'hf'),
     'mistral': (released.decoder('mistral'), 'hf'),
@@ -27,8 +29,14 @@ CASES = {
     'kyutai grouped': (released.multistream(kv_heads=2), 'kyutai'),
     'kyutai half': (released.multistream(pairs='half', window_columns=None), 'kyutai'),
     'kyutai shared': (released.multistream(head=dict(step_weights='shared')), 'kyutai'),
-    'kyutai both': (released.multistream(vocab=dict(predicted=('mine', 'theirs')), mlp=168),
+    'kyutai both': (released.multistream(vocab=dict(predicted=BOTH), mlp=168),
                     'kyutai'),
+    'kyutai schedule': (released.multistream(head=dict(step_weights=(0, 1, 1, 2))), 'kyutai'),
+    'kyutai one set by schedule': (released.multistream(head=dict(step_weights=(0,) * 4)),
+                                   'kyutai'),
+    'kyutai-hf': (released.multistream(), 'kyutai-hf'),
+    'kyutai-hf half': (released.multistream(pairs='half', kv_heads=2, head_dim=24, norm_eps=1e-6),
+                       'kyutai-hf'),
 }
 
 
@@ -72,10 +80,16 @@ def test_there_and_back(name, tmp_path):
             == (tmp_path / 'out' / 'model.safetensors').read_bytes())
 
 
-@pytest.mark.parametrize('name', ['llama', 'mistral', 'qwen2', 'kyutai'])
+GOLDENS = {name: CASES[name] for name in ('llama', 'mistral', 'qwen2', 'kyutai')} | {
+    'kyutai_scheduled': (released.scheduled(), 'kyutai'),
+    'kyutai_hf': (released.in_halves(), 'kyutai-hf'),
+}
+
+
+@pytest.mark.parametrize('name', GOLDENS)
 def test_released_files_come_back(name, tmp_path):
     """Export of an imported golden: the peer's own keys, shapes and numbers, none more."""
-    config, format = CASES[name]
+    config, format = GOLDENS[name]
     params = export.import_params(config, str(released.GOLDEN / name), format)
     export.save(config, params, str(tmp_path / 'out'), format)
     theirs = load_file(released.GOLDEN / name / 'model.safetensors')
@@ -86,11 +100,16 @@ def test_released_files_come_back(name, tmp_path):
     spelled = json.loads((tmp_path / 'out' / 'config.json').read_text())
     stated = json.loads((released.GOLDEN / name / 'config.json').read_text())
     if format == 'kyutai':
-        ignored = {'depformer_context', 'depformer_max_period'}     # of no effect without positions
+        # Of no effect without positions; and two scales can mean the same feed-forward.
+        ignored = {'depformer_context', 'depformer_max_period'} | (
+            {'hidden_scale', 'depformer_dim_feedforward'} if name == 'kyutai_scheduled' else set())
+        read = export.FAMILIES[format].read
+        assert read(stated, '') == read(spelled, '')
         assert {k: v for k, v in stated.items() if k not in ignored} == {
-            k: v for k, v in spelled.items() if k != 'existing_text_end_padding_id'}
+            k: v for k, v in spelled.items() if k not in ignored | {'existing_text_end_padding_id'}}
     else:
-        shared = set(spelled) & set(stated) - {'max_window_layers'}     # no effect here
+        shared = set(spelled) & set(stated) - {
+            'max_window_layers', 'audio_encoder_config', 'depth_decoder_config', 'architectures'}
         assert len(shared) > 12
         assert {k: stated[k] for k in shared} == {k: spelled[k] for k in shared}
 
@@ -169,6 +188,222 @@ def test_low_rank_terms_are_folded(tmp_path):
         export.save(config, params, str(tmp_path / 'two'), 'kyutai')
 
 
+# Low-rank terms alone ----------------------------------------------------------------------------
+
+TERMS = dict(rank=2, scale=.5)
+
+
+def share(params):
+    """Gives q, k and v of every layer one first factor, as terms from a peer's file have."""
+    blocks = params['backbone']['blocks']
+    for name in 'kv':
+        blocks[name]['lora_a'] = blocks['q']['lora_a'].copy()
+    return params
+
+
+def adapting(*rules):
+    """A stage that trains low-rank terms and what `rules` say."""
+    return stages.Stage(name='adapt', steps=1, batch=1, data={}, lr=1., lora=TERMS,
+                        train=(('.*/lora_[ab]', 1.0), *rules, ('.*', None)))
+
+
+def base_of(flat):
+    return {k: v for k, v in flat.items() if not k.endswith(('/lora_a', '/lora_b'))}
+
+
+@pytest.fixture(scope='module')
+def terms(tmp_path_factory):
+    """(config, parameters by path, folder) of terms of a small multistream model."""
+    config = released.scheduled()
+    params = share(released.random_params(config, 7, TERMS))
+    out = tmp_path_factory.mktemp('terms') / 'out'
+    export.save(config, params, str(out), 'kyutai-lora', lora_scale=.5)
+    return config, export.flatten(params), out
+
+
+@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize('config', [
+    released.scheduled(), released.multistream(kv_heads=2, head=dict(step_weights='shared'))],
+    ids=['schedule', 'grouped'])
+def test_terms_there_and_back(config, shared, tmp_path):
+    params = released.random_params(config, 6, TERMS)
+    flat = export.flatten(share(params) if shared else params)
+    out = tmp_path / 'out'
+    made = export.save(config, params, str(out), 'kyutai-lora', lora_scale=.5, tables=shared)
+    values = json.loads((out / 'config.json').read_text())
+    assert values['lora'] is True and values['lora_scaling'] == .5
+    assert values['lora_rank'] == (2 if shared else 6)
+    assert made['files'] == ['README.md', 'config.json', 'lora.safetensors', 'provenance.json',
+                             'vocabulary.json']
+    other = {k: v + shared for k, v in base_of(flat).items()}   # whose tables the file replaces
+    back = kyutai_lora.read(config, str(out), other, TERMS)
+    for path in flat:
+        np.testing.assert_array_equal(
+            back[path], flat[path] if path not in other or shared and path in kyutai_lora.TABLES
+            else other[path], err_msg=path)
+    if not shared:
+        with pytest.raises(ConfigError, match='lora.rank is 3, the checkpoint has 6'):
+            kyutai_lora.read(config, str(out), other, TERMS | dict(rank=3))
+
+
+def test_terms_in_the_older_dialect(terms, tmp_path):
+    config, flat, out = terms
+    shutil.copytree(out, tmp_path / 'old')
+    path = tmp_path / 'old' / 'lora.safetensors'
+    state = released.stacked(load_file(path))
+    assert 'depformer.layers.0.self_attn.in_proj.lora_A.weight' in state
+    save_file(state, path)
+    equal(flat, kyutai_lora.read(config, str(tmp_path / 'old'), base_of(flat), TERMS))
+
+
+def test_terms_for_both_speakers_fit_one(tmp_path):
+    both = released.multistream(vocab=dict(predicted=BOTH))
+    params = share(released.random_params(both, 8, TERMS))
+    export.save(both, params, str(tmp_path / 'out'), 'kyutai-lora', lora_scale=.5)
+    config = released.multistream()
+    base = export.flatten(released.random_params(config, 9))
+    back = kyutai_lora.read(config, str(tmp_path / 'out'), base, TERMS)
+    np.testing.assert_array_equal(back['head/outs/lora_b'], params['head']['outs']['lora_b'][:4])
+    np.testing.assert_array_equal(back['head/blocks/qkv/lora_a'],
+                                  params['head']['blocks']['qkv']['lora_a'][:, :4])
+
+
+@pytest.mark.parametrize('damage, match', [
+    (lambda s, v: s.pop('linears.1.lora_B.weight'), 'lacks linears.1.lora_B.weight'),
+    (lambda s, v: s.update({'linears.1.lora_A.weight': np.zeros((3, 24), np.float32)}),
+     r'linears.1.lora_A.weight has shape \(3, 24\), the config wants \(2, 24\)'),
+    (lambda s, v: s.update(extra=np.zeros(3, np.float32)), 'without a place in the config: extra'),
+    (lambda s, v: s.update({'emb.0.weight': np.zeros((16, 32), np.float32)}),
+     r'emb.0.weight has shape \(16, 32\)'),
+    (lambda s, v: s.update({'transformer.layers.0.self_attn.in_proj.lora_A.weight':
+                            np.zeros((2, 32), np.float32)}), 'holds too'),
+    (lambda s, v: v.update(lora=False), "lora is not true; use format 'kyutai'"),
+    (lambda s, v: v.update(lora_rank=1 << 60), 'lora_rank must be a number from 1 to'),
+    (lambda s, v: v.update(lora_rank=6), r'the config wants \(6, '),
+    (lambda s, v: v.update(lora_rank=4), 'lora.rank is 2, the checkpoint has 4'),
+    (lambda s, v: v.update(lora_scaling=2.0), 'lora.scale is 0.5, the checkpoint has 2.0'),
+    (lambda s, v: v.update(context=4), 'backbone.window_columns is 9, the checkpoint has 4')])
+def test_bad_terms(terms, tmp_path, damage, match):
+    config, flat, out = terms
+    shutil.copytree(out, tmp_path / 'bad')
+    state = load_file(tmp_path / 'bad' / 'lora.safetensors')
+    values = json.loads((out / 'config.json').read_text())
+    damage(state, values)
+    save_file(state, tmp_path / 'bad' / 'lora.safetensors')
+    (tmp_path / 'bad' / 'config.json').write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=match) as e:
+        kyutai_lora.read(config, str(tmp_path / 'bad'), base_of(flat), TERMS)
+    assert '\n' not in str(e.value)
+
+
+def test_terms_cut_short(terms, tmp_path):
+    config, flat, out = terms
+    shutil.copytree(out, tmp_path / 'bad')
+    with open(tmp_path / 'bad' / 'lora.safetensors', 'r+b') as f:
+        f.truncate(20_000)
+    with pytest.raises(ValueError, match='lora.safetensors: not a whole safetensors file'):
+        kyutai_lora.read(config, str(tmp_path / 'bad'), base_of(flat), TERMS)
+    os.remove(tmp_path / 'bad' / 'config.json')
+    with pytest.raises(ValueError, match='config.json, which says what the terms are multiplied'):
+        kyutai_lora.read(config, str(tmp_path / 'bad'), base_of(flat), TERMS)
+
+
+def test_terms_that_no_file_can_hold(tmp_path):
+    config = released.scheduled()
+    with pytest.raises(ConfigError, match='needs a low-rank term for every linear map'):
+        export.save(config, released.random_params(config, 1), str(tmp_path / 'out'), 'kyutai-lora')
+    assert os.listdir(tmp_path) == []
+    params = released.random_params(config, 1, TERMS)
+    for more, moved in (((), []), ((('frontend/table', .5),), ['frontend/table'])):
+        assert export.only_adapted(adapting(*more), params, 'kyutai-lora') == moved
+    with pytest.raises(ConfigError, match='also trained head/text_out/kernel, which format'):
+        export.only_adapted(adapting(('head/text_out/kernel', 1.0)), params, 'kyutai-lora')
+
+
+def test_a_stage_of_terms_from_files_and_back(terms, tmp_path):
+    """The base into one stage, terms into the next, and out again, by way of a run directory."""
+    config, flat, out = terms
+    config = config.copy_and_resolve_references()
+    config.data = dict(path='/nowhere', sources=dict(all=dict(select=('story',))))
+    stage = dict(steps=2, batch=2, data=dict(all=1.0), lr=1e-3)
+    config.stages = (dict(name='first', **stage), dict(
+        name='adapt', start='first', lora=TERMS, train=(('.*/lora_[ab]', 1.0), ('.*', None)),
+        **stage))
+    work = str(tmp_path / 'run')
+    with pytest.raises(ConfigError, match="starts from 'first', but there is no checkpoint"):
+        export.import_run(config, str(out), work, 'kyutai-lora')
+    with pytest.raises(ConfigError, match='stage first has no low-rank terms'):
+        export.import_run(config, str(out), work, 'kyutai-lora', stage_name='first')
+    export.save(config, export.unflatten(base_of(flat)), str(tmp_path / 'base'), 'kyutai')
+    export.import_run(config, str(tmp_path / 'base'), work, 'kyutai', stage_name='first')
+    export.import_run(config, str(out), work, 'kyutai-lora')
+    export.export_run(config, work, str(tmp_path / 'again'), 'kyutai-lora')
+    told = json.loads((tmp_path / 'again' / 'provenance.json').read_text())['sources']
+    assert [x['name'] for x in told] == ['out', 'base']
+    assert ((tmp_path / 'again' / 'lora.safetensors').read_bytes()
+            == (out / 'lora.safetensors').read_bytes())
+    assert '| stage | adapt |' in (tmp_path / 'again' / 'README.md').read_text()
+
+
+# The layout of transformers ----------------------------------------------------------------------
+
+@pytest.mark.parametrize('changes, match', [
+    (dict(model_type='mimi'), "model_type must be 'moshi'"),
+    (dict(depth_decoder_config=3), 'depth_decoder_config must be an object'),
+    (dict(sliding_window=8), 'backbone.window_columns is 7, the checkpoint has 8'),
+    (dict(num_codebooks=1 << 50), 'num_codebooks must be a number from 2 to'),
+    (dict(num_codebooks=4), 'depth_decoder_config: num_codebooks must be 4'),
+    (dict(ffn_dim=127), 'ffn_dim must be even'), (dict(hidden_act='gelu'), 'hidden_act'),
+    (dict(rope_parameters=dict(rope_type='yarn', rope_theta=1.)), "rotary scaling 'yarn'"),
+    (dict(rms_norm_eps='tiny'), 'rms_norm_eps must be'),
+])
+def test_bad_config_in_halves(tmp_path, changes, match):
+    shutil.copytree(released.GOLDEN / 'kyutai_hf', tmp_path / 'bad')
+    edited(str(tmp_path / 'bad'), **changes)
+    refuse(released.in_halves(), str(tmp_path / 'bad'), 'kyutai-hf', match)
+
+
+@pytest.mark.parametrize('fn, match', [
+    (lambda s: s.pop('depth_decoder.lm_heads.weight'), 'lacks depth_decoder.lm_heads.weight'),
+    (lambda s: s.update({'depth_decoder.lm_heads.weight': s['depth_decoder.lm_heads.weight'][:2]}),
+     r'lm_heads.weight has shape \(2, 32, 16\), the config wants \(3, 32, 16\)'),
+    (lambda s: s.update({'decoder.model.layers.0.self_attn.q_proj.weight': s.pop(
+        'decoder.model.layers.0.self_attn.q_proj.linear.weight')}), 'q_proj.linear.weight'),
+])
+def test_tensors_that_do_not_fit_in_halves(tmp_path, fn, match):
+    shutil.copytree(released.GOLDEN / 'kyutai_hf', tmp_path / 'bad')
+    change_tensors(str(tmp_path / 'bad'), fn)
+    refuse(released.in_halves(), str(tmp_path / 'bad'), 'kyutai-hf', match)
+
+
+def test_the_codec_goes_along(tmp_path):
+    """A Mimi in a folder is bundled; what transformers says of generation lies beside."""
+    config = released.in_halves()
+    mimi = tmp_path / 'mimi'
+    mimi.mkdir()
+    (mimi / 'config.json').write_text(json.dumps(dict(codebook_size=32, num_quantizers=8, extra=1)))
+    save_file({'encoder.w': np.arange(3, dtype=np.float32)}, mimi / 'model.safetensors')
+    config.codec = dict(name='mimi', path=str(mimi), frame_hz=12.5, codebooks=3, size=32)
+    params = released.random_params(config, 1)
+    out = tmp_path / 'out'
+    export.save(config, params, str(out), 'kyutai-hf')
+    state = load_file(out / 'model.safetensors')
+    assert state['audio_encoder.encoder.w'].tolist() == [0., 1., 2.]
+    said = json.loads((out / 'config.json').read_text())
+    assert said['audio_encoder_config'] == dict(model_type='mimi', codebook_size=32,
+                                                num_quantizers=8, extra=1)
+    said = json.loads((out / 'generation_config.json').read_text())
+    assert said['bos_token_id'] == 40 and said['depth_decoder_config']['max_length'] == 4
+    equal(params, export.import_params(config, str(out), 'kyutai-hf'))
+    (mimi / 'config.json').write_text(json.dumps(dict(codebook_size=64)))
+    with pytest.raises(ConfigError, match='another codebook_size'):
+        export.save(config, params, str(tmp_path / 'two'), 'kyutai-hf')
+    config.codec.path = str(mimi / 'model.safetensors')
+    with pytest.raises(ConfigError, match='codec.path'):
+        export.save(config, params, str(tmp_path / 'two'), 'kyutai-hf')
+    assert sorted(os.listdir(tmp_path)) == ['mimi', 'out']
+
+
 @pytest.mark.parametrize('spec, format', [('configs/spirit_lm.py:tiny', 'hf'),
                                           ('configs/moshi.py:tiny', 'kyutai')])
 def test_every_demo_system_can_leave(spec, format, tmp_path):
@@ -191,6 +426,46 @@ def test_padding_rows_of_the_line_stay_home(tmp_path):
     back = export.import_params(config, str(tmp_path / 'out'), 'kyutai')
     params['frontend']['table'][used:] = 0
     equal(params, back)
+
+
+@pytest.mark.parametrize('old', [False, True])
+@pytest.mark.parametrize('steps, kept', [
+    ('own', 'own'), ('shared', 'shared'), ((0, 1, 1, 2, 3, 3, 3, 3), (0, 1, 1, 2)),
+    ((0, 1, 2, 3, 4, 4, 4, 4), 'own'), ((0, 1, 1, 1, 1, 1, 1, 0), (0, 1, 1, 1))])
+def test_who_speaks_for_both_can_speak_for_one(steps, kept, old, tmp_path, caplog):
+    """Import leaves out the depth steps of the other speaker, in either dialect."""
+    whole = released.multistream(vocab=dict(predicted=BOTH), head=dict(step_weights=steps))
+    mine = released.multistream(head=dict(step_weights=kept))
+    params = released.random_params(whole, 1)
+    export.save(whole, params, str(tmp_path / 'out'), 'kyutai')
+    if old:
+        path = tmp_path / 'out' / 'model.safetensors'
+        save_file(released.stacked(load_file(path)), path)
+    with caplog.at_level('INFO', 'jaxsd'):
+        back = export.import_params(mine, str(tmp_path / 'out'), 'kyutai')
+    assert 'the first 4 of 8 depth steps' in caplog.text
+    head, sets = params['head'], back['head']['inputs']['kernel'].shape[0]
+    head['tables'] = head['tables'][:3]
+    head['outs']['kernel'] = head['outs']['kernel'][:4]
+    head['inputs']['kernel'] = head['inputs']['kernel'][:sets]
+    for name in ('qkv', 'out', 'gate_up', 'down'):
+        head['blocks'][name]['kernel'] = head['blocks'][name]['kernel'][:, :sets]
+    equal(params, back)
+    refuse(released.multistream(), str(tmp_path / 'out'), 'kyutai', 'head.step_weights'
+           ) if kept != 'own' else None
+
+
+def test_who_speaks_for_one_cannot_speak_for_both(folder):
+    whole = released.multistream(vocab=dict(predicted=BOTH))
+    refuse(whole, str(folder['kyutai']), 'kyutai', 'rows .size, predicted. is')
+
+
+def test_a_step_too_many_is_not_left_behind(folder, tmp_path):
+    """Only what the checkpoint's own config.json speaks of may be left out."""
+    bad = copied(folder, tmp_path, 'kyutai')
+    edited(bad, dep_q=5)
+    change_tensors(bad, lambda s: s.update({'linears.5.weight': s['linears.0.weight']}))
+    refuse(CASES['kyutai'][0], bad, 'kyutai', 'without a place in the config: linears.5.weight')
 
 
 # What bad input gets -----------------------------------------------------------------------------
@@ -237,11 +512,17 @@ def test_bad_decoder_config(folder, tmp_path, changes, match):
 @pytest.mark.parametrize('changes, match', [
     (dict(context=8), 'backbone.window_columns is 7, the checkpoint has 8'),
     (dict(delays=[0] * 9), 'layout.delays is'), (dict(delays=[0]), 'delays must be n_q'),
-    (dict(dep_q=8), 'rows .size, predicted. is'), (dict(hidden_scale=4), 'backbone.mlp is 176'),
+    (dict(dep_q=3), 'rows .size, predicted. is'), (dict(hidden_scale=4), 'backbone.mlp is 176'),
     (dict(norm='layer_norm'), 'norm must be'), (dict(gating='none'), "gating must be 'silu'"),
     (dict(positional_embedding='sin'), "positional_embedding must be 'rope'"),
     (dict(depformer_low_rank_embeddings=8), 'depformer_low_rank_embeddings'),
-    (dict(depformer_weights_per_step_schedule=[0, 1, 1, 1]), 'schedule'),
+    (dict(depformer_weights_per_step_schedule=[0, 1, 1, 1]),
+     r"head.step_weights is 'own', the checkpoint has \(0, 1, 1, 1\)"),
+    (dict(depformer_weights_per_step_schedule=[0, 1, 1]), 'each of the dep_q = 4 steps'),
+    (dict(depformer_weights_per_step_schedule=[0, 1, 1, 3]), 'leaves out none'),
+    (dict(depformer_weights_per_step_schedule=[0, 1, 1, 1 << 60]), 'leaves out none'),
+    (dict(depformer_weights_per_step_schedule=[0, 1, 1, [2]]), 'must be a list'),
+    (dict(depformer_weights_per_step_schedule=3), 'must be a list'),
     (dict(kv_repeat=2), 'depformer_kv_repeat'), (dict(n_q=1 << 40), 'n_q must be'),
     (dict(existing_text_padding_id=4), 'vocab.pad is 3'),
 ])
@@ -409,6 +690,10 @@ def test_both_dialects_at_once(folder, tmp_path):
     (released.multistream(norm_eps=1e-6), 'kyutai', 'backbone.norm_eps is 1e-06'),
     (released.multistream(head_dim=24), 'kyutai', 'backbone.head_dim'),
     (released.multistream(qkv_bias=True), 'kyutai', 'backbone.qkv_bias'),
+    (released.multistream(head=dict(step_weights='shared')), 'kyutai-hf', "can only say 'own'"),
+    (released.multistream(vocab=dict(predicted=BOTH)), 'kyutai-hf', 'vocab.predicted'),
+    (released.multistream(window_columns=None), 'kyutai-hf', 'window_columns'),
+    (released.decoder('llama'), 'kyutai-hf', "head.name is 'flat'"),
     (released.decoder('llama'), 'pickle', '--format has no option'),
 ])
 def test_what_a_format_cannot_say(config, format, match, tmp_path):

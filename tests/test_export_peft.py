@@ -50,12 +50,12 @@ def test_only_what_an_adapter_holds_was_trained():
     params = released.random_params(released.decoder('llama'), 1, LORA)
     common = dict(name='adapt', steps=1, batch=1, data={}, lr=1., lora=LORA)
     adapted = Stage(train=(('.*/lora_.', 1.), ('.*', None)), **common)
-    export.only_adapted(adapted, params)
+    assert export.only_adapted(adapted, params, 'peft') == []
     for rule, path in ((('.*norm.*', 1.), 'backbone/blocks/norm_attention/weight'),
                        (('.*', .1), 'and 3 more')):
         more = Stage(train=(('.*/lora_.', 1.), rule, ('.*', None)), **common)
         with pytest.raises(ConfigError, match=f'adapt also trained .*{path}.* use format'):
-            export.only_adapted(more, params)
+            export.only_adapted(more, params, 'peft')
 
 
 def test_refused(tmp_path):

@@ -23,7 +23,8 @@ STREAMS = Sizes((Row('text', 0, 10, 9), *(Row(f'mine {k}', 10 + 7 * k, 7, 6) for
                  *(Row(f'theirs {k}', 38 + 7 * k, 7, 0) for k in range(2))), 52, WIDTH)
 SOME = Sizes((Row('text', 0, 6, 5), Row('mine 0', 6, 5, 4), Row('theirs 0', 11, 5, 0)), 16, WIDTH)
 DEPTH = dict(width=8, layers=2, heads=2, mlp=10)
-KINDS = ('flat', 'rows', 'tied', 'own', 'shared')
+SLOTS = {'own': (0, 1, 2, 3), 'shared': (0, 0, 0, 0), 'schedule': (0, 1, 1, 2)}
+KINDS = ('flat', 'rows', 'tied', *SLOTS)
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def made(kind: str, **options):
     """(head, its Sizes, embedding table), parameters moved away from where they start."""
     sizes = {'flat': LINE, 'tied': LINE, 'rows': SOME}.get(kind, STREAMS)
     if sizes is STREAMS:
-        options = DEPTH | dict(step_weights=kind) | options
+        options = DEPTH | dict(step_weights=SLOTS[kind] if kind == 'schedule' else kind) | options
         lm = head.depth(sizes, rngs=nnx.Rngs(0), **options)
     else:
         lm = (head.tied if kind == 'tied' else head.flat)(sizes, rngs=nnx.Rngs(0), **options)
@@ -108,18 +109,17 @@ def test_flat_rows_share_one_hidden_state_and_nothing_else():
     assert theirs is None
 
 
-@pytest.mark.parametrize('kind', ('own', 'shared'))
+@pytest.mark.parametrize('kind', SLOTS)
 def test_depth_by_hand(kind):
     """Against the equations in double precision, cells of nothing among the targets."""
     lm, sizes, embed = made(kind)
     h, target = inputs(sizes)
     target = target.at[0, 0, 2].set(NOTHING).at[1, 2, 3].set(NOTHING).at[:, :, 6].set(NOTHING)
     params = by_hand.float64(nnx.to_pure_dict(nnx.state(lm)))
-    slots = (0, 1, 2, 3) if kind == 'own' else (0, 0, 0, 0)
     got = scores(lm, h, target, embed)
     for b in range(2):
         want = by_hand.depth(params, np.asarray(h[b], np.float64), np.asarray(target[b]),
-                             sizes.rows, slots)
+                             sizes.rows, SLOTS[kind])
         for k, w in enumerate(want):
             np.testing.assert_allclose(got[k][b], w, rtol=2e-4, atol=2e-4)
     assert got[5] is got[6] is None
@@ -136,6 +136,9 @@ def test_own_and_shared_weights_differ_by_their_sets():
     assert shapes[0]['inputs']['kernel'][0] == 4 and shapes[1]['inputs']['kernel'][0] == 1
     for name in ('norm_attention', 'norm_mlp'):
         assert shapes[0]['blocks'][name] == shapes[1]['blocks'][name] == {'weight': (2, 8)}
+    some = jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(made('schedule')[0])))
+    assert {some['blocks'][name]['kernel'][1] for name in per_step} == {3}
+    assert some['inputs']['kernel'][0] == 3 and some['outs'] == shapes[0]['outs']
     for name in ('outs', 'tables', 'text_table', 'text_out'):       # one per codebook in both
         assert shapes[0][name] == shapes[1][name]
     params = nnx.to_pure_dict(nnx.state(shared))
@@ -318,7 +321,13 @@ def test_scanned_as_on_an_accelerator_is_the_same(monkeypatch):
      'needs predicted audio rows right after the text row'),
     (Sizes((Row('text', 0, 4, 3), Row('mine 0', 4, 3, 2), Row('mine 1', 7, 4, 3)), 11, WIDTH), {},
      'needs audio rows of one size'),
-    (STREAMS, dict(step_weights='some'), "head.step_weights is 'own' or 'shared', got 'some'"),
+    (STREAMS, dict(step_weights='some'),
+     "head.step_weights is 'own', 'shared' or a tuple of 4 numbers, got 'some'"),
+    (STREAMS, dict(step_weights=(0, True, 1, 1)), 'or a tuple of 4 numbers'),
+    (STREAMS, dict(step_weights=(0, 1, 1)), 'must name a set for each of the 4 steps'),
+    (STREAMS, dict(step_weights=(0, 1, 3, 3)), 'leave out none from 0 to the last'),
+    (STREAMS, dict(step_weights=(-1, 0, 0, 0)), 'leave out none from 0 to the last'),
+    (STREAMS, dict(step_weights=(0, 1, 2, 3)), "write 'own'"),
     (STREAMS, dict(heads=3), 'head.heads 3 must divide head.width 8'),
     (STREAMS, dict(fraction=0.0), r'head.fraction must lie in \(0, 1\], got 0.0')])
 def test_bad_options_say_which(sizes, options, message):

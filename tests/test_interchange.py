@@ -14,6 +14,7 @@ from jaxsd import cli, export, model, run, state, train
 from jaxsd import config as configs
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint
+from jaxsd.export import begin
 from jaxsd.export.facts import config_of, facts
 from jaxsd.stage import flatten
 
@@ -125,9 +126,9 @@ def test_a_stage_starts_from_it(prefix, corpus, text_model, tmp_path):
                                graft(GRAFT, start=f'{prefix}{folder}')))
     stage = stages.stages(ours)[0]
     target = state.abstract_state(ours, stage, state.mesh_of(ours))[1]
-    begun, source = train.start_params(ours, stage, str(tmp_path / 'work'), target)
-    assert source == f'{prefix}{folder}'
-    table = begun['frontend']['table']
+    begun = begin.start_params(ours, stage, str(tmp_path / 'work'), target)
+    assert begun.start == f'{prefix}{folder}'
+    table = begun.params['frontend']['table']
     assert table.sharding == target['params']['frontend']['table'].sharding
     np.testing.assert_array_equal(np.asarray(table)[:320], params['frontend']['table'])
     jax.tree.map(lambda x, t: (x.shape, x.dtype) == (t.shape, t.dtype) or pytest.fail(str(t)),
@@ -142,11 +143,11 @@ def test_training_tells_what_it_started_from(corpus, text_model, tmp_path):
     assert cli.main(['train', '--config', config, '--workdir', work]) == 0
     first = next(e for e in run.read_ledger(work) if e['event'] == 'start')
     assert first['start'] == str(text_model[0])
-    assert first['origin'] == dict(format='hf', name='text-model', license='apache-2.0')
+    assert first['origins'] == [dict(format='hf', name='text-model', license='apache-2.0')]
     assert cli.main(['export', '--format', 'hf', '--config', config, '--workdir', work,
                      '--out', out]) == 0
-    assert json.loads((tmp_path / 'out' / 'provenance.json').read_text())['sources'] == [
-        first['origin']]
+    assert json.loads((tmp_path / 'out' / 'provenance.json').read_text())['sources'] == (
+        first['origins'])
 
 
 def test_low_rank_terms_begin_fresh_on_it(corpus, text_model, tmp_path):
@@ -156,7 +157,7 @@ def test_low_rank_terms_begin_fresh_on_it(corpus, text_model, tmp_path):
         train=(('.*/lora_[ab]', 1.0), ('.*', None)))))
     stage = stages.stages(ours)[0]
     target = state.abstract_state(ours, stage, state.mesh_of(ours))[1]
-    begun = flatten(train.start_params(ours, stage, str(tmp_path / 'work'), target)[0])
+    begun = flatten(begin.start_params(ours, stage, str(tmp_path / 'work'), target).params)
     q = flatten(params)['backbone/blocks/q/kernel']
     np.testing.assert_array_equal(np.asarray(begun['backbone/blocks/q/kernel']), q)
     assert np.asarray(begun['backbone/blocks/q/lora_a']).any()
@@ -195,7 +196,7 @@ def test_a_history_is_followed_through_stages_and_runs(tmp_path):
     origin = dict(format='hf', name='x', license='mit')
     used = {'all': {'tokens': 5, 'audio_s': 7.0}}
     folder = tmp_path / 'one' / 'checkpoints' / 'a'
-    lines = {'one': [dict(event='start', stage='a', step=0, start='hf:/x', origin=origin),
+    lines = {'one': [dict(event='start', stage='a', step=0, start='hf:/x', origins=[origin]),
                      dict(event='consumed', stage='a', consumed_to=4, consumed=used)],
              'two': [dict(event='start', stage='b', step=0, start=f'step 4 of {folder}'),
                      dict(event='consumed', stage='b', consumed_to=6, consumed={}),

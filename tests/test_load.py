@@ -68,6 +68,25 @@ def test_many_streams_are_aligned_as_the_peer_aligns_them(multistream):
     assert np.nanmax(np.abs(scores['audio'] - golden['logits'])) <= TOLERANCE
 
 
+def test_the_layout_of_transformers_is_aligned_alike():
+    """It is fed delayed columns; here every frame comes as it sounds, and NaN is what falls off."""
+    lm, golden = export.load(str(released.GOLDEN / 'kyutai_hf')), arrays('kyutai_hf')
+    assert lm.format == 'kyutai-hf' and facts(lm.config)['backbone.pairs'] == 'half'
+    scores, T = lm.scores(golden['codes']), golden['codes'].shape[-1]
+    assert np.abs(scores['text'] - golden['text_logits'][:, :T]).max() <= TOLERANCE
+    for q, late in enumerate((0, 1, 1)):
+        kept = golden['logits'][:, q, late:T]
+        assert np.abs(scores['audio'][:, q, :T - late] - kept).max() <= TOLERANCE
+        assert np.isnan(scores['audio'][:, q, T - late:]).all()
+
+
+def test_scheduled_steps_are_recognized():
+    lm, golden = export.load(str(released.GOLDEN / 'kyutai_scheduled')), arrays('kyutai_scheduled')
+    assert lm.config.head.step_weights == (0, 1, 1)
+    scores = lm.scores(golden['codes'])
+    assert np.nanmax(np.abs(scores['audio'] - golden['logits'])) <= TOLERANCE
+
+
 def test_parameters_and_config_are_those_of_an_import(llama, multistream):
     same(llama.params, export.import_params(released.decoder('llama'),
                                             str(released.GOLDEN / 'llama'), 'hf'))
@@ -186,10 +205,10 @@ def test_a_vocabulary_that_does_not_fit_is_not_believed(said, tmp_path):
             'codec': {'name': 'kmeans', 'frame_hz': 25, 'size': 34}}
     path = tmp_path / 'lm' / 'vocabulary.json'
     path.write_text(json.dumps(good))
-    config = export.loading._bare(str(tmp_path / 'lm'))[2]
+    config = export.loading._bare(str(tmp_path / 'lm'))[-1]
     assert config.codec.size == 34 and config.vocab.markers == ('[Text]', '[Speech]')
     path.write_text(json.dumps(good | said))
-    config = export.loading._bare(str(tmp_path / 'lm'))[2]
+    config = export.loading._bare(str(tmp_path / 'lm'))[-1]
     assert config.codec.name == 'none' or config.codec.size == 34
     assert export.loading.model.make_vocab(config).size == 96
 

@@ -5,12 +5,17 @@ The golden folders hold what PyTorch answered (tests/peers/make_goldens.py); not
 Each comparison is repeated with one convention broken, to see that it could have failed.
 """
 
+import shutil
+
 import jax
+import ml_dtypes  # noqa: F401  (bfloat16 for numpy)
 import numpy as np
 import pytest
 import released
+from safetensors.numpy import load_file, save_file
 
 from jaxsd import export
+from jaxsd.export import kyutai_lora
 
 TOLERANCE = 5e-5
 
@@ -21,8 +26,8 @@ def arrays(name: str) -> dict:
 
 
 def imported(config, name: str) -> dict:
-    return export.import_params(config, str(released.GOLDEN / name),
-                                'kyutai' if name == 'kyutai' else 'hf')
+    format = 'kyutai-hf' if name == 'kyutai_hf' else 'kyutai' if name[:6] == 'kyutai' else 'hf'
+    return export.import_params(config, str(released.GOLDEN / name), format)
 
 
 @pytest.mark.parametrize('name', released.DECODERS)
@@ -93,21 +98,55 @@ def test_multistream_stream():
     np.testing.assert_array_equal(said, golden['said'])
 
 
+def test_scheduled_steps():
+    """Depth steps that share sets of weights, a delay of two, another norm: logits and a stream."""
+    config, golden = released.scheduled(), arrays('kyutai_scheduled')
+    params = imported(config, 'kyutai_scheduled')
+    text, audio = released.aligned_scores(config, params, golden['codes'])
+    np.testing.assert_array_equal(np.isnan(audio), np.isnan(golden['logits']))
+    assert np.abs(text - golden['text_logits']).max() <= TOLERANCE
+    assert np.nanmax(np.abs(audio - golden['logits'])) <= TOLERANCE
+    other = released.scheduled()
+    other.head.step_weights = (0, 1, 0)
+    _, audio = released.aligned_scores(other, params, golden['codes'])
+    assert np.nanmax(np.abs(audio - golden['logits'])) > 20 * TOLERANCE
+    np.testing.assert_array_equal(released.spoken(config, params, golden['heard']), golden['said'])
+
+
+def test_low_rank_terms_of_a_released_file():
+    """What moshi-finetune saves, on its base: as second terms, and folded."""
+    config, golden = released.scheduled(), arrays('kyutai_scheduled')
+    base = export.flatten(imported(config, 'kyutai_scheduled'))
+    flat = kyutai_lora.read(config, str(released.GOLDEN / 'kyutai_scheduled' / 'lora'), base,
+                            released.LORA)
+    params = export.unflatten(flat)
+    text, audio = released.aligned_scores(config, params, golden['codes'], released.LORA)
+    assert np.abs(text - golden['lora_text_logits']).max() <= TOLERANCE
+    assert np.nanmax(np.abs(audio - golden['lora_logits'])) <= TOLERANCE
+    assert np.nanmax(np.abs(golden['logits'] - golden['lora_logits'])) > .1
+    folded = export.unflatten(export.fold_lora(flat, released.LORA['scale']))
+    np.testing.assert_array_equal(released.spoken(config, folded, golden['heard']),
+                                  golden['lora_said'])
+
+
+def test_multistream_in_halves():
+    """transformers' Moshi: logits column by column, and what its own `generate` continues with."""
+    config, golden = released.in_halves(), arrays('kyutai_hf')
+    params = imported(config, 'kyutai_hf')
+    columns = released.columns_of(config, golden['codes'])
+    text, *audio = released.scores(config, params, columns)[:4]
+    assert np.abs(text[:, :-1] - golden['text_logits']).max() <= TOLERANCE
+    assert np.abs(np.stack(audio, 1)[:, :, :-1] - golden['logits']).max() <= TOLERANCE
+    said = released.continued(config, params, golden['codes'][:, :, :4], golden['blank'], 16)
+    np.testing.assert_array_equal(said[0], golden['said_text'])
+    np.testing.assert_array_equal(said[1], golden['said'])
+
+
 def test_old_dialect_gives_the_same(tmp_path):
     """Published checkpoints stack the steps of a projection; they import to the same numbers."""
-    import shutil
-
-    import ml_dtypes  # noqa: F401  (bfloat16 for numpy)
-    from safetensors.numpy import load_file, save_file
     config = released.multistream()
-    state, old = load_file(released.GOLDEN / 'kyutai' / 'model.safetensors'), {}
-    for key, value in state.items():
-        head, _, tail = key.partition('_projs.')
-        if tail in ('', '0.weight'):
-            parts = [state[f'{head}_projs.{s}.weight'] for s in range(4)
-                     if f'{head}_projs.{s}.weight' in state] if tail else [value]
-            suffix = '_proj_weight' if head.endswith('in') else '_proj.weight'
-            old[head + suffix if tail else key] = np.concatenate(parts)
+    state = load_file(released.GOLDEN / 'kyutai' / 'model.safetensors')
+    old = released.stacked(state)
     assert 'depformer.layers.1.self_attn.in_proj_weight' in old
     assert len(old) == len(state) - 2 * 2 * 3
     save_file(old, tmp_path / 'model.safetensors')

@@ -13,6 +13,7 @@ from jaxsd import checkpoint, model, sharding, train
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError
+from jaxsd.export import begin
 from jaxsd.stage import Stage, flatten
 
 ONE = dict(name='one', steps=4, batch=2, data=dict(x=1.0), lr=1e-2)
@@ -29,7 +30,7 @@ def one_device():
 def trained(c, stage, workdir='', steps=3):
     """(state before, state after, by_path) of `steps` steps on one device."""
     graph, target, by_path = train.abstract_state(c, stage, one_device())
-    params, _ = train.start_params(c, stage, workdir, target)
+    params = begin.start_params(c, stage, workdir, target).params
     state = train.fresh_state(c, stage, target, by_path, params)
     before = jax.tree.map(np.asarray, state)
     step = jax.jit(train.make_step(graph, model.objective_of(c), stage, by_path))
@@ -176,11 +177,12 @@ def test_a_stage_starts_from_the_parameters_of_a_path_and_fresh_moments(tmp_path
     other.stages = (dict(ONE, name='next', start=path),)
     stage, = stages.stages(other)
     _, target, _ = train.abstract_state(other, stage, one_device())
-    params, source = train.start_params(other, stage, str(tmp_path / 'new'), target)
-    assert source == f'step 3 of {path}'
+    begun = begin.start_params(other, stage, str(tmp_path / 'new'), target)
+    assert begun.start == f'step 3 of {path}' and begun.origins == ()
     before, _, _ = trained(other, stage, str(tmp_path / 'new'), steps=0)
     assert int(before['step']) == 0 and not any(np.any(x) for x in jax.tree.leaves(before['opt']))
-    assert not moved(dict(params=end['params']), before) and not moved(dict(params=params), before)
+    for params in (end['params'], begun.params):
+        assert not moved(dict(params=params), before)
 
 
 def test_a_start_that_is_not_there_or_does_not_fit_is_one_line(tmp_path):
@@ -189,16 +191,16 @@ def test_a_start_that_is_not_there_or_does_not_fit_is_one_line(tmp_path):
     _, two, three = stages.stages(c)
     _, target, _ = train.abstract_state(c, two, one_device())
     with pytest.raises(ConfigError, match="stage two starts from 'one', .* train that stage first"):
-        train.start_params(c, two, str(tmp_path / 'none'), target)
+        begin.start_params(c, two, str(tmp_path / 'none'), target)
     with pytest.raises(ConfigError, match="stage three starts from 'x/y', .* no checkpoint in x/y"):
-        train.start_params(c, three, str(tmp_path / 'none'), target)
+        begin.start_params(c, three, str(tmp_path / 'none'), target)
     _, end, _ = trained(c, a_stage(), steps=1)
     work = saved(tmp_path, c, a_stage(), end)
     wider = config('flat')
     wider.backbone.mlp = 32
     _, target, _ = train.abstract_state(wider, two, one_device())
     with pytest.raises(checkpoint.CheckpointMismatch, match=r'\[2, 24, 16\] for .*down.* has '):
-        train.start_params(c, two, work, target)
+        begin.start_params(c, two, work, target)
 
 
 # What a config may say.

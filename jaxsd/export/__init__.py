@@ -2,14 +2,15 @@
 """Hands checkpoints to the runtimes people use, and starts from the weights people have.
 
 A format is a family of released checkpoints (see `families`): 'hf', a Hugging Face decoder that any
-server loads (see `decoders`), and 'kyutai', the LMModel of the moshi package. One ordered table of
-rules is read in both directions, so import(export(x)) is x to the bit. Parameters are a nested dict
-of arrays in the shapes of `model.abstract(config)`. Formats that are only written (see `runtimes`)
-are programs and files for other runtimes.
+server loads (see `decoders`), 'kyutai', the LMModel of the moshi package, and 'kyutai-hf', the same
+as transformers lays it out. One ordered table of rules is read in both directions, so
+import(export(x)) is x to the bit. Parameters are a nested dict of arrays in the shapes of
+`model.abstract(config)`. The formats of `runtimes` are programs and files for other runtimes, and
+low-rank terms alone.
 
 From a notebook, `load(path)` is all there is to know. Below it: `streaming` reads a checkpoint box
 by box into the arrays of a mesh, `surgery` fits the weights of one model into another, `write`
-writes, `runs` turns checkpoints into run directories and back.
+writes, `runs` turns checkpoints into run directories and back, `begin` is where a stage begins.
 """
 
 from jaxsd.export.families import FAMILIES, described, family_of

@@ -41,6 +41,7 @@ def facts(config) -> dict:
     out |= {f'vocab.{name}': i for name, i in vocab.specials.items()}
     out |= {'vocab.size': vocab.size, 'vocab.rows': vocab.rows, 'columns': config.columns}
     out['rows (size, predicted)'] = tuple((row.size, row.predicted) for row in vocab.rows)
+    out |= {f'codec.{k}': v for k, v in plain(config.codec).items()}
     layout = plain(config.layout)
     options = {k: p.default for k, p in
                options_of(resolve(layout['name'], 'jaxsd.layout')).items()} | layout

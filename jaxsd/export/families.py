@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jaxsd.config import unknown
-from jaxsd.export import decoders, kyutai
+from jaxsd.export import decoders, kyutai, kyutai_hf
 from jaxsd.export.facts import Plan
-from jaxsd.export.safetensors import folder_of, read_json
+from jaxsd.export.safetensors import Entry, folder_of, read_json
 
 
 class Family(NamedTuple):
@@ -20,7 +20,9 @@ class Family(NamedTuple):
 
     dialect: the current names of a key of an older file. sharded: whether the peer reads an index
     of several files. without_config: what a checkpoint that has no config.json is. claims: whether
-    a config.json is one of this family.
+    a config.json is one of this family. cut: a checkpoint's facts as they are after import has left
+    out what a smaller config has no place for. generation: its generation_config.json, if not the
+    usual one. along: tensors of other parts that travel along, by key.
     """
 
     check: Callable[[Mapping], None]
@@ -31,6 +33,9 @@ class Family(NamedTuple):
     sharded: bool
     without_config: dict | None
     claims: Callable[[Mapping], bool]
+    cut: Callable[[Mapping, Mapping], Mapping] = lambda have, said: said
+    generation: Callable[[Mapping], dict] | None = None
+    along: Callable[[Mapping], Mapping[str, Entry]] = lambda have: {}
 
 
 FAMILIES = {
@@ -38,7 +43,12 @@ FAMILIES = {
                  lambda key, have: (key,), True, None,
                  lambda values: values.get('model_type') in decoders.SILENT),
     'kyutai': Family(kyutai.check, kyutai.rules_of, kyutai.spell, kyutai.read, kyutai.dialect,
-                     False, kyutai.RELEASED, lambda values: {'dim', 'n_q', 'dep_q'} <= set(values)),
+                     False, kyutai.RELEASED, lambda values: {'dim', 'n_q', 'dep_q'} <= set(values),
+                     kyutai.cut),
+    'kyutai-hf': Family(kyutai_hf.check, kyutai_hf.rules_of, kyutai_hf.spell, kyutai_hf.read,
+                        lambda key, have: (key,), True, None,
+                        lambda values: values.get('model_type') == 'moshi',
+                        generation=kyutai_hf.generation, along=kyutai_hf.along),
 }
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """kyutai's LMModel: multistream models of the moshi package (models/lm.py, loaders.py)."""
 
+import logging
 import re
 from collections.abc import Mapping
 
@@ -8,6 +9,10 @@ from jaxsd.config import ConfigError
 from jaxsd.export.facts import BLOCKS, Json, Plan, need
 from jaxsd.export.rules import rule
 
+log = logging.getLogger('jaxsd')
+
+ROWS = 'rows (size, predicted)'
+STEPS = 'head.step_weights'
 NORMS = {'rms_norm_f32': 1e-8, 'rms_norm': 1e-5}
 ROTARY = {'rope': 'interleaved', 'rope_concat': 'half'}
 RELEASED = dict(    # what a checkpoint without config.json is (moshi models/loaders.py)
@@ -37,7 +42,7 @@ def check(have: Mapping) -> None:
 
 def rules_of(have: Mapping) -> Plan:
     """The current dialect: one tensor per step (`in_projs.S`). `dialect` knows the older."""
-    layer, own = 'transformer.layers.{L}.', have['head.step_weights'] == 'own'
+    layer, own = 'transformer.layers.{L}.', have[STEPS] != 'shared'
     depth, step = 'depformer.layers.{L}.', '{S}' if own else '0'
     deep = 'head/blocks/'
     rules = [
@@ -89,18 +94,67 @@ def _per_step(axes: str, own: bool) -> str:
     return f'L S {axes}' if own else f'L 1 {axes}'
 
 
-def _spoken(have: Mapping) -> int:
-    return sum(row.predicted > 0 for row in have['vocab.rows'][1:])
+def _spoken(facts: Mapping) -> int:
+    return sum(predicted > 0 for _, predicted in facts[ROWS][1:])
+
+
+def _sets(facts: Mapping) -> int:
+    """How many sets of weights the depth steps choose from."""
+    return {'own': _spoken(facts), 'shared': 1}.get(facts[STEPS]) or max(facts[STEPS]) + 1
+
+
+def cut(have: Mapping, said: Mapping) -> dict:
+    """The checkpoint's facts `said` without the depth steps after those of the config `have`.
+
+    A model that was trained to predict both speakers speaks with the first steps alone, since a
+    step reads only those before it; released checkpoints were cut so (moshi scripts/import_rust.py
+    max_out_n_q). The other speaker's tables stay: they are heard.
+    """
+    spoken, of = _spoken(have), _spoken(said)
+    if not 0 < spoken < of:
+        return dict(said)
+    log.info('takes the first %d of %d depth steps; what speaks the other rows is left behind',
+             spoken, of)
+    steps, rows = said[STEPS], said[ROWS]
+    if not isinstance(steps, str):
+        steps = _named(steps[:spoken])
+    return dict(said) | {STEPS: steps, ROWS: tuple(
+        (size, predicted if k <= spoken else 0) for k, (size, predicted) in enumerate(rows))}
+
+
+def _named(schedule: tuple[int, ...]) -> str | tuple[int, ...]:
+    return 'own' if schedule == tuple(range(len(schedule))) else schedule
+
+
+STACKED = {     # in each older name, what all steps are stacked under, and its current name
+    r'in_proj(?:_weight|\.(weight|lora_[AB]\.weight))': 'in_projs',
+    r'out_proj\.(weight|lora_[AB]\.weight)': 'out_projs'}
+PER_SET = (r'depformer_in\.(\d+)\..*', r'depformer\.layers\.\d+\.self_attn\.\w+_projs\.(\d+)\..*',
+           r'depformer\.layers\.\d+\.gating\.(\d+)\..*')
 
 
 def dialect(key: str, have: Mapping) -> tuple[str, ...]:
-    """The current names of a key: published checkpoints stack all steps of a projection."""
-    for old, new in ((r'in_proj(?:_weight|\.weight)', 'in_projs'),
-                     (r'out_proj\.weight', 'out_projs')):
+    """The current names of a key: published checkpoints stack all steps of a projection.
+
+    '' for what belongs to steps that the checkpoint (`have['checkpoint']`) has and `have` has not.
+    """
+    said = have.get('checkpoint', have)
+    names = (key,)
+    for old, new in STACKED.items():
         if match := re.fullmatch(rf'(.*\.self_attn\.){old}', key):
-            own = key.startswith('depformer.') and have['head.step_weights'] == 'own'
-            return tuple(f'{match[1]}{new}.{s}.weight' for s in range(_spoken(have) if own else 1))
-    return (key,)
+            sets = _sets(said) if key.startswith('depformer.') else 1
+            names = tuple(f'{match[1]}{new}.{s}.{match[2] or "weight"}' for s in range(sets))
+    return tuple('' if _left_behind(name, have, said) else name for name in names)
+
+
+def _left_behind(name: str, have: Mapping, said: Mapping) -> bool:
+    spoken, of = _spoken(have), _spoken(said)
+    for pattern, kept, held in (
+            *((pattern, _sets(have), _sets(said)) for pattern in PER_SET),
+            (r'linears\.(\d+)\..*', spoken, of), (r'depformer_emb\.(\d+)\..*', spoken - 1, of - 1)):
+        if match := re.fullmatch(pattern, name):
+            return kept <= int(match[1]) < held
+    return False
 
 
 def _feedforward(hidden: int, width: int) -> int:
@@ -120,7 +174,7 @@ def spell(have: Mapping) -> dict:
     scale = feedforward / width
     if int(scale * width) != feedforward:
         scale = (feedforward + .5) / width
-    own = have['head.step_weights'] == 'own'
+    own = have[STEPS] != 'shared'
     repeat = have['backbone.heads'] // have['backbone.kv_heads']
     out = dict(
         dim=width, text_card=rows[0].predicted, existing_text_padding_id=have['vocab.pad'],
@@ -136,6 +190,8 @@ def spell(have: Mapping) -> dict:
         depformer_layer_scale=None, depformer_multi_linear=own, depformer_gating='silu',
         depformer_pos_emb='none', depformer_weights_per_step=own,
         delays=list(have['layout.delays']))
+    if isinstance(have[STEPS], tuple):
+        out |= dict(depformer_weights_per_step_schedule=list(have[STEPS]))
     if repeat > 1:
         out |= dict(kv_repeat=repeat, depformer_kv_repeat=1)
     return out
@@ -149,7 +205,7 @@ def read(values: Mapping, path: str) -> dict:
            norm=tuple(NORMS), causal=(True,), layer_scale=(None,), depformer_layer_scale=(None,),
            depformer_gating=('silu',), depformer_norm=(None,), norm_emb=(False,),
            bias_proj=(False,), depformer_low_rank_embeddings=(None,), extra_heads_num_heads=(0,),
-           depformer_weights_per_step_schedule=(None,), demux_second_text_stream=(False,),
+           demux_second_text_stream=(False,),
            demux_second_stream=(False,), depformer_multi_linear=(own,), quantize=(False,),
            cross_attention=(False,), conditioners=(None, {}), fuser=(None,), lora=(False,))
     for key in ('norm', 'gating', 'positional_embedding', 'depformer_pos_emb'):
@@ -166,6 +222,15 @@ def read(values: Mapping, path: str) -> dict:
     codebooks, card = j.number('n_q', 8, high=256), j.number('card', 1024)
     spoken = j.number('dep_q', 8, high=codebooks)
     text = j.number('text_card', 32000)
+    steps = 'own' if own else 'shared'
+    if (schedule := values.get('depformer_weights_per_step_schedule')) is not None:
+        if (not own or not isinstance(schedule, list) or len(schedule) != spoken
+                or any(type(s) is not int for s in schedule)
+                or set(schedule) != set(range(len(set(schedule))))):
+            raise ValueError(f'{path}: depformer_weights_per_step_schedule must be a list that '
+                             f'names a set of weights for each of the dep_q = {spoken} steps, and '
+                             'leaves out none')
+        steps = _named(tuple(schedule))
     delays = values.get('delays')
     if (not isinstance(delays, list) or len(delays) != codebooks + 1
             or any(type(d) is not int or not 0 <= d < 1 << 16 for d in delays)):
@@ -182,10 +247,10 @@ def read(values: Mapping, path: str) -> dict:
         'head.norm_gain': 'early', 'head.name': 'depth', 'head.width': deep,
         'head.layers': j.number('depformer_num_layers', high=1 << 12),
         'head.heads': j.number('depformer_num_heads', heads, high=1 << 12),
-        'head.mlp': _hidden(deep_mlp, deep), 'head.step_weights': 'own' if own else 'shared',
+        'head.mlp': _hidden(deep_mlp, deep), STEPS: steps,
         'vocab.pad': j.number('existing_text_padding_id', 3, low=0),
         'vocab.epad': j.number('existing_text_end_padding_id', 0, low=0),
-        'rows (size, predicted)': ((text + 1, text), *[(card + 1, card)] * spoken,
+        ROWS: ((text + 1, text), *[(card + 1, card)] * spoken,
                                    *[(card + 1, 0)] * (codebooks - spoken)),
         'layout.delays': tuple(delays),
     }

@@ -50,7 +50,7 @@ def import_params(config, source: str, format: str) -> dict:
 
 def stream(config, source: str, format: str) -> Iterator[tuple[str, np.ndarray]]:
     """`import_params`, one (path, array) at a time, so that a caller may use each as it comes."""
-    opened = open_source(config, agreeing(config, source, format), source)
+    opened = open_source(config, *agreeing(config, source, format), source)
     for path, shape in opened.shapes.items():
         held = np.zeros(shape, np.float32)
         for at, block in blocks(opened, path, [(0, n) for n in shape]):
@@ -59,20 +59,21 @@ def stream(config, source: str, format: str) -> Iterator[tuple[str, np.ndarray]]
 
 
 def agreeing(config, source: str, format: str):
-    """The family `format`, if it can say what `config` is and `source` says the same."""
+    """(family, facts) of the checkpoint `source` of `format`, if they are those of `config`."""
     family, have = family_of(format), facts(config)
     family.check(have)
     _, values, path = described(source, format)
-    if wrong := disagreements(have, family.read(values, path)):
+    said = family.read(values, path)
+    if wrong := disagreements(have, family.cut(have, said)):
         raise ConfigError(f'the config is not that of {path}: {"; ".join(wrong)}')
-    return family
+    return family, said
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
     """A checkpoint of another program that was found fit to start a config from.
 
-    origin: {'format', 'name', 'license'}, as a ledger keeps it.
+    origin: see `origin_of`.
     """
 
     config: mlc.ConfigDict
@@ -101,16 +102,15 @@ def open_start(config, start: str, *, graft: Mapping | None = None, where: str =
     format, path = split_start(start)
     format, values, said_in = described(path, format)
     family = family_of(format)
-    origin = dict(format=format, name=os.path.basename(os.path.abspath(path)),
-                  license=stated_license(path))
+    origin = origin_of(path, format)
     if not graft:
-        source = open_source(config, agreeing(config, path, format), path)
+        source = open_source(config, *agreeing(config, path, format), path)
         patches = {p: [whole(p, shape)] for p, shape in source.shapes.items()}
         return Start(config, {}, source, patches, origin)
     said = family.read(values, said_in)
     theirs = config_of(said, like=config)
     patches = surgery.check(config, theirs, said, graft, where or f'start {start}')
-    return Start(config, graft, open_source(theirs, family, path), patches, origin)
+    return Start(config, graft, open_source(theirs, family, said, path), patches, origin)
 
 
 def split_start(start: str) -> tuple[str, str]:
@@ -127,6 +127,12 @@ def is_foreign(start: str) -> bool:
     names = os.listdir(path) if os.path.isdir(path) else ()
     return 'ledger.jsonl' not in names and any(
         name == 'config.json' or name.endswith('.safetensors') for name in names)
+
+
+def origin_of(path: str, format: str) -> dict:
+    """What a ledger and a card keep of a checkpoint of another program."""
+    return dict(format=format, name=os.path.basename(os.path.abspath(path)),
+                license=stated_license(path))
 
 
 def stated_license(source: str) -> str:
@@ -286,30 +292,30 @@ def load(path: str, *, format: str = '', mesh: Mapping | None = None,
     dict(fsdp=4); by default all lie on the first. dtype: of the activations; weights are float32.
     Raises ValueError in one line for whatever is damaged, missing or of no known kind.
     """
-    format, family, config = _bare(path, format)
+    format, family, said, config = _bare(path, format)
     config.frontend.dtype = dtype
     config.mesh = dict(mesh or {})
-    source = open_source(config, family, path)
+    source = open_source(config, family, said, path)
     target = flatten(placed(config, None if mesh else jax.devices()[:1]))
     params = {p: array(source, [whole(p, source.shapes[p])], leaf) for p, leaf in target.items()}
-    history = dict(sources=[dict(format=format, name=os.path.basename(os.path.abspath(path)),
-                                 license=stated_license(path))])
+    history = dict(sources=[origin_of(path, format)])
     return Loaded(config, unflatten(params), format, history)
 
 
 def _bare(path: str, format: str = ''):
-    """(format, family, config) of the checkpoint in folder `path`: all but its tensors."""
+    """(format, family, facts, config) of the checkpoint in folder `path`: all but its tensors."""
     format, values, said_in = described(path, format)
     family, folder = family_of(format), folder_of(path)
     columns = Json(values, said_in).number('max_position_embeddings', 4096)
-    config = config_of(family.read(values, said_in), columns=columns, specials=_specials(values))
+    said = family.read(values, said_in)
+    config = config_of(said, columns=columns, specials=_specials(values))
     _name_ids(config, folder)
     tokenizer = values.get('tokenizer_name', 'tokenizer.model')
     if isinstance(tokenizer, str) and tokenizer == os.path.basename(tokenizer) and os.path.isfile(
             os.path.join(folder, tokenizer)):
         config.vocab.tokenizer = os.path.join(folder, tokenizer)
     family.check(facts(config))
-    return format, family, config
+    return format, family, said, config
 
 
 def placed(config, devices=None):

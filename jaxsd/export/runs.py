@@ -13,7 +13,8 @@ from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint
 from jaxsd.export import runtimes
-from jaxsd.export.loading import open_start
+from jaxsd.export.begin import older_params
+from jaxsd.export.loading import open_start, origin_of
 from jaxsd.export.streaming import some
 from jaxsd.export.write import save
 from jaxsd.stage import flatten, of_stage, unflatten
@@ -35,44 +36,61 @@ def export_run(config, workdir: str, out: str, format: str, *,
     params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, chosen.name),
                                              _placed(config, chosen)[1]['params'])
     if format in runtimes.RUNTIMES and runtimes.RUNTIMES[format].adapts:
-        only_adapted(chosen, params)
+        if only_adapted(chosen, params, format):
+            options = options | dict(tables=True)
     told = history(config, workdir, chosen, meta)
     return save(of_stage(config, chosen), params, out, format, history=told,
                 lora_scale=chosen.lora.get('scale', 0.0), **options)
 
 
-def only_adapted(stage, params) -> None:
-    """ConfigError where a stage changed more than its low-rank terms: only they are written.
+def only_adapted(stage, params, format: str) -> list[str]:
+    """The embedding tables that a stage trained besides low-rank terms, as `format` can hold.
 
-    A stage without such terms is for the format itself to refuse.
+    ConfigError where it trained anything else: it would be lost. A stage without low-rank terms is
+    for the format itself to refuse.
     """
     moved = [path for path, m in stages.multipliers(stage, flatten(params)).items()
              if m is not None and not path.endswith(('/lora_a', '/lora_b'))]
-    if stage.lora and moved:
-        raise ConfigError(f'stage {stage.name} also trained {some(moved)}, which an adapter does '
-                          "not hold; use format 'hf'")
+    lost = [path for path in moved if path not in runtimes.RUNTIMES[format].tables]
+    if stage.lora and lost:
+        raise ConfigError(f'stage {stage.name} also trained {some(lost)}, which format {format!r} '
+                          'does not hold; use a format of whole models, which folds the terms')
+    return moved
 
 
 def import_run(config, source: str, workdir: str, format: str, *,
                stage_name: str | None = None) -> None:
     """Makes `workdir` a run whose stage (default: the last) stands at step 0 with these weights.
 
-    Every verb accepts it; `train` goes on from there. The stage's `graft` says what may differ.
-    Where the config's dataset is not at hand, only training in this workdir is refused; naming the
-    checkpoint as a stage's `start` is not.
+    Every verb accepts it; `train` goes on from there. The stage's `graft` says what may differ. A
+    format of low-rank terms fills those of a stage that has them, and the other weights are those
+    that the stage starts from. Where the config's dataset is not at hand, only training in this
+    workdir is refused; naming the checkpoint as a stage's `start` is not.
     """
     chosen = stages.find(config, stage_name)
-    if chosen.lora:
+    reads = runtimes.RUNTIMES[format].read if format in runtimes.RUNTIMES else None
+    if bool(chosen.lora) != bool(reads):
         raise ConfigError(f'stage {chosen.name} adds low-rank terms to earlier weights; import '
-                          'into the stage before it with --stage')
+                          'into the stage before it with --stage' if chosen.lora else
+                          f'stage {chosen.name} has no low-rank terms; name one with lora')
     if checkpoint.steps(checkpoint.folder_of(workdir, chosen.name)):
         raise ConfigError(f'--workdir {workdir} already has checkpoints of stage {chosen.name}; '
                           'name a new directory')
-    begun = open_start(of_stage(config, chosen), f'{format}:{source}', graft=chosen.graft,
-                       where=f'stage {chosen.name}')
     _, target, by_path = _placed(config, chosen)
-    params = unflatten(begun.params(flatten(target['params']), jax.random.key(config.seed)))
-    fresh = state.fresh_state(config, chosen, target, by_path, params)
+    where = flatten(target['params'])
+    if reads:
+        begun = older_params(config, chosen, workdir, target)
+        if begun.params is None:
+            raise ConfigError(f'stage {chosen.name} starts from {chosen.start!r}; low-rank terms '
+                              'adapt a model: let it start from one')
+        params = reads(of_stage(config, chosen), source, flatten(begun.params), chosen.lora)
+        params = {path: jax.device_put(x, where[path].sharding) for path, x in params.items()}
+        origins = (*begun.origins, origin_of(source, format))
+    else:
+        found = open_start(of_stage(config, chosen), f'{format}:{source}', graft=chosen.graft,
+                           where=f'stage {chosen.name}')
+        params, origins = found.params(where, jax.random.key(config.seed)), (found.origin,)
+    fresh = state.fresh_state(config, chosen, target, by_path, unflatten(params))
     try:
         marks = data.fingerprint(config, dataclasses.asdict(chosen), model.make_vocab(config))
     except ValueError as e:
@@ -81,7 +99,8 @@ def import_run(config, source: str, workdir: str, format: str, *,
         marks = {}
     # The ledger comes first: nobody may train from random weights where an import was cut short.
     rundir.open_run(workdir, config, dict(
-        event='import', stage=chosen.name, step=0, origin=begun.origin,
+        event='import', stage=chosen.name, step=0, origins=origins, **(
+            dict(start=begun.start) if reads else {}),
         source=os.path.abspath(source), fingerprint=fingerprint(config)))
     with checkpoint.Checkpoints(workdir, chosen.name, config=config, keep=chosen.keep) as saved:
         saved.save(0, fresh, data_state=dict(next_step=0, fingerprint=marks), wait=True)
@@ -114,8 +133,7 @@ def history(config, workdir: str, stage, meta) -> dict:
         told.append(dict(stage=name, step=step, consumed=consumed))
         begun = next((e for e in reversed(entries) if e.get('stage') == name
                       and e.get('event') in ('start', 'import')), {})
-        if begun.get('origin'):
-            sources.append(begun['origin'])
+        sources += begun.get('origins', [])
         before = re.fullmatch(r'step (\d+) of (.+)', begun.get('start', ''))
         if not before:
             break

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formats that are only written: what runs a model elsewhere, and what adapts another.
+"""What runs a model elsewhere, which is only written, and what adapts another model.
 
 A runtime writes its files into a folder that `export.save` opens, and closes with the ids, the text
 tokenizer and the card that every export carries.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxsd.config import ConfigError, unknown
-from jaxsd.export import gguf, peft, stablehlo
+from jaxsd.export import gguf, kyutai_lora, peft, stablehlo
 
 
 class Runtime(NamedTuple):
@@ -21,7 +21,9 @@ class Runtime(NamedTuple):
     paragraph of the card.
     flat: parameters by path, low-rank terms folded unless `adapts` (then lora_scale is given too).
     package: what must be installed besides the core ('': nothing), and the extra that installs it.
-    library: how a model hub calls the program that reads these files.
+    library: how a model hub calls the program that reads these files. tables: paths of embedding
+    tables that an adapter can hold besides low-rank terms; the option `tables` asks for them.
+    read(config, source, base, lora) -> the parameters `base` by path, and the terms of `source`.
     """
 
     write: Callable[..., dict]
@@ -29,12 +31,16 @@ class Runtime(NamedTuple):
     package: str
     extra: str
     adapts: bool = False
+    tables: tuple[str, ...] = ()
+    read: Callable[..., dict] | None = None
 
 
 RUNTIMES = {
     'stablehlo': Runtime(stablehlo.write, 'jax', 'flatbuffers', 'stablehlo'),
     'gguf': Runtime(gguf.write, 'gguf', 'gguf', 'gguf'),
     'peft': Runtime(peft.write, 'peft', '', '', adapts=True),
+    'kyutai-lora': Runtime(kyutai_lora.write, 'moshi', '', '', adapts=True,
+                           tables=kyutai_lora.TABLES, read=kyutai_lora.read),
 }
 
 

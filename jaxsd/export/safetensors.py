@@ -102,7 +102,7 @@ def entries(folder: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, E
     """Every tensor below `folder` by its current name.
 
     names(key) is (key,) or, for a tensor that older files stack, the names of its equal stretches
-    along the first axis.
+    along the first axis; '' is the name of what is not wanted.
     """
     files, stated = _files(folder)
     out: dict[str, Entry] = {}
@@ -123,6 +123,8 @@ def entries(folder: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, E
                     raise ValueError(f'{path}: {key} of shape {shape} cannot be cut into '
                                      f'{len(current)} steps')
                 for part, name in enumerate(current):
+                    if not name:
+                        continue
                     if name in out:
                         raise ValueError(f'{path}: {key} holds {name}, which {out[name].key} of '
                                          f'{out[name].file} holds too')
@@ -136,10 +138,17 @@ def entries(folder: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, E
 
 def read(entry: Entry, there: Sequence[slice]) -> np.ndarray:
     """A rectangle of a tensor, one slice for each of its axes, in the dtype it is stored in."""
-    base = entry.part * entry.shape[0]
-    first = slice(base + there[0].start, base + there[0].stop)
     with _open(entry.file) as f:        # anew each time: what a mapping has touched stays resident
+        if not entry.shape:
+            return f.get_tensor(entry.key)
+        base = entry.part * entry.shape[0]
+        first = slice(base + there[0].start, base + there[0].stop)
         return f.get_slice(entry.key)[(first, *there[1:])]
+
+
+def whole(entry: Entry) -> np.ndarray:
+    """All of a tensor, in the dtype it is stored in."""
+    return read(entry, [slice(0, n) for n in entry.shape])
 
 
 def write(folder: str, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray], *,

@@ -60,13 +60,14 @@ def whole(path: str, shape: Sequence[int]) -> Patch:
     return Patch(path, none, tuple(shape), tuple(range(len(shape))), none)
 
 
-def open_source(config, family: Family, source: str) -> Source:
+def open_source(config, family: Family, said: Mapping, source: str) -> Source:
     """The checkpoint in folder (or file) `source`, which is one of `config`, checked, not read.
 
-    Raises ValueError naming file and key for a damaged file and for missing, unused or misshapen
-    tensors; nothing is allocated before that.
+    said: its own facts, which may speak of more than the config has (see `Family.cut`). Raises
+    ValueError naming file and key for a damaged file and for missing, unused or misshapen tensors;
+    nothing is allocated before that.
     """
-    have = facts(config)
+    have = facts(config) | {'checkpoint': said}
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
     plan = family.rules(have)
     covered(plan, shapes)

@@ -7,6 +7,7 @@ Tensors are written one by one; in a run of several processes every process hand
 and the first one writes.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -64,18 +65,21 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
     tensors = (rules.forward(piece, ours, _take) for piece in made)
 
     def write():
-        spelled = family.spell(have)
+        spelled, along = family.spell(have), family.along(have)
+        shapes = {piece.key: piece.shape for piece in made} | {
+            key: entry.shape for key, entry in along.items()}
         with fresh(out) as folder:
-            size = safetensors.write(folder, {piece.key: piece.shape for piece in made}, tensors,
-                                     shard_bytes=shard_bytes if family.sharded else None)
+            size = safetensors.write(
+                folder, shapes, itertools.chain(tensors, map(safetensors.whole, along.values())),
+                shard_bytes=shard_bytes if family.sharded else None)
             _json(folder, 'config.json', spelled)
             specials = model.make_vocab(config).specials
-            _json(folder, 'generation_config.json',
-                  {'bos_token_id': specials['bos'], 'eos_token_id': specials['eos'],
-                   '_from_model_config': True})
+            _json(folder, 'generation_config.json', family.generation(have) if family.generation
+                  else {'bos_token_id': specials['bos'], 'eos_token_id': specials['eos'],
+                        '_from_model_config': True})
             files = _beside(folder, config, format, about(format, spelled), size // 4, notes,
                             history)
-        return {'bytes': size, 'tensors': len(made), 'files': files}
+        return {'bytes': size, 'tensors': len(shapes), 'files': files}
     return _once(write, tensors)
 
 
@@ -229,6 +233,10 @@ CARDS = {   # format: (library, what the folder is), for the formats that are fa
     'kyutai': ('moshi', 'the `LMModel` of the `moshi` package: load it with '
                '`moshi.models.loaders.get_moshi_lm("model.safetensors", lm_kwargs)`, lm_kwargs '
                'being config.json'),
+    'kyutai-hf': ('transformers', 'a `MoshiForConditionalGeneration`: load it with '
+                  '`transformers.MoshiForConditionalGeneration.from_pretrained(folder)`, and put '
+                  'the codec named below in its `audio_encoder` unless its tensors are in the '
+                  'files'),
 }
 
 

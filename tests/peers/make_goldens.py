@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the golden arrays under tests/golden/ from the released PyTorch implementations.
 
-Tiny models with random weights are run by the `moshi` package (LMModel, LMGen) and by
-`transformers` (DECODERS below). Each folder receives the weights in the peer's own on-disk
-format, the inputs, and what the peer answered, so that the ordinary tests need no PyTorch::
+Tiny models with random weights are run by the `moshi` package (LMModel, LMGen, low-rank terms) and
+by `transformers` (DECODERS below, Moshi). Each folder receives the weights in the peer's own
+on-disk format, the inputs, and what the peer answered, so that the ordinary tests need no PyTorch::
 
     .peers/bin/python tests/peers/make_goldens.py [FOLDER, default tests/golden]
 
@@ -36,6 +36,24 @@ KYUTAI = dict(
     depformer_layer_scale=None, depformer_multi_linear=True, depformer_context=4,
     depformer_max_period=10000, depformer_gating='silu', depformer_pos_emb='none',
     depformer_weights_per_step=True, delays=[0, 0, 1, 1, 1, 0, 1, 1, 1])
+
+SCHEDULED = KYUTAI | dict(      # the later depth steps share a set of weights
+    dim=32, text_card=24, n_q=6, dep_q=3, card=16, num_heads=2, num_layers=1, hidden_scale=4,
+    context=9, norm='rms_norm', depformer_dim=24, depformer_num_heads=3,
+    depformer_dim_feedforward=99, depformer_weights_per_step_schedule=[0, 1, 1],
+    delays=[0, 0, 2, 2, 0, 2, 2])
+
+MIMI = dict(    # a codec of no quality, small enough to be made anew by every test
+    model_type='mimi', codebook_size=32, num_quantizers=8, hidden_size=32, num_filters=4,
+    num_hidden_layers=1, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2,
+    head_dim=16, codebook_dim=8, vector_quantization_hidden_dimension=8, upsample_groups=32)
+
+MOSHI = dict(
+    vocab_size=40, audio_vocab_size=32, hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
+    ffn_dim=128, sliding_window=7, max_position_embeddings=7, rope_theta=500., num_codebooks=3,
+    audio_encoder_config=MIMI, depth_decoder_config=dict(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=48, sliding_window=3,
+        max_position_embeddings=4))
 
 DECODERS = {
     'llama': (transformers.LlamaConfig, dict(
@@ -85,6 +103,8 @@ def shake(model, seed: int, scale: float = 1.4) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
+            if name.startswith('audio_encoder'):
+                continue
             noise = torch.randn(p.shape, generator=generator)
             if 'norm' in name:
                 value = 1 + .3 * noise
@@ -92,7 +112,8 @@ def shake(model, seed: int, scale: float = 1.4) -> None:
                 value = .5 * noise
             elif 'emb' in name:
                 value = .6 * noise
-            elif name.startswith('linears'):    # behind no norm: keeps logits within a few units
+            # Behind no norm: keeps logits within a few units.
+            elif 'linears' in name or 'lm_heads' in name:
                 value = .3 * scale * noise / p.shape[-1] ** .5
             else:
                 value = scale * noise / p.shape[-1] ** .5
@@ -124,6 +145,91 @@ def lm_model(seed: int, **changes):
     model = LMModel(**({k: v for k, v in KYUTAI.items()} | changes)).eval()
     shake(model, seed)
     return model
+
+
+def add_lora(model, seed: int, rank: int, scale: float) -> dict:
+    """Low-rank terms for every linear map of an LMModel; returns what moshi-finetune saves."""
+    from moshi.modules.lora import replace_all_linear_with_lora
+    replace_all_linear_with_lora(model, rank, scale)
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if 'lora' in name:
+                size = (.3 if 'lora_B' in name else 1) / p.shape[-1] ** .5
+                p.copy_((size * torch.randn(p.shape, generator=generator)).bfloat16().float())
+                state[name] = p
+    return state
+
+
+def moshi(seed: int, **changes):
+    """A shaken transformers Moshi, in evaluation mode."""
+    values = rotary({**MOSHI, **changes, 'audio_encoder_config': dict(MIMI)})
+    values['depth_decoder_config'] = dict(values['depth_decoder_config'])
+    model = transformers.MoshiForConditionalGeneration(transformers.MoshiConfig(**values)).eval()
+    shake(model, seed)
+    return model
+
+
+def moshi_logits(model, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(text [B, T, V], audio [B, Q, T, card]) for the column after each of the first T columns.
+
+    Column by column, since transformers keeps to the window with a cache and not without. Columns
+    [B, 1 + 2 Q, T + 1] are as the model is fed: delayed, local ids.
+    """
+    Q, text, audio = model.num_codebooks, [], []
+    cache = transformers.DynamicCache(config=model.config)
+    columns = torch.tensor(columns).long()
+    for t in range(columns.shape[-1] - 1):
+        now = columns[:, :, t:t + 1]
+        out = model(input_ids=now[:, 0], moshi_audio_codes=now[:, 1:1 + Q],
+                    user_audio_codes=now[:, 1 + Q:], use_cache=True, cache=cache)
+        text.append(out.logits)
+        audio.append(model.depth_decoder(
+            input_ids=columns[:, :Q, t + 1], last_hidden_state=out.last_hidden_state,
+            use_cache=False).logits[:, :, None])
+    return torch.cat(text, 1).numpy(), torch.cat(audio, 2).numpy()
+
+
+def moshi_continues(model, codes: np.ndarray, steps: int):
+    """What transformers' own `generate` says greedily after `codes` [B, 1 + 2 Q, T].
+
+    Returns its text, its codes, the user's frame of silence, and the narrowest gap of its choices.
+    """
+    Q, gaps = model.num_codebooks, []
+
+    def watch(module, args, logits):
+        top = logits[:, -1].float().topk(2, -1).values
+        gaps.append(float((top[..., 0] - top[..., 1]).min()))
+
+    hooks = [m.register_forward_hook(watch)
+             for m in (model.decoder.lm_head, model.depth_decoder.lm_heads)]
+    codes = torch.tensor(codes).long()
+    try:
+        out = model.generate(
+            input_ids=codes[:, 0], moshi_audio_codes=codes[:, 1:1 + Q],
+            user_audio_codes=codes[:, 1 + Q:], max_new_tokens=steps, do_sample=False,
+            depth_decoder_do_sample=False, depth_decoder_min_length=Q + 1,
+            depth_decoder_max_length=Q + 1, return_audio_waveforms=False, return_audio_codes=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rate = model.config.audio_encoder_config
+    silence = torch.zeros(len(codes), 1, int(rate.sampling_rate / rate.frame_rate))
+    blank = model.audio_encoder.encode(silence, num_quantizers=Q)[0]
+    return (out.sequences[:, 1:].numpy().astype(np.int32), out.audio_codes.numpy().astype(np.int32),
+            blank[:, :, 0].numpy().astype(np.int32), min(gaps))
+
+
+def delayed(values: dict, codes: np.ndarray) -> np.ndarray:
+    """Codes [B, 1 + 2 Q, T] as a transformers Moshi is fed: [B, 1 + 2 Q, T + 1], local ids."""
+    B, rows, T = codes.shape
+    out = np.full((B, rows, T + 1), values['audio_vocab_size'])
+    out[:, 0, 0] = values['vocab_size']
+    for k in range(rows):
+        late = int(k > 0 and (k - 1) % values['num_codebooks'] > 0)
+        out[:, k, 1 + late:] = codes[:, k, :T - late]
+    return out
 
 
 def codes_for(values: dict, *, seed: int, batch: int, frames: int,
@@ -178,7 +284,8 @@ def on_disk(model) -> dict:
 
 def write(folder: pathlib.Path, model, config: dict, arrays: dict, made: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.bfloat16().contiguous() for k, v in on_disk(model).items()}
+    state = {k: v.bfloat16().contiguous() for k, v in on_disk(model).items()
+             if not k.startswith('audio_encoder.')}
     safetensors.torch.save_file(state, folder / 'model.safetensors', metadata={'format': 'pt'})
     (folder / 'config.json').write_text(json.dumps(config, indent=1, sort_keys=True) + '\n')
     np.savez_compressed(folder / 'arrays.npz', **arrays)
@@ -245,10 +352,60 @@ def make_decoder(folder: pathlib.Path, name: str, seed: int) -> None:
            'eager_minus_sdpa': drift})
 
 
+def make_scheduled(folder: pathlib.Path) -> None:
+    """With and without low-rank terms, which lie beside it as moshi-finetune leaves them."""
+    import moshi
+    model = lm_model(31, **SCHEDULED)
+    codes = codes_for(SCHEDULED, seed=3, batch=2, frames=14)
+    heard = np.random.default_rng(4).integers(0, SCHEDULED['card'], (2, 3, 20)).astype(np.int32)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    arrays, gaps = dict(codes=codes, heard=heard), []
+    for prefix in ('', 'lora_'):
+        if prefix:
+            terms = add_lora(model, 29, rank=2, scale=2.0)
+        with torch.no_grad():
+            out = model(torch.tensor(codes).long())
+        said, gap = stream(model, heard)
+        gaps.append(gap)
+        arrays |= {prefix + k: v for k, v in dict(
+            text_logits=out.text_logits.numpy(), logits=out.logits.numpy(), said=said).items()}
+    if min(gaps) < 1e-3:
+        raise SystemExit(f'kyutai_scheduled: a greedy choice hangs on {gaps}; take another seed')
+    plain = lm_model(31, **SCHEDULED)
+    plain.load_state_dict(state)
+    write(folder / 'kyutai_scheduled', plain, SCHEDULED, arrays,
+          {'moshi': moshi.__version__, 'seed': 31, 'narrowest_greedy_gap': min(gaps)})
+    beside = folder / 'kyutai_scheduled' / 'lora'
+    beside.mkdir(exist_ok=True)
+    safetensors.torch.save_file({k: v.detach().bfloat16().contiguous() for k, v in terms.items()},
+                                beside / 'lora.safetensors')
+    values = SCHEDULED | dict(lora=True, lora_rank=2, lora_scaling=2.0)
+    (beside / 'config.json').write_text(json.dumps(values, indent=1, sort_keys=True) + '\n')
+
+
+def make_moshi(folder: pathlib.Path) -> None:
+    model = moshi(31)
+    rng = np.random.default_rng(5)
+    codes = rng.integers(0, 32, (2, 7, 12)).astype(np.int32)
+    with torch.no_grad():
+        text, audio = moshi_logits(model, delayed(MOSHI, codes))
+        said_text, said, blank, gap = moshi_continues(model, codes[:, :, :4], 16)
+    if gap < 1e-3:
+        raise SystemExit(f'kyutai_hf: a greedy choice hangs on {gap:.1e}; take another seed')
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = {k: v for k, v in config.items() if v is not None} | {'dtype': 'bfloat16'}
+    write(folder / 'kyutai_hf', model, config,
+          dict(codes=codes, text_logits=text, logits=audio, said_text=said_text, said=said,
+               blank=blank),
+          {'transformers': transformers.__version__, 'seed': 31, 'narrowest_greedy_gap': gap})
+
+
 def main() -> None:
     folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / 'tests' / 'golden'
     torch.set_num_threads(1)
     make_kyutai(folder)
+    make_scheduled(folder)
+    make_moshi(folder)
     for seed, name in enumerate(DECODERS, 21):
         make_decoder(folder, name, seed)
 

@@ -8,12 +8,16 @@ loads with its own loader.
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
 import released
 
 from jaxsd import export, generate, model
+from jaxsd.export import kyutai_lora
+from jaxsd.layout import duplex
+from jaxsd.types import Record, Word
 
 pytestmark = pytest.mark.peers
 TOLERANCE = 1e-4
@@ -187,7 +191,14 @@ MULTISTREAM = {     # what changes in the peer's config.json, what changes in ou
                            norm='rms_norm', depformer_num_layers=1, hidden_scale=4),
                       dict(layers=3, theta=1e4, norm_eps=1e-5, mlp=168,
                            head=dict(norm_eps=1e-5, layers=1))),
+    'kyutai schedule': (dict(depformer_weights_per_step_schedule=[0, 1, 1, 2]),
+                        dict(head=dict(step_weights=(0, 1, 1, 2)))),
+    'kyutai one set by schedule': (
+        dict(depformer_weights_per_step_schedule=[0] * 4, depformer_dim=48, depformer_num_heads=3,
+             depformer_dim_feedforward=198, depformer_num_layers=1),
+        dict(head=dict(step_weights=(0,) * 4, width=48, heads=3, mlp=132, layers=1))),
 }
+BOTH = ('mine', 'theirs')
 
 
 def multistream(case):
@@ -222,7 +233,7 @@ def test_multistream_from_peer(case, torch, peers, show, tmp_path):
 @pytest.mark.parametrize('case', [*MULTISTREAM, 'kyutai both'])
 def test_multistream_to_peer(case, torch, peers, show, tmp_path):
     from moshi.models import loaders
-    config = (released.multistream(vocab=dict(predicted=('mine', 'theirs')))
+    config = (released.multistream(vocab=dict(predicted=BOTH))
               if case == 'kyutai both' else multistream(case))
     params = released.random_params(config, 8)
     export.save(config, params, str(tmp_path / 'out'), 'kyutai')
@@ -236,6 +247,232 @@ def test_multistream_to_peer(case, torch, peers, show, tmp_path):
     assert out.logits.numpy()[out.mask.numpy()].std() > .5
     show(f'{case} to the peer',
          max(far(text, out.text_logits.numpy()), far(audio, out.logits.numpy())))
+
+
+CUT = {     # of eight steps that speak for both, the four that speak for one
+    'cut': ({}, 'own'),
+    'cut schedule': (dict(depformer_weights_per_step_schedule=[0, 1, 1, 2, 3, 3, 3, 3]),
+                     (0, 1, 1, 2)),
+}
+
+
+@pytest.mark.parametrize('case', CUT)
+def test_both_speakers_cut_to_one(case, torch, peers, show, tmp_path):
+    """Against the whole model's first steps, and a peer that is cut by hand as theirs are."""
+    import safetensors.torch
+    values = peers.KYUTAI | dict(dep_q=8) | CUT[case][0]
+    peer = peers.lm_model(43, **values)
+    state = peer.state_dict()
+    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()},
+                                str(tmp_path / 'model.safetensors'))
+    (tmp_path / 'config.json').write_text(json.dumps(values))
+    config = released.multistream(head=dict(step_weights=CUT[case][1]))
+    params = export.import_params(config, str(tmp_path), 'kyutai')
+    codes = peers.codes_for(values, seed=5, batch=2, frames=20)
+    out = peer(torch.tensor(codes).long())
+    text, audio = released.aligned_scores(config, params, codes)
+    show(f'{case} to us', max(far(text, out.text_logits.numpy()),
+                              far(audio, out.logits.numpy()[:, :4])))
+    schedule = values.get('depformer_weights_per_step_schedule')
+    sets = max(schedule[:4]) + 1 if schedule else 4
+    small = peers.lm_model(1, **values | dict(dep_q=4) | (
+        dict(depformer_weights_per_step_schedule=schedule[:4]) if schedule else {}))
+    limits = {r'linears\.(\d+)\.': 4, r'depformer_emb\.(\d+)\.': 3, r'depformer_in\.(\d+)\.': sets,
+              r'depformer\.layers.*(?:projs|gating)\.(\d+)\.': sets}
+    small.load_state_dict({k: v for k, v in state.items() if not any(
+        (m := re.match(pattern, k)) and int(m[1]) >= n for pattern, n in limits.items())})
+    heard = np.random.default_rng(6).integers(0, values['card'], (2, 4, 14)).astype(np.int32)
+    said, gap = peers.stream(small, heard)
+    assert gap > TOLERANCE, f'{case}: a greedy choice hangs on {gap}; take another seed'
+    np.testing.assert_array_equal(released.spoken(config, params, heard), said)
+
+
+TERMS = {   # what changes in the peer's config.json, our config, rank and scale
+    'terms': ({}, released.multistream(), dict(rank=3, scale=2.0)),
+    'terms, schedule': (None, released.scheduled(), dict(rank=2, scale=.5)),
+}
+
+
+@pytest.mark.parametrize('case', TERMS)
+def test_terms_from_peer(case, torch, peers, show, tmp_path):
+    """Low-rank terms as moshi-finetune saves them, on a base as it is published."""
+    import safetensors.torch
+    changes, config, lora = TERMS[case]
+    values = peers.SCHEDULED if changes is None else peers.KYUTAI | changes
+    peer = peers.lm_model(44, **values)
+    base = {k: v.clone().contiguous() for k, v in peer.state_dict().items()}
+    terms = peers.add_lora(peer, 45, **lora)
+    for name, state, said in (('base', base, {}), ('lora', terms, dict(
+            lora=True, lora_rank=lora['rank'], lora_scaling=lora['scale']))):
+        (tmp_path / name).mkdir()
+        safetensors.torch.save_file({k: v.detach().contiguous() for k, v in state.items()},
+                                    str(tmp_path / name / f'{name}.safetensors'))
+        (tmp_path / name / 'config.json').write_text(json.dumps(values | said))
+    flat = kyutai_lora.read(config, str(tmp_path / 'lora'), export.flatten(
+        export.import_params(config, str(tmp_path / 'base'), 'kyutai')), lora)
+    params = export.unflatten(flat)
+    codes = peers.codes_for(values, seed=5, batch=2, frames=20)
+    out = peer(torch.tensor(codes).long())
+    text, audio = released.aligned_scores(config, params, codes, lora)
+    show(f'{case} to us', max(far(text, out.text_logits.numpy()), far(audio, out.logits.numpy())))
+    heard = np.random.default_rng(7).integers(
+        0, values['card'], (2, values['n_q'] - values['dep_q'], 15)).astype(np.int32)
+    said, gap = peers.stream(peer, heard)
+    assert gap > TOLERANCE, f'{case}: a greedy choice hangs on {gap}; take another seed'
+    np.testing.assert_array_equal(released.spoken(config, params, heard, lora), said)
+    export.save(config, params, str(tmp_path / 'back'), 'kyutai-lora', lora_scale=lora['scale'])
+    back = safetensors.torch.load_file(tmp_path / 'back' / 'lora.safetensors')
+    assert set(back) == set(terms)
+    assert all(torch.equal(back[k], v) for k, v in terms.items())
+
+
+@pytest.mark.parametrize('case', TERMS)
+def test_terms_to_peer(case, torch, peers, show, tmp_path):
+    """Our terms, whose q, k and v have factors of their own, in the peer's own loader."""
+    from moshi.models import loaders
+    _, config, lora = TERMS[case]
+    lora = lora | dict(scale=.5)        # random terms are large; this keeps logits to a few units
+    params = released.random_params(config, 9, lora)
+    flat = export.flatten(params)
+    base = {k: v for k, v in flat.items() if 'lora_' not in k}
+    export.save(config, export.unflatten(base), str(tmp_path / 'base'), 'kyutai')
+    export.save(config, params, str(tmp_path / 'lora'), 'kyutai-lora', lora_scale=lora['scale'])
+    info = loaders.CheckpointInfo.from_hf_repo(
+        'nowhere/local', moshi_weights=tmp_path / 'base' / 'model.safetensors',
+        lora_weights=tmp_path / 'lora' / 'lora.safetensors', mimi_weights=tmp_path / 'none',
+        tokenizer=tmp_path / 'none', config_path=tmp_path / 'lora' / 'config.json')
+    values = peers.SCHEDULED if 'schedule' in case else peers.KYUTAI
+    codes = peers.codes_for(values, seed=9, batch=2, frames=20)
+    text, audio = released.aligned_scores(config, params, codes, lora)
+    for fused in (False, True):
+        peer = info.get_moshi(dtype=torch.float32, fuse_lora=fused)
+        out = peer(torch.tensor(codes).long())
+        show(f'{case} to the peer{", fused" * fused}',
+             max(far(text, out.text_logits.numpy()), far(audio, out.logits.numpy())))
+    back = kyutai_lora.read(config, str(tmp_path / 'lora'), base, lora)
+    for path, leaf in flat.items():
+        np.testing.assert_array_equal(back[path], leaf, err_msg=path)
+
+
+HALVES = {      # what changes in the peer's config, our config
+    'in halves': ({}, released.in_halves()),
+    'in halves, grouped': (dict(num_key_value_heads=1, head_dim=20, num_hidden_layers=3,
+                                rms_norm_eps=1e-6, sliding_window=9),
+                           released.in_halves(kv_heads=1, head_dim=20, layers=3, norm_eps=1e-6,
+                                              window_columns=9, pairs='interleaved')),
+}
+
+
+@pytest.mark.parametrize('case', HALVES)
+def test_halves_from_peer(case, torch, peers, show, tmp_path):
+    changes, config = HALVES[case]
+    peer = peers.moshi(51, **changes)
+    peer.save_pretrained(tmp_path / 'peer', max_shard_size='200kB')
+    assert len(list((tmp_path / 'peer').glob('*.safetensors'))) > 2      # read through the index
+    params = export.import_params(config, str(tmp_path / 'peer'), 'kyutai-hf')
+    codes = np.random.default_rng(3).integers(0, 32, (2, 7, 20)).astype(np.int32)
+    theirs = peers.moshi_logits(peer, peers.delayed(peers.MOSHI, codes))
+    ours = released.scores(config, params, released.columns_of(config, codes))
+    assert theirs[0].std() > .5 and theirs[1].std() > .3
+    show(f'{case} to us', max(far(ours[0][:, :-1], theirs[0]),
+                              far(np.stack(ours[1:4], 1)[:, :, :-1], theirs[1])))
+    text, said, blank, gap = peers.moshi_continues(peer, codes[:, :, :5], 16)
+    assert gap > TOLERANCE, f'{case}: a greedy choice hangs on {gap}; take another seed'
+    ours = released.continued(config, params, codes[:, :, :5], blank, 16)
+    np.testing.assert_array_equal(ours[0], text)
+    np.testing.assert_array_equal(ours[1], said)
+    export.save(config, params, str(tmp_path / 'back'), 'kyutai-hf')
+    again = export.import_params(config, str(tmp_path / 'back'), 'kyutai-hf')
+    released.jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+@pytest.mark.parametrize('case', HALVES)
+def test_halves_to_peer(case, torch, peers, show, tmp_path):
+    """transformers loads all of it, the codec that goes along included, and lacks nothing."""
+    import transformers
+    config = HALVES[case][1].copy_and_resolve_references()
+    mimi = transformers.MimiModel(transformers.MimiConfig(**peers.MIMI))
+    mimi.save_pretrained(tmp_path / 'mimi')
+    config.codec = dict(name='mimi', path=str(tmp_path / 'mimi'), frame_hz=12.5, codebooks=3,
+                        size=32)
+    params = released.random_params(config, 10)
+    export.save(config, params, str(tmp_path / 'out'), 'kyutai-hf', shard_bytes=200_000)
+    peer, info = transformers.MoshiForConditionalGeneration.from_pretrained(
+        tmp_path / 'out', output_loading_info=True)
+    assert not any(info.values()), info
+    assert peer.dtype == torch.float32
+    for key, value in mimi.state_dict().items():
+        assert torch.equal(value, peer.audio_encoder.state_dict()[key]), key
+    said = peer.generation_config
+    assert (said.temperature, said.top_k, said.bos_token_id) == (.7, 25, 40)
+    assert said.depth_decoder_config['top_k'] == 250
+    codes = np.random.default_rng(4).integers(0, 32, (2, 7, 20)).astype(np.int32)
+    theirs = peers.moshi_logits(peer, peers.delayed(peers.MOSHI, codes))
+    ours = released.scores(config, params, released.columns_of(config, codes))
+    show(f'{case} to the peer', max(far(ours[0][:, :-1], theirs[0]),
+                                    far(np.stack(ours[1:4], 1)[:, :, :-1], theirs[1])))
+    text, said, blank, gap = peers.moshi_continues(peer, codes[:, :, :5], 16)
+    assert gap > TOLERANCE, f'{case}: a greedy choice hangs on {gap}; take another seed'
+    ours = released.continued(config, params, codes[:, :, :5], blank, 16)
+    np.testing.assert_array_equal(ours[0], text)
+    np.testing.assert_array_equal(ours[1], said)
+
+
+def finetune_loss(torch, logits, target, mask, weights):
+    """sum(w ce) / sum(w) over cells, w being `weights` where `mask` holds (finetune/loss.py)."""
+    target = torch.tensor(target).long()
+    w = torch.where(mask, weights, torch.zeros_like(weights))
+    ce = torch.nn.functional.cross_entropy(
+        torch.nan_to_num(logits).flatten(0, -2), torch.where(mask, target, 0).flatten(),
+        reduction='none').reshape(target.shape)
+    return (w * ce).sum() / w.sum()
+
+
+@pytest.mark.parametrize('first_codebook', [100.0, 1.0])
+def test_loss_of_fine_tuning(first_codebook, torch, peers, tmp_path):
+    """The peer's logits under moshi-finetune's weights: text padding and its end half, the first
+    codebook times 100. Ours from the grid that our layout draws of the same recordings."""
+    from flax import nnx
+    config = released.multistream()
+    config.objective = dict(name='weighted_ce', terms=dict(text=('text',), audio=('mine',)))
+    params = released.random_params(config, 12)
+    export.save(config, params, str(tmp_path / 'out'), 'kyutai')
+    from moshi.models import loaders
+    peer = loaders.get_moshi_lm(tmp_path / 'out' / 'model.safetensors', json.loads(
+        (tmp_path / 'out' / 'config.json').read_text()), dtype=torch.float32)
+    v, rng, T = model.make_vocab(config), np.random.default_rng(13), 30
+    codes, grids = [], []
+    for i in range(3):
+        words = tuple(Word(f'w{j}', 0, .4 * j + .1, .4 * j + .3, ids=tuple(
+            int(x) for x in rng.integers(4, 48, 2))) for j in range(5) if i < 2)
+        record = Record(id=str(i), source='', language='en', duration_s=T / 12.5, words=words,
+                        codes=rng.integers(0, 32, (2, 4, T)).astype(np.int16))
+        grids.append(duplex.columns(
+            record, vocab=v, rng=rng, text_rule='queue', weight_pad=.5, weight_epad=.5,
+            weight_semantic=first_codebook))
+        text = duplex.place_words(words, T, frame_hz=12.5, pad=3, epad=0, rule='queue'
+                                  ) if words else np.full(T, -1)
+        codes.append(np.concatenate([text[None], *record.codes]))
+    codes = np.stack(codes)
+    assert {0, 3, -1} < set(codes[:, 0].ravel().tolist())
+    out = peer(torch.tensor(codes).long())
+    target = codes[:, :1]
+    weights = torch.tensor(np.where(np.isin(target, (0, 3)), .5, 1.0), dtype=torch.float32)
+    text_loss = finetune_loss(torch, out.text_logits, target, out.text_mask, weights)
+    weights = torch.ones(3, 4, T)
+    weights[:, 0] = first_codebook
+    audio_loss = finetune_loss(torch, out.logits, codes[:, 1:5], out.mask, weights)
+
+    batch = {k: np.stack([getattr(g, k) for g in grids])
+             for k in ('tokens', 'weights', 'position', 'segment')}
+    graph, _, _ = model.abstract(config)
+    logp, hit = released.jax.jit(lambda p, b: nnx.merge(graph, p)(b))(params, batch)
+    terms, _ = model.objective_of(config)(logp, hit, batch)
+    ours = {k: float(total / weight) for k, (total, weight) in terms.items()}
+    np.testing.assert_allclose([ours['text'], ours['audio']], [float(text_loss), float(audio_loss)],
+                               rtol=2e-5)
+    print(f'fine-tuning loss, first codebook x {first_codebook:.0f}: {sum(ours.values()):.6f}, '
+          f'the peer {float(text_loss + audio_loss):.6f}')
 
 
 def test_goldens_are_what_the_peers_say(torch, peers):
@@ -255,3 +492,21 @@ def test_goldens_are_what_the_peers_say(torch, peers):
     far(out.logits.numpy(), golden['logits'], 5e-5)
     far(out.text_logits.numpy(), golden['text_logits'], 5e-5)
     np.testing.assert_array_equal(peers.stream(peer, golden['heard'])[0], golden['said'])
+    golden = dict(np.load(released.GOLDEN / 'kyutai_scheduled' / 'arrays.npz'))
+    folder = released.GOLDEN / 'kyutai_scheduled'
+    for prefix, where in (('', folder), ('lora_', folder / 'lora')):
+        values = json.loads((where / 'config.json').read_text())
+        peer = loaders.get_moshi_lm(
+            folder / 'model.safetensors', values, dtype=torch.float32,
+            lora_weights=folder / 'lora' / 'lora.safetensors' if prefix else None).eval()
+        out = peer(torch.tensor(golden['codes']).long())
+        far(out.logits.numpy(), golden[prefix + 'logits'], 5e-5)
+        far(out.text_logits.numpy(), golden[prefix + 'text_logits'], 5e-5)
+        np.testing.assert_array_equal(peers.stream(peer, golden['heard'])[0],
+                                      golden[prefix + 'said'])
+    golden = dict(np.load(released.GOLDEN / 'kyutai_hf' / 'arrays.npz'))
+    peer = transformers.MoshiForConditionalGeneration.from_pretrained(
+        released.GOLDEN / 'kyutai_hf', dtype=torch.float32)
+    text, audio = peers.moshi_logits(peer, peers.delayed(peers.MOSHI, golden['codes']))
+    far(text, golden['text_logits'], 5e-5)
+    far(audio, golden['logits'], 5e-5)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage begins with: an earlier stage's weights, or those of another program's checkpoint.
+
+Every function takes the state of ShapeDtypeStructs (`state.abstract_state`) that says which arrays
+are wanted and where each lies.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from jaxsd import checkpoint, data, model
+from jaxsd import stage as stages
+from jaxsd.config import ConfigError
+from jaxsd.export.loading import Start, is_foreign, open_start
+from jaxsd.stage import Stage, flatten, of_stage, unflatten
+
+
+class Begun(NamedTuple):
+    """Parameters, None for random ones, and what a ledger keeps of where they come from.
+
+    start: in words, such as 'step 100 of first'. origins: the checkpoints of other programs.
+    """
+
+    params: dict | None
+    start: str
+    origins: tuple[dict, ...] = ()
+
+
+def start_params(config, stage: Stage, workdir: str, target) -> Begun:
+    """What `stage` begins with: `older_params`, and low-rank terms that add nothing yet."""
+    begun = older_params(config, stage, workdir, target)
+    if begun.params is None or not stage.lora:
+        return begun
+    where = jax.tree.map(lambda x: x.sharding, target['params'])
+    fresh = jax.jit(lambda key: model.init(config, key, stage.lora),
+                    out_shardings=where)(jax.random.key(config.seed))
+    return begun._replace(params=unflatten(flatten(fresh) | flatten(begun.params)))
+
+
+def older_params(config, stage: Stage, workdir: str, target) -> Begun:
+    """The weights that `stage` names as its start, without its low-rank terms."""
+    wanted = older(target)
+    if (found := foreign(config, stage, workdir)) is not None:
+        params = found.params(flatten(wanted), jax.random.key(config.seed))
+        return Begun(unflatten(params), stage.start, (found.origin,))
+    if (folder := start_folder(config, stage, workdir)) is not None:
+        params, meta = checkpoint.restore_params(folder, wanted)
+        data.same_codec(meta['data'], config)
+        return Begun(params, f'step {meta["step"]} of {stage.start}')
+    return Begun(None, 'init')
+
+
+def older(target) -> dict:
+    """The parameters of `target` that an earlier stage has: all but low-rank terms."""
+    return unflatten({p: x for p, x in flatten(target['params']).items()
+                      if not p.rsplit('/', 1)[-1].startswith('lora_')})
+
+
+def foreign(config, stage: Stage, workdir: str) -> Start | None:
+    """The checkpoint of another program that `stage` begins with, checked; None if it does not.
+
+    A path that holds one is recognized; 'hf:path' says what it is.
+    """
+    if (stage.start == 'init' or stage.start in [s.name for s in stages.stages(config)]
+            or checkpoint.steps(checkpoint.folder_of(workdir, stage.name))
+            or checkpoint.steps(stage.start) or not is_foreign(stage.start)):
+        return None
+    return open_start(of_stage(config, stage), stage.start, graft=stage.graft,
+                      where=f'stage {stage.name} starts from {stage.start}')
+
+
+def start_folder(config, stage: Stage, workdir: str) -> str | None:
+    """The checkpoints that `stage` begins with, if any. ConfigError where they are missing."""
+    if stage.start == 'init' or checkpoint.steps(checkpoint.folder_of(workdir, stage.name)):
+        return None
+    names = [s.name for s in stages.stages(config)]
+    folder = (checkpoint.folder_of(workdir, stage.start) if stage.start in names else stage.start)
+    if not checkpoint.steps(folder):
+        fix = ('train that stage first' if stage.start in names else
+               'name a folder of checkpoints, such as RUN/checkpoints/STAGE')
+        raise ConfigError(f'stage {stage.name} starts from {stage.start!r}, but there is no '
+                          f'checkpoint in {folder}; {fix}')
+    return folder
