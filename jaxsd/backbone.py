@@ -127,7 +127,8 @@ class Decoder(nnx.Module):
                 policy = (jax.checkpoint_policies.dots_with_no_batch_dims_saveable
                           if self.remat == 'dots' else None)
                 step = jax.checkpoint(step, prevent_cse=False, policy=policy)
-            x_BTD, _ = jax.lax.scan(step, x_BTD, self.blocks, unroll=nn.unroll(self.layers))
+            x_BTD, _ = jax.lax.scan(step, x_BTD, self.blocks,
+                                    unroll=nn.unroll(self.layers, place))
             return self.norm(x_BTD), None
         T = x_BTD.shape[1]
         C = cache['position'].shape[1]

@@ -3,12 +3,12 @@
 
 Three methods make a head:
 
-    log_prob(h_BTD, target_BKT, embed_VD, key)   log-probabilities of given targets, and hits,
-                                                 both [B, K, T]
-    scores(h_BTD, target_BKT, embed_VD)          logits [B, T, V_row] per row, None where the row
-                                                 is not predicted
-    sample(h_BD, embed_VD, key, pick)            the next column [B, K], each row picked from its
-                                                 logits
+    log_prob(h_BTD, target_BKT, embed_VD, key, place)
+        log-probabilities of given targets, and hits, both [B, K, T]
+    scores(h_BTD, target_BKT, embed_VD)
+        logits [B, T, V_row] per row, None where the row is not predicted
+    sample(h_BD, embed_VD, key, pick)
+        the next column [B, K], each row picked from its logits
 
 Training never needs whole logits, only the targets' log-probabilities, so those are computed in
 chunks of columns and [B, T, V] in float32 does not exist. `target_BKT[..., t]` is the column that
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsd import nn
+from jaxsd.sharding import Place, anywhere
 from jaxsd.types import NOTHING, Row, Sizes, check, positive
 
 Pick = Callable
@@ -61,7 +62,7 @@ class Flat(nnx.Module):
             yield row, logits[..., at:at + row.predicted]
             at += row.predicted
 
-    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None):
+    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None, place: Place = anywhere):
         check(h_BTD, 'BTD', D=self.width)
 
         def chunk(h, target_BTK):
@@ -198,7 +199,7 @@ class Depth(nnx.Module):
         x = jnp.take(table, jnp.clip(token, 0, table.shape[0] - 1), axis=0)
         return jnp.where((token >= 0)[..., None], x, 0.0).astype(dtype)
 
-    def _logits(self, h_BTD, target_BTK):
+    def _logits(self, h_BTD, target_BTK, place: Place = anywhere):
         """Logits [P, B, T, V] of the audio rows, all steps at once. P leads: one batched dot."""
         P, slots = self.steps, jnp.asarray(self.slots)
         per_step = jax.vmap(lambda dense, x: dense(x))
@@ -218,10 +219,10 @@ class Depth(nnx.Module):
             y = block.norm_mlp(x)
             return x + nn.gated(y, lambda y: per_step(_each(block.gate_up, slots), y),
                                 lambda y: per_step(_each(block.down, slots), y)), None
-        x, _ = jax.lax.scan(layer, x, self.blocks, unroll=nn.unroll(self.layers))
+        x, _ = jax.lax.scan(layer, x, self.blocks, unroll=nn.unroll(self.layers, place))
         return jax.vmap(lambda dense, x: dense(x))(self.outs, x)
 
-    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None):
+    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None, place: Place = anywhere):
         del embed_VD
         check(h_BTD, 'BTD', D=self.width)
         B, K, T = target_BKT.shape
@@ -232,7 +233,7 @@ class Depth(nnx.Module):
 
         def audio(h, target):
             local = jnp.stack([_local(target[..., k], self.rows[k]) for k in self.audio])
-            logp, hit = nn.log_prob(self._logits(h, target), local)         # [P, B, T]
+            logp, hit = nn.log_prob(self._logits(h, target, place), local)         # [P, B, T]
             return jnp.moveaxis(logp, 0, -1), jnp.moveaxis(hit, 0, -1)
 
         logp_text, hit_text = nn.by_columns(text, self.chunk_columns, h_BTD, target_BTK[..., 0])

@@ -34,7 +34,8 @@ class Model(nnx.Module):
         0, as is every row that the head does not predict.
         """
         h_BTD = self.hidden(batch, place)
-        logp, hit = self.head.log_prob(h_BTD, next_column(batch['tokens']), self.table, key)
+        logp, hit = self.head.log_prob(h_BTD, next_column(batch['tokens']), self.table, key,
+                                       place)
         return _later(logp), _later(hit)
 
     def scores(self, batch):

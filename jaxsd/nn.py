@@ -354,7 +354,7 @@ def stack(make: Callable, layers: int, *, rngs):
     return jax.vmap(lambda key: make(rngs=nnx.Rngs(key)))(keys)
 
 
-def unroll(layers: int) -> int:
+def unroll(layers: int, place: Place) -> int:
     """How far a scan over layers is unrolled: whole on CPU, where XLA loses half its speed to the
     loop's copies, not at all on accelerators, where it costs compile time."""
-    return layers if jax.default_backend() == 'cpu' else 1
+    return layers if place.platform == 'cpu' else 1

@@ -109,6 +109,14 @@ class Place:
     def __init__(self, rules: Mapping = RULES, mesh: Mesh | None = None):
         self.rules, self.mesh = rules, mesh
 
+    @property
+    def platform(self) -> str:
+        """'cpu', 'gpu' or 'tpu': that of the mesh's devices, which need not be this machine's."""
+        if self.mesh is None:
+            return jax.default_backend()
+        platform = self.mesh.devices.flat[0].platform
+        return 'gpu' if platform in ('cuda', 'rocm') else platform
+
     def __call__(self, x, *axes):
         if self.mesh is None:
             return x
