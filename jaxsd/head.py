@@ -71,7 +71,8 @@ class Flat(nnx.Module):
                      for k, (row, logits) in enumerate(self._by_row(self._logits(h, embed_VD)))]
             return tuple(jnp.stack(x, axis=-1) for x in zip(*pairs, strict=True))
 
-        logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, jnp.swapaxes(target_BKT, 1, 2))
+        logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, jnp.swapaxes(target_BKT, 1, 2),
+                                  place=place)
         return jnp.swapaxes(logp, 1, 2), jnp.swapaxes(hit, 1, 2)
 
     def scores(self, h_BTD, target_BKT, embed_VD):
@@ -236,18 +237,23 @@ class Depth(nnx.Module):
             logp, hit = nn.log_prob(self._logits(h, target, place), local)         # [P, B, T]
             return jnp.moveaxis(logp, 0, -1), jnp.moveaxis(hit, 0, -1)
 
-        logp_text, hit_text = nn.by_columns(text, self.chunk_columns, h_BTD, target_BTK[..., 0])
+        logp_text, hit_text = nn.by_columns(text, self.chunk_columns, h_BTD, target_BTK[..., 0],
+                                            place=place)
         taken = max(1, round(self.fraction * T))
         if taken < T:
             if key is None:
                 raise ValueError('head.fraction < 1 needs a key')
             at = jnp.sort(jax.random.choice(key, T, (taken,), replace=False))
-            logp, hit = nn.by_columns(audio, self.chunk_columns, h_BTD[:, at], target_BTK[:, at])
+            # The last again and again, until every device has as many.
+            even = jnp.concatenate([at, jnp.repeat(at[-1:], -taken % place.ways('column'))])
+            logp, hit = (x[:, :taken] for x in nn.by_columns(
+                audio, self.chunk_columns, place(h_BTD[:, even], 'batch', 'column', 'width'),
+                place(target_BTK[:, even], 'batch', 'column', None), place=place))
             logp = jnp.zeros((B, T, self.steps)).at[:, at].set(logp * (T / taken))
             # A hit counts as much as its column stands for, so accuracies stay unbiased too.
             hit = jnp.zeros((B, T, self.steps)).at[:, at].set(hit * (T / taken))
         else:
-            logp, hit = nn.by_columns(audio, self.chunk_columns, h_BTD, target_BTK)
+            logp, hit = nn.by_columns(audio, self.chunk_columns, h_BTD, target_BTK, place=place)
         silent = jnp.zeros((B, T, K - 1 - self.steps))
         logp = jnp.concatenate([logp_text[..., None], logp, silent], axis=-1)
         hit = jnp.concatenate([hit_text[..., None].astype(jnp.float32), hit.astype(jnp.float32),
