@@ -3,12 +3,12 @@
 
 Three methods make a head:
 
-    log_prob(h_BTD, target_BKT, embed_VD, key)   log-probabilities of given targets, and hits,
-                                                 both [B, K, T]
-    scores(h_BTD, target_BKT, embed_VD)          logits [B, T, V_row] per row, None where the row
-                                                 is not predicted
-    sample(h_BD, embed_VD, key, pick)            the next column [B, K], each row picked from its
-                                                 logits
+    log_prob(h_BTD, target_BKT, embed_VD, key, place)
+        log-probabilities of given targets, and hits, both [B, K, T]
+    scores(h_BTD, target_BKT, embed_VD)
+        logits [B, T, V_row] per row, None where the row is not predicted
+    sample(h_BD, embed_VD, key, pick)
+        the next column [B, K], each row picked from its logits
 
 Training never needs whole logits, only the targets' log-probabilities, so those are computed in
 chunks of columns and [B, T, V] in float32 does not exist. `target_BKT[..., t]` is the column that
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsd import nn
+from jaxsd.sharding import Place, anywhere
 from jaxsd.types import NOTHING, Row, Sizes, check, positive
 
 Pick = Callable
@@ -61,7 +62,7 @@ class Flat(nnx.Module):
             yield row, logits[..., at:at + row.predicted]
             at += row.predicted
 
-    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None):
+    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None, place: Place = anywhere):
         check(h_BTD, 'BTD', D=self.width)
 
         def chunk(h, target_BTK):
@@ -70,7 +71,8 @@ class Flat(nnx.Module):
                      for k, (row, logits) in enumerate(self._by_row(self._logits(h, embed_VD)))]
             return tuple(jnp.stack(x, axis=-1) for x in zip(*pairs, strict=True))
 
-        logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, jnp.swapaxes(target_BKT, 1, 2))
+        logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, jnp.swapaxes(target_BKT, 1, 2),
+                                  place=place)
         return jnp.swapaxes(logp, 1, 2), jnp.swapaxes(hit, 1, 2)
 
     def scores(self, h_BTD, target_BKT, embed_VD):
@@ -198,7 +200,7 @@ class Depth(nnx.Module):
         x = jnp.take(table, jnp.clip(token, 0, table.shape[0] - 1), axis=0)
         return jnp.where((token >= 0)[..., None], x, 0.0).astype(dtype)
 
-    def _logits(self, h_BTD, target_BTK):
+    def _logits(self, h_BTD, target_BTK, place: Place = anywhere):
         """Logits [P, B, T, V] of the audio rows, all steps at once. P leads: one batched dot."""
         P, slots = self.steps, jnp.asarray(self.slots)
         per_step = jax.vmap(lambda dense, x: dense(x))
@@ -218,10 +220,10 @@ class Depth(nnx.Module):
             y = block.norm_mlp(x)
             return x + nn.gated(y, lambda y: per_step(_each(block.gate_up, slots), y),
                                 lambda y: per_step(_each(block.down, slots), y)), None
-        x, _ = jax.lax.scan(layer, x, self.blocks, unroll=nn.unroll(self.layers))
+        x, _ = jax.lax.scan(layer, x, self.blocks, unroll=nn.unroll(self.layers, place))
         return jax.vmap(lambda dense, x: dense(x))(self.outs, x)
 
-    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None):
+    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None, place: Place = anywhere):
         del embed_VD
         check(h_BTD, 'BTD', D=self.width)
         B, K, T = target_BKT.shape
@@ -232,21 +234,26 @@ class Depth(nnx.Module):
 
         def audio(h, target):
             local = jnp.stack([_local(target[..., k], self.rows[k]) for k in self.audio])
-            logp, hit = nn.log_prob(self._logits(h, target), local)         # [P, B, T]
+            logp, hit = nn.log_prob(self._logits(h, target, place), local)         # [P, B, T]
             return jnp.moveaxis(logp, 0, -1), jnp.moveaxis(hit, 0, -1)
 
-        logp_text, hit_text = nn.by_columns(text, self.chunk_columns, h_BTD, target_BTK[..., 0])
+        logp_text, hit_text = nn.by_columns(text, self.chunk_columns, h_BTD, target_BTK[..., 0],
+                                            place=place)
         taken = max(1, round(self.fraction * T))
         if taken < T:
             if key is None:
                 raise ValueError('head.fraction < 1 needs a key')
             at = jnp.sort(jax.random.choice(key, T, (taken,), replace=False))
-            logp, hit = nn.by_columns(audio, self.chunk_columns, h_BTD[:, at], target_BTK[:, at])
+            # The last again and again, until every device has as many.
+            even = jnp.concatenate([at, jnp.repeat(at[-1:], -taken % place.ways('column'))])
+            logp, hit = (x[:, :taken] for x in nn.by_columns(
+                audio, self.chunk_columns, place(h_BTD[:, even], 'batch', 'column', 'width'),
+                place(target_BTK[:, even], 'batch', 'column', None), place=place))
             logp = jnp.zeros((B, T, self.steps)).at[:, at].set(logp * (T / taken))
             # A hit counts as much as its column stands for, so accuracies stay unbiased too.
             hit = jnp.zeros((B, T, self.steps)).at[:, at].set(hit * (T / taken))
         else:
-            logp, hit = nn.by_columns(audio, self.chunk_columns, h_BTD, target_BTK)
+            logp, hit = nn.by_columns(audio, self.chunk_columns, h_BTD, target_BTK, place=place)
         silent = jnp.zeros((B, T, K - 1 - self.steps))
         logp = jnp.concatenate([logp_text[..., None], logp, silent], axis=-1)
         hit = jnp.concatenate([hit_text[..., None].astype(jnp.float32), hit.astype(jnp.float32),

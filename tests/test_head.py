@@ -310,7 +310,7 @@ def test_scanned_as_on_an_accelerator_is_the_same(monkeypatch):
     lm, sizes, embed = made('own')
     h, target = inputs(sizes)
     want = log_prob(lm, h, target, embed, None)[0]
-    monkeypatch.setattr(nn, 'unroll', lambda layers: 1)
+    monkeypatch.setattr(nn, 'unroll', lambda layers, place: 1)
     got = nnx.jit(lambda lm: lm.log_prob(h, target, embed)[0])(lm)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
