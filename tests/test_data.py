@@ -126,7 +126,7 @@ def straight(root):
     return take(20, make(root), threads=0)
 
 
-@pytest.mark.parametrize('count', (1, 2, 4))
+@pytest.mark.parametrize('count', (1, 2, 4, 8))
 def test_any_process_count_gives_the_same_batches(root, straight, count):
     parts = [take(20, make(root), process_index=i, process_count=count) for i in range(count)]
     for step, (whole, account) in enumerate(straight):
