@@ -7,6 +7,7 @@ done, asked to stop, or dead. What a dead life did after the checkpoint that the
 from was done for nothing.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -21,6 +22,7 @@ CAUSES = {
     'lost': 'steps done after the last checkpoint of a run that died',
     'idle': 'between one run and the next',
 }
+_FAILURES = 256     # of the forecast
 _BEFORE, _BETWEEN = ('restore', 'compile', 'data'), ('data', 'save', 'probe')
 
 
@@ -116,12 +118,13 @@ def best_interval_s(save_s: float, failure_every_s: float) -> float:
     return math.sqrt(2 * save_s * failure_every_s)
 
 
-def forecast(ledger: Iterable[Mapping], *, failure_every_s: float, idle_s: float,
-             failures: int = 8) -> tuple[float, float] | None:
+def forecast(ledger: Iterable[Mapping], *, failure_every_s: float, idle_s: float
+             ) -> tuple[float, float] | None:
     """(goodput, seconds between checkpoints) if such a run failed again and again, or None.
 
-    Every start costs what the costliest in `ledger` did, checkpoints what they did on average;
-    they are made as often as loses least. None where the ledger holds no start or no checkpoint.
+    Failures come at random, on average `failure_every_s` apart. Every start costs what the
+    costliest in `ledger` did, checkpoints what they did on average; they are made as often as loses
+    least. None where the ledger holds no start or no checkpoint.
     """
     entries = list(ledger)
     ready = [e for e in entries if e.get('event') == 'ready']
@@ -132,8 +135,9 @@ def forecast(ledger: Iterable[Mapping], *, failure_every_s: float, idle_s: float
     save_s = max(sum(e['spent']['save_s'] - e['commit_s'] for e in ends) / saves, 1e-3)
     every_s = best_interval_s(save_s, failure_every_s)
     starting = {c: max(e[f'{c}_s'] for e in ready) for c in ('init', *_BEFORE)}
-    seconds = simulate([failure_every_s * (i + 1) for i in range(failures)],
-                       wall_s=failure_every_s * (failures + 0.5), every_s=every_s, save_s=save_s,
+    gaps = (-failure_every_s * math.log1p(-(i + 0.5) / _FAILURES) for i in range(_FAILURES))
+    failures = list(itertools.accumulate(gaps))     # the quantiles of an exponential: no luck in it
+    seconds = simulate(failures, wall_s=failures[-1], every_s=every_s, save_s=save_s,
                        commit_s=max(e['commit_s'] for e in ends), idle_s=idle_s, **starting)
     return share(seconds), every_s
 

@@ -95,11 +95,13 @@ def test_slurm_hands_on():
 
 
 def test_tpu_hands_on():
-    out = run('tpu_vm.sh', *VERB, DRY_RUN=1, TPU='slice', ZONE='z', REPO='my repo')
+    out = run('tpu_vm.sh', *VERB, DRY_RUN=1, TPU='slice', ZONE='z', REPO='my repo',
+              JAXSD_HEARTBEAT_TIMEOUT_S=50)
     words = shlex.split(out.stdout)
     assert words[:7] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', 'slice', '--zone']
     remote = shlex.split(words[words.index('--command') + 1])
     assert remote[:3] == ['cd', 'my repo', '&&'] and remote[-len(VERB):] == VERB
+    assert {'JAXSD_DISTRIBUTED=1', 'JAXSD_HEARTBEAT_TIMEOUT_S=50'} <= set(remote[3:])
     assert run('tpu_vm.sh', 'train', DRY_RUN=1, TPU='slice').returncode != 0
 
 
