@@ -123,18 +123,22 @@ def forecast(ledger: Iterable[Mapping], *, failure_every_s: float, idle_s: float
     """(goodput, seconds between checkpoints) if such a run failed again and again, or None.
 
     Failures come at random, on average `failure_every_s` apart. Every start costs what the
-    costliest in `ledger` did, checkpoints what they did on average; they are made as often as loses
-    least. None where the ledger holds no start or no checkpoint.
+    costliest in `ledger` did, and so does its first checkpoint; the others cost what they did on
+    average, and are made as often as loses least. None where the ledger holds no start that ended
+    well after two checkpoints.
     """
     entries = list(ledger)
     ready = [e for e in entries if e.get('event') == 'ready']
-    ends = [e for e in entries if e.get('event') in ('finished', 'stopped') and e.get('saves')]
+    ends = [e for e in entries if e.get('event') in ('finished', 'stopped')
+            and e.get('saves', 0) > 1]
     if not ready or not ends:
         return None
-    saves = sum(e['saves'] for e in ends)
-    save_s = max(sum(e['spent']['save_s'] - e['commit_s'] for e in ends) / saves, 1e-3)
+    saves = sum(e['saves'] - 1 for e in ends)
+    save_s = max(1e-3, sum(e['spent']['save_s'] - e['commit_s'] - e['first_save_s']
+                           for e in ends) / saves)
     every_s = best_interval_s(save_s, failure_every_s)
     starting = {c: max(e[f'{c}_s'] for e in ready) for c in ('init', *_BEFORE)}
+    starting['save'] = max(e['first_save_s'] for e in ends) - save_s
     gaps = (-failure_every_s * math.log1p(-(i + 0.5) / _FAILURES) for i in range(_FAILURES))
     failures = list(itertools.accumulate(gaps))     # the quantiles of an exponential: no luck in it
     seconds = simulate(failures, wall_s=failures[-1], every_s=every_s, save_s=save_s,

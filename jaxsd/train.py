@@ -279,7 +279,8 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
     log.info('compiled in %.1f s', ready['compile_s'])
     ready['init_s'] = time.time() - began_s - sum(ready.values())
     rundir.ledger(workdir, dict(event='ready', stage=stage.name, **journal.rounded(ready)))
-    spent, saves = dict(data_s=0.0, save_s=0.0, probe_s=0.0), 0     # since then, beside the steps
+    spent = dict(data_s=0.0, save_s=0.0, probe_s=0.0)       # since then, beside the steps
+    saves, first_save_s = 0, 0.0    # the first compiles its checksums
 
     writers = journal.Writers(workdir, first, stage.name)
     pending = loss = None
@@ -329,11 +330,11 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
                                 'or look at the data')
 
     def save(n):
-        nonlocal saves
+        nonlocal saves, first_save_s
         counted, start = consumed.total(), time.perf_counter()
         saved.save(n, state, data_state=dict(next_step=n, consumed=counted, **drawn_from))
         spent['save_s'] += time.perf_counter() - start
-        saves += 1
+        saves, first_save_s = saves + 1, first_save_s or spent['save_s']
         rundir.ledger(workdir, dict(event='consumed', stage=stage.name, step=n, consumed_to=n,
                                     consumed=counted, spent=journal.rounded(spent)))
 
@@ -344,7 +345,9 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
         commit_s = time.perf_counter() - start
         spent['save_s'] += commit_s
         rundir.ledger(workdir, dict(event=event, stage=stage.name, step=n + 1, saves=saves,
-                                    commit_s=round(commit_s, 3), spent=journal.rounded(spent)))
+                                    **journal.rounded(dict(first_save_s=first_save_s,
+                                                           commit_s=commit_s)),
+                                    spent=journal.rounded(spent)))
 
     tracing = False
     with contextlib.closing(writers):

@@ -158,7 +158,8 @@ def test_the_time_is_accounted_for(run, tmp_path):
                   dict(time_s=at + 20, event='ready', stage='learn', init_s=10., restore_s=0.,
                        compile_s=8., data_s=2.),
                   dict(time_s=at + 520, event='finished', stage='learn', step=400, saves=4,
-                       commit_s=2., spent=dict(data_s=10., save_s=6., probe_s=4.))):
+                       commit_s=2., first_save_s=1.,
+                       spent=dict(data_s=10., save_s=6., probe_s=4.))):
             f.write(json.dumps(e) + '\n')
     page = page_of(run, out=tmp_path)
     for said in ('Goodput 92.3 % of 520 s', 'compile 8.0 1.5 compiling the step',

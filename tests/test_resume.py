@@ -177,21 +177,28 @@ def test_processes_stop_together_and_miss_the_lost(corpus, tmp_path):
 @pytest.mark.slow
 def test_saved_by_two_goes_on_with_any_number(corpus, tmp_path):
     """1, 2, 4 and 8 processes resume what two saved: the same batches, the same global losses."""
-    options = quick('spirit_lm', steps=8)
+    options = quick('spirit_lm', steps=12)
     saved = tmp_path / 'saved'
     both = start(2, corpus, saved, tmp_path / 'log', *options)
-    wait_for(5, saved, both)
+    wait_for(1, saved, both)
+    folder = checkpoint.folder_of(str(saved), 'pretrain')
+    while not checkpoint.steps(folder):
+        time.sleep(0.002)
     for p in both:
         p.kill()
     for p in both:
         p.wait()
+    assert checkpoint.steps(folder)[-1] < 12
     straight = alone(corpus, tmp_path / 'one', *options)
     for count in (1, 2, 4, 8):
         work = tmp_path / f'on-{count}'
         shutil.copytree(saved, work)
         some = start(count, corpus, work, tmp_path / f'log-{count}', *options)
         assert [p.wait(timeout=500) for p in some] == [0] * count
-        same_losses(losses(work), straight, 8)
+        same_losses(losses(work), straight, 12)
+        told = [json.loads(line) for line in (work / 'ledger.jsonl').open()]
+        [resumed] = [e for e in told if e['event'] == 'resume']
+        assert resumed['processes'] == count and resumed['step'] in (4, 8)
 
 
 def test_terminated_saves_and_goes_on(corpus, tmp_path):
