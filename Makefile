@@ -10,13 +10,14 @@ PEERS ?= .peers
 RUNS ?= runs
 TORCH ?= torch==2.13.0
 
-.PHONY: help env quickstart test test-all test-peers lint clean
+.PHONY: help env quickstart test test-all test-peers test-slurm lint clean
 
 help:
 	@echo 'make quickstart   speech, two trained models, evaluation, audio and one report'
 	@echo 'make test         the test suite (no accelerator needed)'
 	@echo 'make test-all     also the slow tests'
 	@echo 'make test-peers   compares with the PyTorch implementations, in $(PEERS)'
+	@echo 'make test-slurm   trains, stops, kills and resumes on a Slurm of two nodes made here (root)'
 	@echo 'make lint         ruff'
 	@echo 'make clean        removes the caches of Python, pytest and ruff; keeps data, runs and $(VENV)'
 
@@ -37,7 +38,7 @@ test: env
 	'$(VENV)/bin/python' -m pytest
 
 test-all: env
-	'$(VENV)/bin/python' -m pytest -m 'not peers'
+	'$(VENV)/bin/python' -m pytest -m 'not peers and not slurm'
 
 # moshi pins older torch and numpy than it needs, hence --no-deps, last, and its needs by hand.
 $(PEERS)/.complete: setup.py Makefile $(VENV)/.complete
@@ -51,6 +52,10 @@ $(PEERS)/.complete: setup.py Makefile $(VENV)/.complete
 
 test-peers: $(PEERS)/.complete
 	'$(PEERS)/bin/python' -m pytest -m peers tests/peers
+
+# Needs Debian's slurmctld, slurmd, slurm-client and munge, and root; cluster.sh says what lacks.
+test-slurm: env
+	bash tests/slurm/cluster.sh '$(VENV)/bin/python' -m pytest -m slurm tests/slurm
 
 lint: env
 	'$(VENV)/bin/ruff' check .

@@ -17,7 +17,8 @@ EXTRAS = {
     'gguf': GGUF,                   # export for llama.cpp
     'audio': AUDIO,                 # codecs, and reading and writing sound
     'demo': DEMO,                   # the synthesised corpus (eSpeak NG is GPL-3.0) and its judge
-    'test': DEMO + STABLEHLO + GGUF + 'pytest>=8  hypothesis>=6.100  ruff>=0.9'.split(),
+    'test': DEMO + STABLEHLO + GGUF + ('pytest>=8  hypothesis>=6.100  '
+                                           'jsonschema>=4.21,<5  ruff>=0.9').split(),
     'mimi': AUDIO + 'torch>=2.4  transformers>=4.57'.split(),
     'cuda13': ['jax[cuda13]>=0.10.2,<0.12'],
     'tpu': ['jax[tpu]>=0.10.2,<0.12'],

@@ -11,6 +11,7 @@ import dis
 import logging
 import os
 import sys
+import traceback
 
 from jaxsd import config as configs
 from jaxsd.config import ConfigError
@@ -155,8 +156,8 @@ def _devices() -> None:
     """Joins the other processes and finds the devices. Raises ConfigError where there are none."""
     import jax
 
-    from jaxsd import train
-    train.connect()
+    from jaxsd import processes
+    processes.connect()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:     # jax asserts where it knows no such platform
@@ -181,7 +182,7 @@ def _show(args, config):
 
 def _train(args, config):
     _devices()
-    from jaxsd import evaluate, train
+    from jaxsd import evaluate, run, train
     profile = ()
     if args.profile:
         try:
@@ -192,7 +193,8 @@ def _train(args, config):
         if not 0 <= first < last:
             raise ConfigError(f'--profile: FIRST must come before LAST, got {args.profile}')
     train.run(config, args.workdir, stage_name=args.stage,
-              probe_of=lambda stage: evaluate.probe(config, stage), profile_steps=profile)
+              probe_of=lambda stage: evaluate.probe(config, stage), profile_steps=profile,
+              began_s=run.began_s())
 
 
 def _evaluate(args, config):
@@ -253,11 +255,24 @@ def _foreign(error: BaseException) -> str:
     return f'{type(error).__name__} in {where or "code"} (JAXSD_TRACEBACK=1 shows where): '
 
 
+def _end(error: BaseException, trace: str = '') -> int:
+    """Exit status 1; as one of several processes this leaves at once, naming those it lost."""
+    processes = sys.modules.get('jaxsd.processes')      # jax is not imported only to fail
+    return processes.end(error, trace) if processes else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb. Returns the exit status: 0 only when the thing was done."""
+    try:
+        return _main(sys.argv[1:] if argv is None else list(argv))
+    except Exception as e:      # a bug, and yet other processes must not wait for this one
+        _end(e, traceback.format_exc())
+        raise
+
+
+def _main(argv: list[str]) -> int:
     _quiet()
     _before_jax()
-    argv = sys.argv[1:] if argv is None else list(argv)
     try:
         rest, overrides = _split_overrides(argv)
         parser = _parser()
@@ -282,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         reason = _foreign(e) + (' '.join(str(e).split()) or type(e).__name__)
         print(f'jaxsd {argv[0] if argv else ""}: {reason[:1000]}', file=sys.stderr)
-        return 1
+        return _end(e)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130

@@ -24,6 +24,8 @@ PEAK_TFLOPS = {'TPU v4': 275, 'TPU v5 lite': 197, 'TPU v5e': 197, 'TPU v5': 459,
                'TPU v6 lite': 918, 'NVIDIA A100-SXM4-80GB': 312, 'NVIDIA H100 80GB HBM3': 989,
                'NVIDIA H200': 989, 'NVIDIA B200': 2250}
 
+TAIL_BYTES = 1 << 16        # of the metrics, to find their last line
+
 
 # How fast.
 
@@ -181,6 +183,21 @@ def _drop_after(path: str, stage: str, step: int):
             if entry.get('stage') != stage or entry.get('step', 0) <= step:
                 kept.append(line if line.endswith('\n') else line + '\n')
     rundir.write_atomic(path, ''.join(kept))
+
+
+def last_seen_s(workdir: str) -> float | None:
+    """When the run last wrote metrics (Unix time), the last sign of life of one that was killed."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        with open(os.path.join(workdir, 'metrics.jsonl'), 'rb') as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - TAIL_BYTES))
+            lines = f.read().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b'\n')]
+        return json.loads(whole[-1]).get('time_s') if whole else None
+    return None
+
+
+def rounded(seconds: dict) -> dict:
+    return {k: round(x, 3) for k, x in seconds.items()}
 
 
 def finite(x) -> float | None:

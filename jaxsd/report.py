@@ -23,7 +23,7 @@ import tempfile
 
 import numpy as np
 
-from jaxsd import draw
+from jaxsd import draw, goodput
 
 LINES = 1_000_000           # of a metrics file that are read
 LINE_BYTES = 1 << 18
@@ -31,6 +31,7 @@ JSON_BYTES = 1 << 24
 GRIDS, GRID_BYTES = 8, 3 << 20
 CLIPS, CLIP_S = 16, 30.0
 AUDIO_BYTES = 16 << 20      # of sound in one page
+FAILURE_EVERY_S, NOTICED_S = 3 * 3600.0, 40.0       # of the forecast: how often, how soon seen
 
 
 def write(workdirs: list[str], out_path: str) -> str:
@@ -272,7 +273,7 @@ def _article(run: dict, anchor: str, room: list[int]) -> str:
     parts += [_learning(stage, rows) for stage, rows in run['stages'].items()]
     if not run['stages']:
         parts.append('<p class="soft">No metrics were written: nothing has been trained here.</p>')
-    parts += [_evaluation(run), _listen(run, room), _ledger(run), _config(run),
+    parts += [_evaluation(run), _listen(run, room), _ledger(run), _time(run), _config(run),
               _exports(run)]
     return f'<article id="{anchor}">{"".join(parts)}</article>'
 
@@ -316,6 +317,8 @@ def _tiles(run: dict) -> str:
         found = [r[key] for stage in rows for r in stage if _finite(r.get(key))]
         if found:
             tiles.append((name, _unit(scale * statistics.median(found), unit)))
+    if seconds := _seconds(run):
+        tiles.append(('goodput', _unit(100 * goodput.share(seconds), '%')))
     skipped = sum(stage[-1]['skipped_steps'] for stage in rows
                   if _finite(stage[-1].get('skipped_steps')))
     if skipped:
@@ -542,7 +545,7 @@ def _ledger(run: dict) -> str:
     out = [head]
     if rows:
         out.append(_table(('stage', 'source', 'hours', 'tokens', 'records'), rows, words=(0, 1)))
-    begun = [e for e in run['ledger'] if e.get('event') not in ('consumed', 'checkpoint')]
+    begun = [e for e in run['ledger'] if e.get('event') not in ('consumed', 'checkpoint', 'ready')]
     keys = [k for k in ('time_s', 'event', 'stage', 'step', 'revision', 'devices', 'device_kind',
                         'processes', 'mesh', 'dataset') if any(e.get(k) for e in begun)]
     rows = []
@@ -559,6 +562,37 @@ def _ledger(run: dict) -> str:
     out.append(f'<details><summary>The ledger as written</summary><div class="scroll"><pre>'
                f'{_e(whole)}</pre></div></details>')
     return ''.join(out)
+
+
+def _seconds(run: dict) -> dict[str, float]:
+    """Where the run's time went, by cause; {} where the ledger does not tell."""
+    seen = [row['time_s'] for rows in run['stages'].values() for row in rows
+            if _finite(row.get('time_s'))]
+    try:
+        return goodput.account(run['ledger'], max(seen, default=None))
+    except (KeyError, TypeError, ValueError, AttributeError):       # lines of another shape
+        return {}
+
+
+def _time(run: dict) -> str:
+    seconds, head = _seconds(run), '<h3>Where the time went</h3>'
+    total = sum(seconds.values())
+    if not total > 0:
+        return head + '<p class="soft">The ledger holds no times of this run.</p>'
+    rows = [(_e(cause), f'{s:,.1f}', f'{100 * s / total:.1f}', _e(goodput.CAUSES[cause]))
+            for cause, s in seconds.items()]
+    out = head + (f'<p>Goodput <b>{100 * goodput.share(seconds):.1f} %</b> of {total:,.0f} s: '
+                  'the share of time in steps that were kept.</p>')
+    out += _table(('cause', 'seconds', '%', ''), rows, words=(0, 3))
+    try:
+        found = goodput.forecast(run['ledger'], failure_every_s=FAILURE_EVERY_S, idle_s=NOTICED_S)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        found = None
+    if found:
+        out += (f'<p class="small soft">With what starting and saving cost here, a failure every '
+                f'{FAILURE_EVERY_S / 3600:.0f} hours, noticed after {NOTICED_S:.0f} s, would leave '
+                f'{100 * found[0]:.1f} %, saving every {found[1]:.0f} s.</p>')
+    return out
 
 
 SLOTS = ('codec', 'vocab', 'layout', 'frontend', 'backbone', 'head', 'objective', 'data', 'mesh')

@@ -176,6 +176,17 @@ def last_ledger(workdir: str) -> dict | None:
     return next(reversed(read_ledger(workdir)), None)
 
 
+def began_s() -> float:
+    """When this process began (Unix time): what its imports took belongs to a run, too."""
+    try:
+        with open('/proc/self/stat') as stat, open('/proc/uptime') as uptime:
+            ticks = int(stat.read().rpartition(')')[2].split()[19])
+            age_s = float(uptime.read().split()[0]) - ticks / os.sysconf('SC_CLK_TCK')
+    except (OSError, ValueError, IndexError):       # no Linux
+        age_s = 0.0
+    return time.time() - max(0.0, age_s)
+
+
 def versions() -> dict[str, str]:
     names = {'jax': 'jax', 'jaxlib': 'jaxlib', 'flax': 'flax', 'optax': 'optax',
              'orbax': 'orbax-checkpoint', 'numpy': 'numpy'}

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxsd import attention, checkpoint, data, journal, model, sharding
+from jaxsd import attention, checkpoint, data, journal, model, processes, sharding
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, plain
@@ -140,12 +140,17 @@ def _asked_to_stop():
             signal.signal(s, handler if handler is not None else signal.SIG_DFL)
 
 
-def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, profile_steps=()):
+def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, profile_steps=(),
+        began_s: float | None = None):
     """Trains the named stage, or every stage in turn, resuming whatever `workdir` holds.
 
     probe_of(stage) -> Probe or None. profile_steps: (first, last) steps to trace with the profiler.
-    Returns the loss of the last step of the last stage (None if nothing was left to do).
+    began_s: since when this run takes time (Unix; default now), for the ledger.
+    Raises SystemExit when the run was asked to stop and has saved. Returns the loss of the last
+    step of the last stage (None if nothing was left to do).
     """
+    began_s = time.time() if began_s is None else began_s
+    processes.stopped_status()          # a wrong one is told now and not when it is needed
     which = [stages.find(config, stage_name)] if stage_name else stages.stages(config)
     mesh = mesh_of(config)
     v = model.make_vocab(config)
@@ -163,7 +168,9 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
     loss = None
     with _asked_to_stop() as stop:
         for stage, probe in zip(which, probes, strict=True):
-            loss = _run_stage(config, stage, workdir, mesh, v, probe, profile_steps, stop)
+            done = _run_stage(config, stage, workdir, mesh, v, probe, profile_steps, stop, began_s)
+            if done is not None:
+                loss, began_s = done, time.time()
     return loss
 
 
@@ -201,7 +208,7 @@ def _share_of_rows(rows, batch: int) -> tuple[int, int]:
     return first // size, batch // size
 
 
-def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, stop):
+def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, stop, began_s):
     graph, target, by_path = abstract_state(config, stage, mesh)
     rules = sharding.rules_of(plain(config.mesh).get('rules', {}))
     rows = sharding.batch_sharding(rules, mesh)
@@ -216,7 +223,9 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
                                      sharding.replicated(mesh)))
     marks = data.fingerprint(config, dataclasses.asdict(stage), v)
     with checkpoint.Checkpoints(workdir, stage.name, config=config, keep=stage.keep) as saved:
+        start = time.perf_counter()
         found = saved.resume(target)
+        ready = dict(restore_s=time.perf_counter() - start if found else 0.0)
         if found:
             state, meta = found
             first, counted = int(meta['step']), meta['data'].get('consumed', {})
@@ -225,6 +234,8 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
                 log.info('stage %s is done (%d steps)', stage.name, stage.steps)
                 return None
             begun = dict(event='resume', stage=stage.name, step=first)
+            if seen_s := journal.last_seen_s(workdir):
+                begun['seen_s'] = seen_s
         else:
             found = begin.start_params(config, stage, workdir, target)
             state = fresh_state(config, stage, target, by_path, found.params)
@@ -234,7 +245,8 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
         parameters = model.count(target['params'])
         trained = model.count(stages.split(target['params'], by_path)[0])
         rundir.ledger(workdir, begun | dict(
-            revision=journal.revision(), fingerprint=fingerprint(config), devices=mesh.size,
+            began_s=round(began_s, 3), revision=journal.revision(),
+            fingerprint=fingerprint(config), devices=mesh.size,
             device_kind=mesh.devices.flat[0].device_kind, processes=jax.process_count(),
             mesh={k: int(n) for k, n in mesh.shape.items() if n > 1},
             parameters=parameters, trained_parameters=trained,
@@ -250,11 +262,11 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
         with contextlib.closing(batches):
             return _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, state,
                          first, journal.Consumed(stage, counted, share[0]), saved, probe,
-                         profile_steps, stop)
+                         profile_steps, stop, began_s, ready)
 
 
 def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, state, first,
-          consumed, saved, probe, profile_steps, stop):
+          consumed, saved, probe, profile_steps, stop, began_s, ready):
     tflops = journal.model_tflops(config, stage.batch * config.columns) / mesh.size
     peak = journal.peak_tflops(mesh.devices.flat[0])
     first_trace, last_trace = profile_steps or (stage.steps, stage.steps)
@@ -266,10 +278,17 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
         return {k: jax.make_array_from_process_local_data(rows, x) for k, x in arrays.items()}
 
     # Filling the data pipeline and compiling come before the clock: every step's time is a step's.
+    start = time.perf_counter()
     ahead = [next(batches)]
+    ready['data_s'] = time.perf_counter() - start
     start = time.perf_counter()
     step_fn = step_fn.lower(state, put(ahead[0][0])).compile()
-    log.info('compiled in %.1f s', time.perf_counter() - start)
+    ready['compile_s'] = time.perf_counter() - start
+    log.info('compiled in %.1f s', ready['compile_s'])
+    ready['init_s'] = time.time() - began_s - sum(ready.values())
+    rundir.ledger(workdir, dict(event='ready', stage=stage.name, **journal.rounded(ready)))
+    spent = dict(data_s=0.0, save_s=0.0, probe_s=0.0)       # since then, beside the steps
+    saves, first_save_s = 0, 0.0    # the first compiles its checksums
 
     writers = journal.Writers(workdir, first, stage.name)
     pending = loss = None
@@ -319,10 +338,24 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
                                 'or look at the data')
 
     def save(n):
-        counted = consumed.total()
+        nonlocal saves, first_save_s
+        counted, start = consumed.total(), time.perf_counter()
         saved.save(n, state, data_state=dict(next_step=n, consumed=counted, **drawn_from))
-        rundir.ledger(workdir, dict(event='consumed', stage=stage.name, consumed_to=n,
-                                    consumed=counted))
+        spent['save_s'] += time.perf_counter() - start
+        saves, first_save_s = saves + 1, first_save_s or spent['save_s']
+        rundir.ledger(workdir, dict(event='consumed', stage=stage.name, step=n, consumed_to=n,
+                                    consumed=counted, spent=journal.rounded(spent)))
+
+    def over(event):
+        """Waits for the last checkpoint and writes the last word of this life of the stage."""
+        start = time.perf_counter()
+        saved.wait()
+        commit_s = time.perf_counter() - start
+        spent['save_s'] += commit_s
+        rundir.ledger(workdir, dict(event=event, stage=stage.name, step=n + 1, saves=saves,
+                                    **journal.rounded(dict(first_save_s=first_save_s,
+                                                           commit_s=commit_s)),
+                                    spent=journal.rounded(spent)))
 
     tracing = False
     with contextlib.closing(writers):
@@ -333,6 +366,7 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
             start = time.perf_counter()
             arrays, account = ahead.pop() if ahead else next(batches)
             waited += time.perf_counter() - start
+            spent['data_s'] += time.perf_counter() - start
             start = time.perf_counter()
             state, sums = step_fn(state, put(arrays))
             dispatched += time.perf_counter() - start
@@ -354,34 +388,18 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
             if saving:          # first, so that an error while probing loses nothing
                 save(n + 1)
             if probing:
+                start = time.perf_counter()
                 held_out = probe(n + 1, state['params'])
+                spent['probe_s'] += time.perf_counter() - start
                 writers.write(dict(stage=stage.name, step=n + 1, held_out=held_out,
                                    time_s=round(time.time(), 3)))
                 log.info('held out at step %d: %s', n + 1,
                          ', '.join(f'{k} {x:.4f}' for k, x in held_out.items()))
             since += time.perf_counter() - paused       # a step's time is without these
             if leaving:
-                saved.wait()
+                over('stopped')
                 log.info('asked to stop: saved step %d of stage %s; the same command goes on',
                          n + 1, stage.name)
-                raise SystemExit(0)
+                raise SystemExit(processes.stopped_status())
+        over('finished')
     return loss
-
-
-def connect() -> None:
-    """Joins the other processes of a run before any device is touched.
-
-    JAXSD_COORDINATOR=host:port with JAXSD_PROCESSES and JAXSD_PROCESS_INDEX says it outright; on
-    TPU pods, Slurm and GKE, JAXSD_DISTRIBUTED=1 lets jax find out by itself.
-    """
-    coordinator = os.environ.get('JAXSD_COORDINATOR')
-    if coordinator:
-        if os.environ.get('JAX_PLATFORMS', '') == 'cpu':
-            jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-        count, index = (os.environ.get(k, '') for k in ('JAXSD_PROCESSES', 'JAXSD_PROCESS_INDEX'))
-        if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-            raise ConfigError('JAXSD_COORDINATOR needs JAXSD_PROCESSES and JAXSD_PROCESS_INDEX, a '
-                              f'count and a number below it; got {count!r} and {index!r}')
-        jax.distributed.initialize(coordinator, int(count), int(index))
-    elif os.environ.get('JAXSD_DISTRIBUTED') == '1':
-        jax.distributed.initialize()

@@ -4,6 +4,8 @@
 #   launch/local.sh 2 train --config configs/spirit_lm.py:tiny --workdir runs/two
 #   DRY_RUN=1 launch/local.sh 2 train ...        only prints what each process would be
 # The first process's output is shown; the others write to $LOGS (default: a new temporary folder).
+# JAX_PLATFORMS=cpu runs them on this machine's cores, with as many virtual devices each as
+# XLA_FLAGS=--xla_force_host_platform_device_count=2 says. The status is that of the first to fail.
 set -euo pipefail
 if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then
   echo 'usage: launch/local.sh PROCESSES VERB [OPTIONS]' >&2; exit 2
@@ -23,22 +25,26 @@ if [ -n "${DRY_RUN:-}" ]; then
 fi
 logs=${LOGS:-$(mktemp -d)}
 mkdir -p "$logs"
-children=()
-trap 'kill "${children[@]}" 2>/dev/null || true' INT TERM
+children=() running=$processes status=0 signaled=
+trap 'signaled=1; kill "${children[@]}" 2>/dev/null || true' INT TERM
 for ((i = 1; i < processes; i++)); do
   JAXSD_PROCESS_INDEX=$i "$python" -m jaxsd "$@" > "$logs/process-$i.log" 2>&1 &
   children+=($!)
 done
 JAXSD_PROCESS_INDEX=0 "$python" -m jaxsd "$@" &
 children+=($!)
-# The first process to fail ends the others: a run with a missing process can only hang.
-status=0
-for ((i = 0; i < processes; i++)); do
-  if ! wait -n; then
-    status=1
-    kill "${children[@]}" 2>/dev/null || true
+while [ $running -gt 0 ]; do
+  code=0; wait -n || code=$?
+  if [ -n "$signaled" ]; then signaled=; continue; fi   # the wait was cut short; nobody ended
+  running=$((running - 1))
+  if [ $code -ne 0 ] && [ $status -eq 0 ]; then
+    status=$code
+    # The others stop by themselves and say whom they miss; what runs on after that hangs.
+    (sleep "${GRACE_S:-60}"; kill -9 "${children[@]}") > /dev/null 2>&1 &
+    watch=$!; disown
   fi
 done
+kill "${watch:-}" 2> /dev/null || true
 if [ $status -ne 0 ] && [ "$processes" -gt 1 ]; then
   echo "a process failed; the others' last words are in $logs" >&2
 fi

@@ -7,7 +7,9 @@
 set -euo pipefail
 [ $# -gt 0 ] || { echo 'usage: TPU=NAME ZONE=ZONE launch/tpu_vm.sh VERB [OPTIONS]' >&2; exit 2; }
 : "${TPU:?set TPU to the name of the slice}" "${ZONE:?set ZONE to its zone}"
-remote="cd $(printf '%q' "${REPO:-jaxsd}") && JAXSD_DISTRIBUTED=1 .venv/bin/python -m jaxsd"
+settings='JAXSD_DISTRIBUTED=1'      # and whatever else of ours is set here, such as time-outs
+for name in "${!JAXSD_@}"; do settings+=" $name=$(printf '%q' "${!name}")"; done
+remote="cd $(printf '%q' "${REPO:-jaxsd}") && $settings .venv/bin/python -m jaxsd"
 remote+=$(printf ' %q' "$@")
 command=(gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" ${PROJECT:+--project "$PROJECT"}
          --worker=all --command "$remote")

@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 
+import bench_loader
 import ml_collections as mlc
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def straight(root):
     return take(20, make(root), threads=0)
 
 
-@pytest.mark.parametrize('count', (1, 2, 4))
+@pytest.mark.parametrize('count', (1, 2, 4, 8))
 def test_any_process_count_gives_the_same_batches(root, straight, count):
     parts = [take(20, make(root), process_index=i, process_count=count) for i in range(count)]
     for step, (whole, account) in enumerate(straight):
@@ -627,3 +628,14 @@ def test_throughput(root, monkeypatch):
         print(f'from {where}: {rows / spent_s:.0f} rows of 512 columns ({count / spent_s:.0f} '
               f'records) per second of one core, {rows / spent_s / 64:.1f} x the demo')
         assert rows / spent_s > (5 if kept_s else 1) * 64
+
+
+@pytest.mark.slow
+def test_seventeen_streams_fast_enough(tmp_path, monkeypatch):
+    """100,000 positions per second of one core, of records that are decoded each time."""
+    path = bench_loader.make(str(tmp_path), 4.0)
+    monkeypatch.setattr(dataset_lib, '_REMEMBERED_S', 0)
+    found = bench_loader.measure(path, profile=False)
+    print(found)
+    assert found['positions_per_s'] > 100_000
+    assert found['restore_s'] < 2 * found['first_batch_s'] + 1      # at step 1,000,000

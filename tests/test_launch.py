@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do the launchers hand the command on word by word, and does the quickstart go on where it was?"""
 
+import json
 import os
 import pathlib
 import re
@@ -8,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -45,13 +47,13 @@ echo "process $JAXSD_PROCESS_INDEX of $JAXSD_PROCESSES: $*"
 '''
 
 
-@pytest.mark.parametrize('bad, status', [('none', 0), ('0', 1), ('1', 1)])
+@pytest.mark.parametrize('bad, status', [('none', 0), ('0', 7), ('1', 7)])
 def test_local_starts_them_and_ends_them_together(tmp_path, bad, status):
     python = tmp_path / 'python'
     python.write_text(STAND_IN.format(python=sys.executable, bad=bad))
     python.chmod(0o755)
-    out = run('local.sh', '2', 'train', PYTHON=python, LOGS=tmp_path / 'logs')
-    assert out.returncode == status                 # in time: the survivor was not waited for
+    out = run('local.sh', '2', 'train', PYTHON=python, LOGS=tmp_path / 'logs', GRACE_S=1)
+    assert out.returncode == status                 # in time: a survivor that hangs is killed
     assert 'process 0 of 2: -m jaxsd train' in out.stdout
     assert 'process 1 of 2' in (tmp_path / 'logs' / 'process-1.log').read_text()
 
@@ -60,6 +62,28 @@ def test_local_starts_them_and_ends_them_together(tmp_path, bad, status):
 def test_local_says_how_it_is_used(args):
     out = run('local.sh', *args)
     assert out.returncode == 2 and out.stderr.startswith('usage:')
+
+
+def test_local_hands_a_signal_on(tmp_path):
+    """Stopped by a signal that it passes on, it ends as its processes do: well, if they do."""
+    python = tmp_path / 'python'
+    python.write_text(f'''#!/bin/bash
+[ "$1" = -c ] && exec {sys.executable} "$@"
+trap 'echo "saved by $JAXSD_PROCESS_INDEX"; exit 0' TERM
+touch {tmp_path}/up-$JAXSD_PROCESS_INDEX
+while true; do sleep 0.1; done
+''')
+    python.chmod(0o755)
+    local = subprocess.Popen(['bash', str(LAUNCH / 'local.sh'), '2', 'train'], text=True,
+                             stdout=subprocess.PIPE, env=os.environ | dict(
+                                 PYTHON=str(python), LOGS=str(tmp_path)))
+    limit = time.monotonic() + 60
+    while not all((tmp_path / f'up-{i}').exists() for i in (0, 1)):
+        assert local.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+    local.terminate()
+    assert 'saved by 0' in local.communicate(timeout=60)[0] and local.returncode == 0
+    assert 'saved by 1' in (tmp_path / 'process-1.log').read_text()
 
 
 def test_slurm_hands_on():
@@ -71,11 +95,13 @@ def test_slurm_hands_on():
 
 
 def test_tpu_hands_on():
-    out = run('tpu_vm.sh', *VERB, DRY_RUN=1, TPU='slice', ZONE='z', REPO='my repo')
+    out = run('tpu_vm.sh', *VERB, DRY_RUN=1, TPU='slice', ZONE='z', REPO='my repo',
+              JAXSD_HEARTBEAT_TIMEOUT_S=50)
     words = shlex.split(out.stdout)
     assert words[:7] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', 'slice', '--zone']
     remote = shlex.split(words[words.index('--command') + 1])
     assert remote[:3] == ['cd', 'my repo', '&&'] and remote[-len(VERB):] == VERB
+    assert {'JAXSD_DISTRIBUTED=1', 'JAXSD_HEARTBEAT_TIMEOUT_S=50'} <= set(remote[3:])
     assert run('tpu_vm.sh', 'train', DRY_RUN=1, TPU='slice').returncode != 0
 
 
@@ -84,9 +110,64 @@ def test_gke_names_every_variable_it_needs():
     head = text[:text.index('apiVersion')]
     used = set(re.findall(r'\$\{(\w+)\}', text))
     assert used and all(f'{name}=' in head for name in used)
+
+
+GKE = dict(NAME='moshi', IMAGE='gcr.io/p/jaxsd:1', HOSTS=64, SLICES=2, CHIPS_PER_HOST=4,
+           ACCELERATOR='tpu-v5p-slice', TOPOLOGY='4x8x8', CONFIG='configs/moshi.py',
+           WORKDIR='gs://b/runs/moshi')
+
+
+def gke(**changes) -> dict:
+    """launch/gke.yaml as envsubst would fill it in."""
     import yaml
-    body = yaml.safe_load(re.sub(r'\$\{(\w+)\}', '1', text))
-    assert body['kind'] == 'JobSet'
+    text = (LAUNCH / 'gke.yaml').read_text()
+    text = text[text.index('apiVersion'):]
+    for name, value in (GKE | changes).items():
+        text = text.replace(f'${{{name}}}', str(value))
+    return yaml.safe_load(text)
+
+
+def complaints(body: dict) -> list[str]:
+    """What the schema of the JobSet project says; a field that it does not name is an error."""
+    import jsonschema
+    schema = json.loads((LAUNCH.parent / 'tests' / 'golden' / 'jobset.schema.json').read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return [f'{e.json_path}: {e.message}'
+            for e in jsonschema.Draft202012Validator(schema).iter_errors(body)]
+
+
+def test_gke_is_a_jobset():
+    body = gke()
+    assert not complaints(body)
+    [job] = body['spec']['replicatedJobs']
+    assert (job['replicas'], job['template']['spec']['parallelism']) == (2, 64)
+    pod = job['template']['spec']['template']['spec']
+    [container] = pod['containers']
+    assert container['command'][:4] == ['python', '-m', 'jaxsd', 'train']
+    assert container['resources']['limits'] == {'google.com/tpu': '4'}
+    # A pod that was stopped must fail, or the job would count as done; a wrong config must not
+    # be tried a hundred times over.
+    [rule] = job['template']['spec']['podFailurePolicy']['rules']
+    assert rule['onExitCodes']['containerName'] == container['name']
+    stopped = {e['name']: e['value'] for e in container['env']}['JAXSD_STOPPED_STATUS']
+    assert int(stopped) not in (0, *rule['onExitCodes']['values'])
+    [wrong] = complaints(gke(HOSTS='many'))[:1]
+    assert "'many' is not of type 'integer'" in wrong
+    for old, new in (('maxRestarts', 'maxRestart'), ('containerPort', 'port'),
+                     ('nodeSelector', 'nodeSelectors'), ('FailJobSet', 'Fail')):
+        assert new in str(complaints(json.loads(json.dumps(body).replace(f'"{old}"', f'"{new}"'))))
+
+
+def test_xpk_hands_on():
+    out = run('xpk.sh', *VERB, DRY_RUN=1, CLUSTER='c', IMAGE='i', TPU_TYPE='v5p-512', NAME='moshi')
+    words = shlex.split(out.stdout)
+    assert words[:3] == ['xpk', 'workload', 'create']
+    options = dict(zip(words[3::2], words[4::2], strict=True))
+    assert options['--tpu-type'] == 'v5p-512' and options['--num-slices'] == '1'
+    assert options['--restart-on-exit-codes'] == '75'
+    assert shlex.split(options['--command'])[3:] == VERB
+    assert run('xpk.sh', 'train', DRY_RUN=1, CLUSTER='c', IMAGE='i', NAME='x').returncode != 0
+    assert run('xpk.sh', CLUSTER='c').returncode == 2
 
 
 def test_the_quickstart_skips_what_is_done(tmp_path):

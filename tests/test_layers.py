@@ -33,6 +33,8 @@ LAYERS = {
     'objective': (1, (), JAX, set()),
     'data': (2, (), FILES | {'ml_collections'}, {'jax', 'flax', 'optax', 'orbax'}),
     'codec': (2, (), NUMPY | {'safetensors'}, {'jax', 'flax', 'optax', 'orbax', 'grain'}),
+    'goodput': (1, (), NUMPY, {'jax', 'flax', 'optax', 'orbax', 'grain'}),
+    'processes': (2, (), JAX, {'flax', 'optax', 'orbax', 'grain'}),
     'run': (2, (), JAX, {'flax', 'optax', 'orbax', 'grain'}),
     'frontend': (2, (), JAX | {'flax'}, set()),
     'backbone': (2, (), JAX | {'flax'}, set()),

@@ -150,6 +150,27 @@ def test_a_complete_run_is_shown(run, tmp_path):
     assert page.tags.count('svg') == 2 * 9 + 1          # per stage nine drawings, and a histogram
 
 
+def test_the_time_is_accounted_for(run, tmp_path):
+    assert 'The ledger holds no times of this run' in page_of(run, out=tmp_path).words
+    at = 1.79e9
+    with open(run / 'ledger.jsonl', 'w') as f:
+        for e in (dict(time_s=at + 5, began_s=at, event='start', stage='learn', step=0),
+                  dict(time_s=at + 20, event='ready', stage='learn', init_s=10., restore_s=0.,
+                       compile_s=8., data_s=2.),
+                  dict(time_s=at + 520, event='finished', stage='learn', step=400, saves=4,
+                       commit_s=2., first_save_s=1.,
+                       spent=dict(data_s=10., save_s=6., probe_s=4.))):
+            f.write(json.dumps(e) + '\n')
+    page = page_of(run, out=tmp_path)
+    for said in ('Goodput 92.3 % of 520 s', 'compile 8.0 1.5 compiling the step',
+                 'data 12.0 2.3', 'save 6.0 1.2', 'idle 0.0 0.0', 'every 3 hours'):
+        assert said in page.words, said
+    with open(run / 'ledger.jsonl', 'a') as f:
+        f.write(json.dumps(dict(time_s=at + 600, event='resume', began_s='x', step={})) + '\n')
+        f.write(json.dumps(dict(time_s=at + 601, event='ready')) + '\n')
+    assert 'holds no times' in page_of(run, out=tmp_path).words
+
+
 def test_nothing_is_asked_of_a_network(run, tmp_path):
     page = page_of(run, out=tmp_path)
     outside = [r for _, r in page.refs if not r.startswith(('data:', '#'))]
