@@ -54,7 +54,7 @@ def test_only_what_an_adapter_holds_was_trained():
     for rule, path in ((('.*norm.*', 1.), 'backbone/blocks/norm_attention/weight'),
                        (('.*', .1), 'and 3 more')):
         more = Stage(train=(('.*/lora_.', 1.), rule, ('.*', None)), **common)
-        with pytest.raises(ConfigError, match=f'adapt also trained .*{path}.* use format'):
+        with pytest.raises(ConfigError, match=f'adapt also trained .*{path}.* use a format'):
             export.only_adapted(more, params, 'peft')
 
 
