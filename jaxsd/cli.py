@@ -26,7 +26,7 @@ file leaves at its default.
 
 
 IMPORTS = ('hf', 'kyutai', 'kyutai-hf', 'kyutai-lora')
-EXPORTS = (*IMPORTS, 'stablehlo', 'gguf', 'peft')
+EXPORTS = (*IMPORTS, 'stablehlo', 'onnx', 'gguf', 'peft')
 DTYPES = ('f32', 'bf16', 'f16', 'q8_0')
 
 

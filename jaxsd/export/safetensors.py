@@ -151,6 +151,19 @@ def whole(entry: Entry) -> np.ndarray:
     return read(entry, [slice(0, n) for n in entry.shape])
 
 
+def places(folder: str) -> dict[str, tuple[str, int, int]]:
+    """(file, first byte, bytes) of every tensor that `write` wrote to `folder`, by key."""
+    out = {}
+    for path in _files(folder)[0]:
+        with open(path, 'rb') as f:
+            size = int.from_bytes(f.read(8), 'little')
+            header = json.loads(f.read(size))
+        header.pop('__metadata__')
+        out |= {key: (os.path.basename(path), 8 + size + first, last - first)
+                for key, (first, last) in ((k, v['data_offsets']) for k, v in header.items())}
+    return out
+
+
 def write(folder: str, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray], *,
           shard_bytes: int | None, short: Container[str] = ()) -> int:
     """Writes float32 `tensors`, which come in the order of `shapes`, and returns their bytes.
