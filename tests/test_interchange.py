@@ -236,7 +236,7 @@ def test_a_stage_starts_from_it(prefix, corpus, text_model, tmp_path):
     assert table.sharding == target['params']['frontend']['table'].sharding
     np.testing.assert_array_equal(np.asarray(table)[:320], params['frontend']['table'])
     jax.tree.map(lambda x, t: (x.shape, x.dtype) == (t.shape, t.dtype) or pytest.fail(str(t)),
-                 begun, target['params'])
+                 begun.params, target['params'])
 
 
 @pytest.mark.slow

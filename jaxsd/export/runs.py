@@ -49,10 +49,12 @@ def only_adapted(stage, params, format: str) -> list[str]:
     ConfigError where it trained anything else: it would be lost. A stage without low-rank terms is
     for the format itself to refuse.
     """
+    if not stage.lora:
+        return []
     moved = [path for path, m in stages.multipliers(stage, flatten(params)).items()
              if m is not None and not path.endswith(('/lora_a', '/lora_b'))]
     lost = [path for path in moved if path not in runtimes.RUNTIMES[format].tables]
-    if stage.lora and lost:
+    if lost:
         raise ConfigError(f'stage {stage.name} also trained {some(lost)}, which format {format!r} '
                           'does not hold; use a format of whole models, which folds the terms')
     return moved
