@@ -40,14 +40,16 @@ test: env
 test-all: env
 	'$(VENV)/bin/python' -m pytest -m 'not peers and not slurm'
 
-# moshi pins older torch and numpy than it needs, hence --no-deps, last, and its needs by hand.
+# moshi pins older torch and numpy than it needs, jax2onnx an older orbax-checkpoint (which it does
+# not import), hence --no-deps, last, and their needs by hand.
 $(PEERS)/.complete: setup.py Makefile $(VENV)/.complete
 	@echo 'environment: installing the peers into $(PEERS)'
 	@'$(VENV)/bin/python' -m venv '$(PEERS)'
 	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check $(TORCH)
-	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check -e '.[test]' \
+	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check -e '.[test,onnx]' \
 		einops huggingface_hub sphn 'transformers>=5.23,<6' 'peft>=0.18,<1' 'numpy<2.5'
-	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check --no-deps moshi==0.2.13
+	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check --no-deps moshi==0.2.13 \
+		jax2onnx==0.17.1
 	@touch $@
 
 test-peers: $(PEERS)/.complete

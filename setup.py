@@ -15,6 +15,7 @@ STABLEHLO, GGUF = ['flatbuffers>=24'], ['gguf>=0.19,<1']
 EXTRAS = {
     'stablehlo': STABLEHLO,         # export for other jax processes
     'gguf': GGUF,                   # export for llama.cpp
+    'onnx': 'onnx>=1.20.1  onnx-ir>=0.2.1  onnxruntime>=1.24.1'.split(),   # and jax2onnx by hand
     'audio': AUDIO,                 # codecs, and reading and writing sound
     'demo': DEMO,                   # the synthesised corpus (eSpeak NG is GPL-3.0) and its judge
     'test': DEMO + STABLEHLO + GGUF + ('pytest>=8  hypothesis>=6.100  '

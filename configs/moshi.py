@@ -8,6 +8,10 @@ over columns and a small depth transformer over the rows of one column.
   smoke    python -m jaxsd train    --config configs/moshi.py:tiny --workdir runs/moshi_tiny
   demo     python -m jaxsd train    --config configs/moshi.py:demo --workdir runs/moshi
   train    python -m jaxsd train    --config configs/moshi.py --stage pretrain --workdir $WORKDIR
+  warm     the same with --config configs/moshi.py:text=hf:path/to/helium, as in the paper
+  released python -m jaxsd import   --config configs/moshi.py:mine --stage instruct --format kyutai
+                                    --source path/to/moshiko --workdir $WORKDIR
+  adapt    python -m jaxsd train    --config configs/moshi.py:mine --stage adapt --workdir $WORKDIR
 Evidence   same logits as the released implementation with tiny random weights
            (tests/test_parity.py); the demo (own codec, own corpus) is trained and judged by make
            quickstart. Trained by us at scale: no.
@@ -20,7 +24,7 @@ from jaxsd.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, tiny=False, demo=False, share=1.0)
+    arg = parse_arg(arg, tiny=False, demo=False, share=1.0, text='', mine=False)
     c = mlc.ConfigDict()
     c.seed = 0
     c.codec = dict(name='mimi', path='', codebooks=8, frame_hz=12.5, size=2048)
@@ -57,6 +61,8 @@ def get_config(arg=None):
              train=(('.*/lora_[ab]', 1.0), ('.*', None))))
     c.mesh = dict(fsdp=-1)
     c.evals = dict()
+    if arg.mine:        # speaks for one, as the released checkpoints do
+        c.vocab.predicted, c.layout.weight_theirs = ('mine',), 0.0
     if arg.demo or arg.tiny:
         demo(c)
     if arg.share != 1.0:        # a shorter or longer run of every stage
@@ -66,6 +72,10 @@ def get_config(arg=None):
         c.backbone = parts.small(c.backbone, width=32, layers=2, heads=4, mlp=64)
         c.head = dict(name='depth', width=16, layers=1, heads=2, mlp=32, fraction=0.5)
         parts.tiny(c, columns=192)
+    if arg.text:        # the temporal transformer begins as a text model of its sizes (Table 1)
+        graft = dict(rows=dict(name='normal', sigma=c.backbone['width']**-0.5), fresh=speeds,
+                     unlike=('backbone.window_columns',))
+        c.stages = (dict(c.stages[0]) | dict(start=arg.text, graft=graft), *c.stages[1:])
     return c
 
 

@@ -27,8 +27,8 @@ file leaves at its default.
 
 
 IMPORTS = ('hf', 'kyutai', 'kyutai-hf', 'kyutai-lora')
-EXPORTS = (*IMPORTS, 'stablehlo', 'gguf', 'peft')
-DTYPES = ('f32', 'f16', 'q8_0')         # of gguf
+EXPORTS = (*IMPORTS, 'stablehlo', 'onnx', 'gguf', 'peft')
+DTYPES = ('f32', 'bf16', 'f16', 'q8_0')
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--stage', help='the stage to export (default: the last)')
     p.add_argument('--format', required=True, choices=EXPORTS)
     p.add_argument('--out', required=True, metavar='DIR')
-    p.add_argument('--dtype', choices=DTYPES, help='of the matrices in gguf (default: f16)')
+    p.add_argument('--dtype', choices=DTYPES,
+                   help='of hf, kyutai and kyutai-hf: f32 (the default) or bf16; of the matrices '
+                        'in gguf: f32, f16 (the default) or q8_0')
 
     p = verb('import', 'make a run directory from weights in the format of another program')
     p.add_argument('--stage', help='the stage the weights stand for (default: the last)')

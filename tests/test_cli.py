@@ -104,9 +104,9 @@ def refused(capsys):
     (['generate', '--config', 'x', '--workdir', 'w', '--task', 'sing', '--output', 'o'],
      "--task: invalid choice: 'sing' (choose from 'asr', 'tts'"),
     (['generate', '--config', 'x', '--workdir', 'w', '--task', 'tts'], 'required: --output'),
-    (['export', '--config', 'x', '--workdir', 'w', '--format', 'onnx', '--out', 'o'],
-     "--format: invalid choice: 'onnx' (choose from 'hf', 'kyutai', 'kyutai-hf', 'kyutai-lora', "
-     "'stablehlo', 'gguf', 'peft')"),
+    (['export', '--config', 'x', '--workdir', 'w', '--format', 'pickle', '--out', 'o'],
+     "--format: invalid choice: 'pickle' (choose from 'hf', 'kyutai', 'kyutai-hf', 'kyutai-lora', "
+     "'stablehlo', 'onnx', 'gguf', 'peft')"),
     (['import', '--config', 'x', '--workdir', 'w', '--format', 'gguf', '--source', 'o'],
      "--format: invalid choice: 'gguf' (choose from 'hf', 'kyutai', 'kyutai-hf', 'kyutai-lora')"),
     (['report', '--workdir', 'w'], 'required: --out')])

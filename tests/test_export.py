@@ -3,10 +3,14 @@
 
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
-import ml_dtypes  # noqa: F401  (bfloat16 for numpy)
+import ml_dtypes
 import numpy as np
 import pytest
 import released
@@ -65,6 +69,26 @@ def test_a_full_disk_leaves_nothing(file_limit, tmp_path):
         assert not os.listdir(tmp_path)
 
 
+def test_what_a_kill_leaves_is_named_and_kept(tmp_path, caplog):
+    out = tmp_path / 'out'
+    killed = subprocess.run([sys.executable, '-c', (
+        'import os, signal, sys\nfrom jaxsd.export.folder import fresh\n'
+        'with fresh(sys.argv[1]) as folder:\n'
+        '    open(os.path.join(folder, "half"), "w").close()\n'
+        '    os.kill(os.getpid(), signal.SIGKILL)'), str(out)])
+    assert killed.returncode == -signal.SIGKILL
+    left, = tmp_path.iterdir()
+    assert re.fullmatch(r'\.out\..+\.partial', left.name)
+    (tmp_path / '.other.x.partial').mkdir()      # of another export
+    config, format = CASES['llama']
+    with caplog.at_level('WARNING', 'jaxsd'):
+        export.save(config, released.random_params(config, 1), str(out), format)
+    assert [r.getMessage().partition(' is of an export that was cut short')[0]
+            for r in caplog.records] == [str(left)]
+    assert {p.name for p in tmp_path.iterdir()} == {'out', left.name, '.other.x.partial'}
+    assert (left / 'half').exists()
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_there_and_back(name, tmp_path):
     config, format = CASES[name]
@@ -112,6 +136,44 @@ def test_released_files_come_back(name, tmp_path):
             'max_window_layers', 'audio_encoder_config', 'depth_decoder_config', 'architectures'}
         assert len(shared) > 12
         assert {k: stated[k] for k in shared} == {k: spelled[k] for k in shared}
+
+
+@pytest.mark.parametrize('name', GOLDENS)
+def test_released_files_come_back_in_their_own_dtype(name, tmp_path):
+    """Released checkpoints are bfloat16: the same tensors, byte for byte, and the way back."""
+    config, format = GOLDENS[name]
+    params = export.import_params(config, str(released.GOLDEN / name), format)
+    made = export.save(config, params, str(tmp_path / 'out'), format, dtype='bf16')
+    theirs = load_file(released.GOLDEN / name / 'model.safetensors')
+    ours = load_file(tmp_path / 'out' / 'model.safetensors')
+    assert made['bytes'] == sum(x.nbytes for x in theirs.values())
+    for key, value in theirs.items():
+        assert ours[key].dtype == value.dtype == ml_dtypes.bfloat16
+        assert ours[key].tobytes() == value.tobytes(), key
+    equal(params, export.import_params(config, str(tmp_path / 'out'), format))
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    numbers = sum(x.size for x in theirs.values())
+    assert '| numbers | bfloat16, rounded' in card and f'| parameters | {numbers:,} |' in card
+    spelled = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert spelled.get('torch_dtype') == (None if format == 'kyutai' else 'bfloat16')
+
+
+def test_numbers_between_two_of_bfloat16(tmp_path):
+    """Rounded by the definition, on the bits: to the nearest, ties to the even one."""
+    config, format = CASES['llama']
+    params = released.random_params(config, 9)
+    table = params['frontend']['table']
+    bits = table.view(np.uint32)
+    bits[0, :4] = 0x3f808000, 0x3f818000, 0x3f808001, 0xbf817fff       # two ties, above, below
+    export.save(config, params, str(tmp_path / 'out'), format, dtype='bf16')
+    wanted = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    assert wanted[0, :4].tolist() == [0x3f80, 0x3f82, 0x3f81, 0xbf81]
+    ours = load_file(tmp_path / 'out' / 'model.safetensors')['model.embed_tokens.weight']
+    np.testing.assert_array_equal(ours.view(np.uint16), wanted)
+    with pytest.raises(ConfigError, match="--dtype has no option 'q8_0'.*bf16, f32"):
+        export.save(config, params, str(tmp_path / 'no'), format, dtype='q8_0')
+    with pytest.raises(ConfigError, match="peft has no option 'dtype'"):
+        export.save(config, params, str(tmp_path / 'no'), 'peft', dtype='bf16')
 
 
 def test_interleaved_pairs_become_halves():
@@ -254,6 +316,12 @@ def test_terms_in_the_older_dialect(terms, tmp_path):
     assert 'depformer.layers.0.self_attn.in_proj.lora_A.weight' in state
     save_file(state, path)
     equal(flat, kyutai_lora.read(config, str(tmp_path / 'old'), base_of(flat), TERMS))
+
+
+def test_terms_alone_are_no_model(terms):
+    with pytest.raises(ValueError, match='low-rank terms and no model.*--format kyutai-lora') as e:
+        export.load(str(terms[2]))
+    assert '\n' not in str(e.value)
 
 
 def test_terms_for_both_speakers_fit_one(tmp_path):

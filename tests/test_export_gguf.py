@@ -2,11 +2,13 @@
 """Does a GGUF file say what the released implementation says, read by llama.cpp's conventions?
 
 The forward pass below is written from llama.cpp (src/llama-model.cpp, src/llama-graph.cpp): 'llama'
-rotates neighboring pairs, 'qwen2' halves; matrices are [out, in]; a missing output is the table.
-It reads nothing but the file.
+rotates neighboring pairs, 'qwen2' and 'qwen3' halves; matrices are [out, in]; a missing output is
+the table; `rope_freqs` divides frequencies; the weights of the experts that are used sum to one. It
+reads nothing but the file.
 """
 
 import heapq
+import re
 
 import gguf
 import numpy as np
@@ -41,7 +43,9 @@ def forward(fields, weights, tokens):
     assert H == get['attention.key_length'] == get['attention.value_length']
     B, T = tokens.shape
     w = {k: v.astype(np.float64) for k, v in weights.items()}
-    angle = np.arange(T)[:, None] * get['rope.freq_base'] ** (-np.arange(0, H, 2) / H)
+    slow = w.get('rope_freqs.weight', 1.) * get.get('rope.scaling.factor', 1.)
+    assert get.get('rope.scaling.type', 'linear') == 'linear'
+    angle = np.arange(T)[:, None] * get['rope.freq_base'] ** (-np.arange(0, H, 2) / H) / slow
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
 
     def norm(x, name):
@@ -58,26 +62,45 @@ def forward(fields, weights, tokens):
         out[..., second] = x[..., second] * cos + x[..., first] * sin
         return out
 
+    def heads(x, name, count):
+        x = linear(x, name).reshape(B, T, count, H)
+        return norm(x, f'{name}_norm.weight') if f'{name}_norm.weight' in w else x
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def experts(y, at):
+        E, used = get['expert_count'], get['expert_used_count']
+        p = np.exp(linear(y, at + 'ffn_gate_inp'))
+        p = p / p.sum(-1, keepdims=True)
+        least = np.sort(p, -1)[..., E - used, None]
+        p = np.where(p >= least, p, 0)
+        gate, up = (np.einsum('btd,efd->btef', y, w[f'{at}ffn_{n}_exps.weight'])
+                    for n in ('gate', 'up'))
+        out = np.einsum('btef,edf->bted', silu(gate) * up, w[at + 'ffn_down_exps.weight'])
+        return ((p / p.sum(-1, keepdims=True))[..., None] * out).sum(2)
+
     x = w['token_embd.weight'][tokens]
     for i in range(get['block_count']):
         at = f'blk.{i}.'
         y = norm(x, at + 'attn_norm.weight')
-        q = rope(linear(y, at + 'attn_q').reshape(B, T, N, H))
-        k = rope(linear(y, at + 'attn_k').reshape(B, T, G, H)).repeat(N // G, 2)
+        q = rope(heads(y, at + 'attn_q', N))
+        k = rope(heads(y, at + 'attn_k', G)).repeat(N // G, 2)
         v = linear(y, at + 'attn_v').reshape(B, T, G, H).repeat(N // G, 2)
         s = np.einsum('btnh,bcnh->bntc', q, k) / np.sqrt(H)
         s = np.exp(np.where(np.tri(T, dtype=bool), s, -np.inf))
         o = np.einsum('bntc,bcnh->btnh', s / s.sum(-1, keepdims=True), v).reshape(B, T, N * H)
         x = x + linear(o, at + 'attn_output')
         y = norm(x, at + 'ffn_norm.weight')
-        gate = linear(y, at + 'ffn_gate')
-        x = x + linear(gate / (1 + np.exp(-gate)) * linear(y, at + 'ffn_up'), at + 'ffn_down')
+        x = x + (experts(y, at) if 'expert_count' in get else linear(
+            silu(linear(y, at + 'ffn_gate')) * linear(y, at + 'ffn_up'), at + 'ffn_down'))
     x = norm(x, 'output_norm.weight')
     return x @ w.get('output.weight', w['token_embd.weight']).T
 
 
 @pytest.mark.parametrize('name, arch', [('llama', 'llama'), ('mistral', 'llama'),
-                                        ('qwen2', 'qwen2')])
+                                        ('llama3', 'llama'), ('mixtral', 'llama'),
+                                        ('qwen2', 'qwen2'), ('qwen3', 'qwen3')])
 def test_the_peer_s_logits(name, arch, tmp_path):
     """What a released implementation computed in float32, from a file made of its own weights."""
     golden = np.load(released.GOLDEN / name / 'arrays.npz')
@@ -93,6 +116,36 @@ def test_the_peer_s_logits(name, arch, tmp_path):
     tokens, logits = golden['tokens'][:, :context], golden['logits'][:, :context]
     assert logits.std() > .5
     np.testing.assert_allclose(forward(fields, weights, tokens), logits, atol=5e-5)
+    kinds = gguf.MODEL_TENSORS[next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch)]
+    legal = {gguf.TENSOR_NAMES[kind] for kind in kinds}     # what llama.cpp looks for
+    assert {re.sub(r'blk\.\d+', 'blk.{bid}', k).rpartition('.')[0] for k in weights} <= legal
+
+
+@pytest.mark.parametrize('name', ['llama', 'qwen3', 'mixtral'])
+def test_slow_rotary_positions(name, tmp_path):
+    """One factor for all pairs is metadata; against our model, which the released one proves."""
+    config = released.decoder(name, rope_scaling=dict(name='linear', factor=3.0))
+    params = released.random_params(config, 6)
+    export.save(config, params, str(tmp_path / 'out'), 'gguf', dtype='f32')
+    fields, weights = read(tmp_path / 'out' / 'model-f32.gguf')
+    assert 'rope_freqs.weight' not in weights
+    tokens = np.random.default_rng(7).integers(0, 96, (2, 20))
+    ours, = released.scores(config, params, tokens[:, None])
+    np.testing.assert_allclose(forward(fields, weights, tokens), ours, atol=5e-5)
+
+
+def test_experts_in_smaller_numbers(tmp_path):
+    """The choice of experts hangs on small differences: the router stays whole, all else does not.
+    """
+    config = released.decoder('mixtral', mlp=64)
+    export.save(config, released.random_params(config, 8), str(tmp_path / 'out'), 'gguf',
+                dtype='q8_0')
+    tensors = gguf.GGUFReader(tmp_path / 'out' / 'model-q8_0.gguf').tensors
+    kinds = {re.sub(r'blk\.\d+\.', '', t.name): (t.tensor_type.name, tuple(t.shape.tolist()))
+             for t in tensors}
+    assert kinds['ffn_gate_inp.weight'] == ('F32', (32, 5))
+    assert kinds['ffn_up_exps.weight'] == kinds['ffn_gate_exps.weight'] == ('Q8_0', (32, 64, 5))
+    assert kinds['ffn_down_exps.weight'] == ('Q8_0', (64, 32, 5))
 
 
 @pytest.mark.parametrize('kind, changes', [('llama', {}), ('qwen2', dict(head_dim=8))])
@@ -219,4 +272,9 @@ def test_refused(tmp_path):
     with pytest.raises(ConfigError, match='head.name is'):
         config = released.multistream()
         export.save(config, released.random_params(config, 1), str(tmp_path / 'out'), 'gguf')
+    for name, match in (('helium', 'this config is a helium'), ('qwen3', 'only for llama')):
+        config = released.decoder(name, rope_scaling=released.decoder('llama3').backbone[
+            'rope_scaling'].to_dict())
+        with pytest.raises(ConfigError, match=match):
+            export.save(config, released.random_params(config, 1), str(tmp_path / 'out'), 'gguf')
     assert not list(tmp_path.iterdir())

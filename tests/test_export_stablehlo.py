@@ -144,7 +144,7 @@ def test_refused(tmp_path, monkeypatch):
     params = released.random_params(config, 1)
     with pytest.raises(ConfigError, match="has no option 'dtype'"):
         export.save(config, params, str(tmp_path / 'out'), 'stablehlo', dtype='f16')
-    with pytest.raises(ConfigError, match="has no option 'dtype'"):
+    with pytest.raises(ConfigError, match="--dtype has no option 'f16'"):
         export.save(config, params, str(tmp_path / 'out'), 'hf', dtype='f16')
     with pytest.raises(ValueError, match='the parameters are not those of the config: backbone'):
         export.save(released.decoder('qwen2'), params, str(tmp_path / 'out'), 'stablehlo')
@@ -154,4 +154,7 @@ def test_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'flatbuffers', None)
     with pytest.raises(ConfigError, match=r"needs the package flatbuffers: pip install 'jaxsd\["):
         export.save(config, params, str(tmp_path / 'out'), 'stablehlo')
+    monkeypatch.setitem(sys.modules, 'jax2onnx', None)
+    with pytest.raises(ConfigError, match=r"'jaxsd\[onnx\]', then pip install --no-deps 'jax2onnx"):
+        export.save(config, params, str(tmp_path / 'out'), 'onnx')
     assert not list(tmp_path.iterdir())

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import released
 
-from jaxsd import cli, export, model, run, state, train
+from jaxsd import checkpoint, cli, export, model, run, state, train
 from jaxsd import config as configs
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint
-from jaxsd.export import begin
+from jaxsd.export import begin, kyutai, kyutai_lora, loading, surgery
 from jaxsd.export.facts import config_of, facts
 from jaxsd.stage import flatten
 
@@ -22,12 +22,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 GRAFT = "dict(rows=dict(name='mean'))"
 
 
-def system(name, corpus, tmp_path, edit='pass', file='system.py'):
+def system(name, corpus, tmp_path, edit='pass', file='system.py', arg='tiny'):
     """A config file: the tiny system on the small corpus, then the Python statement `edit`."""
     (tmp_path / file).write_text(
         'from jaxsd.config import read\n\n\n'
         'def get_config(arg=None):\n'
-        f'    c = read("{ROOT}/configs/{name}.py:tiny")\n'
+        f'    c = read("{ROOT}/configs/{name}.py:{arg}")\n'
         f'    c.data.path = "{corpus}"\n'
         f'    c.codec.path = "{corpus}/" + c.codec.path.split("/")[-1]\n'
         f'    c.vocab.tokenizer = "{corpus}/text.model"\n'
@@ -91,20 +91,21 @@ def test_a_text_model_is_imported_trained_and_exported(corpus, text_model, tmp_p
 
 
 @pytest.mark.slow
-def test_a_conversing_model_is_imported_trained_and_exported(corpus, tmp_path):
+@pytest.mark.parametrize('format', ['kyutai', 'kyutai-hf'])
+def test_a_conversing_model_is_imported_trained_and_exported(format, corpus, tmp_path):
     config = system('moshi', corpus, tmp_path)
     ours = configs.read(config)
     params = released.random_params(ours, 12)
     folder, work, out = (str(tmp_path / x) for x in ('released', 'work', 'out'))
-    export.save(export.of_stage(ours, stages.stages(ours)[0]), params, folder, 'kyutai')
+    export.save(export.of_stage(ours, stages.stages(ours)[0]), params, folder, format)
     first = stages.stages(ours)[0].name
-    assert cli.main(['import', '--format', 'kyutai', '--source', folder, '--config', config,
+    assert cli.main(['import', '--format', format, '--source', folder, '--config', config,
                      '--workdir', work, '--stage', first]) == 0
     assert cli.main(['train', '--config', config, '--workdir', work, '--stage', first]) == 0
-    assert cli.main(['export', '--format', 'kyutai', '--config', config, '--workdir', work,
+    assert cli.main(['export', '--format', format, '--config', config, '--workdir', work,
                      '--stage', first, '--out', out]) == 0
     lm = export.load(out)
-    assert lm.format == 'kyutai' and lm.config.codec.name == 'rvq'
+    assert lm.format == format and lm.config.codec.name == 'rvq'
     codes = np.zeros((1, len(model.make_vocab(ours).rows), 5), int)
     scores = lm.scores(codes)
     assert np.isfinite(scores['text']).all() and np.isfinite(scores['audio'][:, 0]).all()
@@ -112,8 +113,111 @@ def test_a_conversing_model_is_imported_trained_and_exported(corpus, tmp_path):
                    - params['head']['text_table'])
     assert 0 < moved.max() < .1
     told = json.loads((tmp_path / 'out' / 'provenance.json').read_text())
-    assert told['sources'] == [{'format': 'kyutai', 'name': 'released', 'license': 'not stated'}]
+    assert told['sources'] == [{'format': format, 'name': 'released', 'license': 'not stated'}]
     assert told['stages'][0]['step'] == 2 and told['stages'][0]['consumed']
+
+
+@pytest.mark.parametrize('format, values', [
+    ('kyutai', kyutai.RELEASED), ('kyutai-hf', dict(model_type='moshi'))])
+def test_the_published_config_is_that_of_the_released_checkpoints(format, values, tmp_path):
+    """At full size, number by number: moshi without a config.json, and transformers' defaults."""
+    (tmp_path / 'config.json').write_text(json.dumps(values))
+    ours = configs.read(f'{ROOT}/configs/moshi.py:mine')
+    for name in ('posttrain', 'duplex', 'instruct', 'adapt'):
+        loading.agreeing(export.of_stage(ours, stages.find(ours, name)), str(tmp_path), format)
+    whole = configs.read(f'{ROOT}/configs/moshi.py')
+    if format == 'kyutai':      # which predicts both speakers in training
+        with pytest.raises(ConfigError, match='rows .size, predicted. is'):
+            loading.agreeing(whole, str(tmp_path), format)
+
+
+def test_the_published_config_begins_as_the_text_model(tmp_path):
+    """At full size: what a Helium of 7B lacks is what `text=` declares, and nothing else."""
+    ours = configs.read(f'{ROOT}/configs/moshi.py:text=hf:{tmp_path}')
+    stage = stages.stages(ours)[0]
+    said = export.FAMILIES['hf'].read(dict(
+        model_type='helium', vocab_size=32_000, hidden_size=4096, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, head_dim=128, intermediate_size=11_264,
+        rms_norm_eps=1e-8, rope_theta=1e4, tie_word_embeddings=False), '')
+    found = surgery.check(export.of_stage(ours, stage), config_of(said, like=ours), said,
+                          stage.graft, 'pretrain')
+    assert stage.start == f'hf:{tmp_path}'
+    assert {p for p, parts in found.items() if not parts} == {
+        p for p in found if p.startswith('head/') and p != 'head/text_out/kernel'}
+
+
+@pytest.mark.slow
+def test_low_rank_terms_are_imported_trained_and_exported(corpus, tmp_path):
+    """The base into one stage, somebody's terms for it into the next, which trains nothing else."""
+    config = system('moshi', corpus, tmp_path, (
+        "c.stages = (c.stages[0], dict(c.stages[1]) | dict(name='adapt', start='listen', lora=dict("
+        "rank=2, scale=2.0), train=(('.*/lora_[ab]', 1.0), ('.*', None))))"))
+    ours = configs.read(config)
+    lora = dict(rank=2, scale=2.0)
+    params = released.random_params(ours, 13, lora)
+    base = export.unflatten({k: v for k, v in flatten(params).items() if 'lora_' not in k})
+    where = {x: str(tmp_path / x) for x in ('base', 'terms', 'work', 'after', 'folded')}
+    export.save(ours, base, where['base'], 'kyutai')
+    export.save(ours, params, where['terms'], 'kyutai-lora', lora_scale=2.0)
+    run_of = ['--config', config, '--workdir', where['work']]
+    assert cli.main(['import', '--format', 'kyutai', '--source', where['base'], *run_of,
+                     '--stage', 'listen']) == 0
+    assert cli.main(['import', '--format', 'kyutai-lora', '--source', where['terms'], *run_of,
+                     '--stage', 'adapt']) == 0
+    assert cli.main(['train', *run_of, '--stage', 'adapt']) == 0
+    assert cli.main(['export', '--format', 'kyutai-lora', *run_of, '--out', where['after']]) == 0
+    assert cli.main(['export', '--format', 'kyutai', *run_of, '--out', where['folded']]) == 0
+
+    adapted = kyutai_lora.read(ours, where['after'], flatten(base), lora)
+    moved = {p: np.abs(np.asarray(adapted[p]) - x).max() for p, x in flatten(params).items()}
+    assert all(0 < far < .1 if 'lora_' in p else far == 0 for p, far in moved.items()), moved
+    whole = flatten(export.load(where['folded']).params)
+    for path, kernel in export.fold_lora(adapted, 2.0).items():
+        np.testing.assert_allclose(np.asarray(whole[path]), kernel, rtol=1e-6, atol=1e-6,
+                                   err_msg=path)
+    for folder in ('after', 'folded'):
+        told = json.loads((tmp_path / folder / 'provenance.json').read_text())
+        assert {(s['format'], s['name']) for s in told['sources']} == {
+            ('kyutai', 'base'), ('kyutai-lora', 'terms')}
+        assert told['stages'][-1]['stage'] == 'adapt' and told['stages'][-1]['step'] == 2
+
+
+@pytest.mark.parametrize('kind, backbone', [
+    ('helium', {}),
+    pytest.param('llama', dict(norm_gain='late', pairs='half', norm_eps=1e-5, kv_heads=2),
+                 marks=pytest.mark.slow),
+    pytest.param('qwen2', dict(norm_gain='late', pairs='half', norm_eps=1e-6, qkv_bias=True),
+                 marks=pytest.mark.slow)])
+def test_a_text_model_grows_into_a_conversing_one(kind, backbone, corpus, tmp_path):
+    """`configs/moshi.py:text=...` declares what a text model lacks; its sizes are the backbone's.
+    """
+    config = system('moshi', corpus, tmp_path, f'c.backbone = dict(c.backbone) | {backbone}',
+                    arg=f'tiny,text=hf:{tmp_path}/text-model')
+    ours = configs.read(config)
+    said = {k: v for k, v in facts(ours).items() if k.startswith('backbone.')}
+    text = config_of(said | {'backbone.window_columns': None, 'vocab.size': 320,
+                             'head.name': 'tied' if kind == 'qwen2' else 'flat'})
+    params = released.random_params(text, 14)
+    export.save(text, params, str(tmp_path / 'text-model'), 'hf')
+    spelled = json.loads((tmp_path / 'text-model' / 'config.json').read_text())
+    assert spelled['model_type'] == kind
+    work, stage = str(tmp_path / 'work'), stages.stages(ours)[0]
+    assert cli.main(['train', '--config', config, '--workdir', work, '--stage', stage.name]) == 0
+    first = next(e for e in run.read_ledger(work) if e['event'] == 'start')
+    assert [o['name'] for o in first['origins']] == ['text-model']
+    target = state.abstract_state(ours, stage, state.mesh_of(ours))[1]['params']
+    made = flatten(checkpoint.restore_params(checkpoint.folder_of(work, stage.name), target)[0])
+    theirs = flatten(params)
+    for path, x in made.items():        # two steps away from the text model, or drawn anew
+        x = np.asarray(x)
+        if path.startswith('backbone/'):
+            assert 0 < np.abs(x - theirs[path]).max() < .1, path
+        assert x.std() > 0 or 'norm' in path, path
+    table = np.asarray(made['frontend/table'])
+    assert np.abs(table[:320] - theirs['frontend/table']).max() < .1
+    assert table[320:].std() == pytest.approx(32**-.5, rel=.1)
+    written = theirs.get('head/out/kernel', theirs['frontend/table'].T)
+    assert np.abs(np.asarray(made['head/text_out/kernel']) - written).max() < .1
 
 
 # Naming it in the stage --------------------------------------------------------------------------

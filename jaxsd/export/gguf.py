@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files for llama.cpp and what is built on it: flat Llama, Mistral and Qwen2 models.
+"""GGUF files for llama.cpp and what is built on it: Llama, Mistral, Mixtral, Qwen2 and Qwen3.
 
 What the format 'hf' would say, respelled as llama.cpp's own converter does (convert_hf_to_gguf.py):
 other tensor names, the rotary pairs of queries and keys interleaved where the architecture wants
-them so, and every fact of the model and its tokenizer as metadata.
+them so, the experts of a layer in one tensor, and every fact of the model and its tokenizer as
+metadata. What slows some rotary pairs more than others is a tensor of factors.
 """
 
 import os
@@ -11,19 +12,24 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxsd import model
+from jaxsd import model, nn
 from jaxsd.config import ConfigError, fingerprint, plain, unknown
 from jaxsd.export import decoders, rules, tokens
-from jaxsd.export.facts import facts
+from jaxsd.export.facts import BLOCKS, facts
 
 DTYPES = ('f32', 'f16', 'q8_0')
-ARCHITECTURES = {'llama': 'llama', 'mistral': 'llama', 'qwen2': 'qwen2'}
+ARCHITECTURES = {'llama': 'llama', 'mistral': 'llama', 'mixtral': 'llama', 'qwen2': 'qwen2',
+                 'qwen3': 'qwen3'}
 MODELS = {'bpe': 'llama', 'unigram': 't5'}      # llama.cpp's names of the two algorithms
 LAYER_NAMES = {
     'input_layernorm': 'attn_norm', 'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k',
     'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output',
+    'self_attn.q_norm': 'attn_q_norm', 'self_attn.k_norm': 'attn_k_norm',
     'post_attention_layernorm': 'ffn_norm', 'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up',
-    'mlp.down_proj': 'ffn_down'}
+    'mlp.down_proj': 'ffn_down', 'block_sparse_moe.gate': 'ffn_gate_inp',
+    'block_sparse_moe.experts.w1': 'ffn_gate_exps', 'block_sparse_moe.experts.w3': 'ffn_up_exps',
+    'block_sparse_moe.experts.w2': 'ffn_down_exps'}
+ROPE_FACTORS = 'rope_freqs.weight'
 NAMES = {'model.embed_tokens.weight': 'token_embd.weight',
          'model.norm.weight': 'output_norm.weight', 'lm_head.weight': 'output.weight'}
 SPELLED = {     # what `write` turns into metadata, or what has one legal value in llama.cpp
@@ -31,7 +37,8 @@ SPELLED = {     # what `write` turns into metadata, or what has one legal value 
     'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim', 'hidden_act',
     'rms_norm_eps', 'rope_theta', 'rope_scaling', 'max_position_embeddings', 'attention_dropout',
     'tie_word_embeddings', 'use_cache', 'torch_dtype', 'bos_token_id', 'eos_token_id',
-    'attention_bias', 'mlp_bias', 'sliding_window', 'use_sliding_window', 'max_window_layers'}
+    'attention_bias', 'mlp_bias', 'sliding_window', 'use_sliding_window', 'max_window_layers',
+    'num_local_experts', 'num_experts_per_tok'}
 
 
 def check(have: Mapping) -> dict:
@@ -44,10 +51,32 @@ def check(have: Mapping) -> dict:
     if odd := [k for k in spelled if k not in SPELLED]:
         raise ConfigError(f"format 'gguf' cannot say {', '.join(odd)}; use format 'hf' and "
                           "llama.cpp's converter")
-    if spelled['rope_scaling'] is not None:
-        raise ConfigError("format 'gguf' cannot say rotary scaling; use format 'hf' and "
-                          "llama.cpp's converter")
+    scaling, arch = spelled['rope_scaling'], ARCHITECTURES[spelled['model_type']]
+    if scaling and scaling['rope_type'] == 'llama3' and arch != 'llama':
+        raise ConfigError(f"format 'gguf' cannot say rope_scaling 'llama3' of a "
+                          f"{spelled['model_type']}: llama.cpp reads its factors only for llama")
     return spelled
+
+
+def rules_of(have: Mapping) -> tuple[rules.Rule, ...]:
+    """Those of the format 'hf', with the experts of each layer in one tensor per matrix."""
+    kept = [r for r in decoders.rules_of(have).rules if '{E}' not in r.key]
+    if have['backbone.experts']:
+        at = decoders.LAYER + 'block_sparse_moe.experts.'
+        kept += [rules.rule(at + '{U}.weight', (BLOCKS + 'experts/gate_up', 'L E D U F', 'E F D'),
+                            U=('w1', 'w3')),
+                 rules.rule(at + 'w2.weight', (BLOCKS + 'experts/down', 'L E F D', 'E D F'))]
+    return tuple(kept)
+
+
+def rope_factors(have: Mapping) -> np.ndarray | None:
+    """By what each rotary pair is slower than its base says, float32 [H / 2], where that differs
+    from pair to pair."""
+    scaling = have['backbone.rope_scaling']
+    if scaling == 'none' or scaling['name'] != 'llama3':
+        return None
+    pairs, theta = have['backbone.head_dim'] // 2, have['backbone.theta']
+    return nn.frequencies(pairs, theta) / nn.frequencies(pairs, theta, scaling)
 
 
 def name_of(key: str) -> str:
@@ -70,7 +99,7 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, dtype: str = 
     """Writes one file model-<dtype>.gguf; see `runtimes.Runtime`.
 
     dtype: of the matrices, one of DTYPES; rows that q8_0's blocks of 32 do not divide stay f16,
-    norms and biases f32. shard_bytes is ignored: llama.cpp maps one file of any size.
+    norms, biases and routers f32. shard_bytes is ignored: llama.cpp maps one file of any size.
     """
     del shard_bytes
     if dtype not in DTYPES:
@@ -81,14 +110,28 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, dtype: str = 
     vocab = model.make_vocab(config)
     arch = ARCHITECTURES[spelled['model_type']]
     shapes = {path: x.shape for path, x in flat.items()}
-    plan = rules.pieces(decoders.rules_of(have).rules, shapes)
+    plan, factors = list(rules.pieces(rules_of(have), shapes)), rope_factors(have)
     kinds = gguf.GGMLQuantizationType
     wanted = {'f32': kinds.F32, 'f16': kinds.F16, 'q8_0': kinds.Q8_0}[dtype]
 
-    def kind_of(shape):
-        if len(shape) == 1:
+    def kind_of(name, shape):
+        if len(shape) == 1 or '.ffn_gate_inp.' in name:
             return kinds.F32
         return kinds.F16 if wanted == kinds.Q8_0 and shape[-1] % 32 else wanted
+
+    def tensors():
+        if factors is not None:
+            yield ROPE_FACTORS, factors.shape, lambda: factors
+        for piece in plan:
+            yield name_of(piece.key), piece.shape, lambda piece=piece: made(piece)
+
+    def made(piece):
+        tensor = rules.forward(piece, flat)
+        if arch == 'llama' and '.q_proj.' in piece.key:
+            return interleaved(tensor, spelled['num_attention_heads'])
+        if arch == 'llama' and '.k_proj.' in piece.key:
+            return interleaved(tensor, spelled['num_key_value_heads'])
+        return tensor
 
     file = f'model-{dtype}.gguf'
     writer = gguf.GGUFWriter(os.path.join(folder, file), arch)
@@ -97,24 +140,20 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, dtype: str = 
         context = spelled['max_position_embeddings']
         _metadata(writer, config, spelled, min(context, window or context), dtype)
         _tokenizer(writer, vocab)
-        plan, size = list(plan), 0
-        for piece in plan:
-            kind = kind_of(piece.shape)
-            size += (n := int(np.prod(gguf.quant_shape_to_byte_shape(piece.shape, kind))))
-            writer.add_tensor_info(name_of(piece.key), piece.shape, np.dtype(np.float32), n, kind)
+        count = size = 0
+        for name, shape, _ in tensors():
+            kind = kind_of(name, shape)
+            n = int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind)))
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), n, kind)
+            count, size = count + 1, size + n
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for piece in plan:
-            tensor = rules.forward(piece, flat)
-            if arch == 'llama' and '.q_proj.' in piece.key:
-                tensor = interleaved(tensor, spelled['num_attention_heads'])
-            if arch == 'llama' and '.k_proj.' in piece.key:
-                tensor = interleaved(tensor, spelled['num_key_value_heads'])
-            writer.write_tensor_data(gguf.quants.quantize(tensor, kind_of(piece.shape)))
+        for name, shape, tensor in tensors():
+            writer.write_tensor_data(gguf.quants.quantize(tensor(), kind_of(name, shape)))
     finally:
         writer.close()
-    return {'bytes': size, 'tensors': len(plan), 'numbers': sum(x.size for x in flat.values()),
+    return {'bytes': size, 'tensors': count, 'numbers': sum(x.size for x in flat.values()),
             'about': about(file, vocab, window)}
 
 
@@ -139,6 +178,12 @@ def _metadata(writer, config, spelled: Mapping, context: int, dtype: str) -> Non
     writer.add_rope_dimension_count(spelled['head_dim'])
     writer.add_rope_freq_base(spelled['rope_theta'])
     writer.add_layer_norm_rms_eps(spelled['rms_norm_eps'])
+    if (spelled['rope_scaling'] or {}).get('rope_type') == 'linear':
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(spelled['rope_scaling']['factor'])
+    if 'num_local_experts' in spelled:
+        writer.add_expert_count(spelled['num_local_experts'])
+        writer.add_expert_used_count(spelled['num_experts_per_tok'])
 
 
 def _tokenizer(writer, vocab) -> None:

@@ -200,6 +200,9 @@ def spell(have: Mapping) -> dict:
 def read(values: Mapping, path: str) -> dict:
     """The facts of a kyutai config.json."""
     j = Json(values, path)
+    if j.flag('lora'):
+        raise ValueError(f'{path}: these are low-rank terms and no model; import the model that '
+                         "they adapt, then them with --format kyutai-lora into a stage with lora")
     own, eps = j.flag('depformer_weights_per_step'), NORMS.get(values.get('norm'))
     j.only(gating=('silu',), positional_embedding=tuple(ROTARY), depformer_pos_emb=('none',),
            norm=tuple(NORMS), causal=(True,), layer_scale=(None,), depformer_layer_scale=(None,),
@@ -207,7 +210,7 @@ def read(values: Mapping, path: str) -> dict:
            bias_proj=(False,), depformer_low_rank_embeddings=(None,), extra_heads_num_heads=(0,),
            demux_second_text_stream=(False,),
            demux_second_stream=(False,), depformer_multi_linear=(own,), quantize=(False,),
-           cross_attention=(False,), conditioners=(None, {}), fuser=(None,), lora=(False,))
+           cross_attention=(False,), conditioners=(None, {}), fuser=(None,))
     for key in ('norm', 'gating', 'positional_embedding', 'depformer_pos_emb'):
         if key not in values:
             raise ValueError(f'{path}: {key} is missing')

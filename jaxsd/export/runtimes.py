@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxsd.config import ConfigError, unknown
-from jaxsd.export import gguf, kyutai_lora, peft, stablehlo
+from jaxsd.export import gguf, kyutai_lora, onnx, peft, stablehlo
 
 
 class Runtime(NamedTuple):
@@ -20,7 +20,7 @@ class Runtime(NamedTuple):
     That is {'bytes', 'tensors', 'numbers', 'about'}: its size, how many parameters, and the first
     paragraph of the card.
     flat: parameters by path, low-rank terms folded unless `adapts` (then lora_scale is given too).
-    package: what must be installed besides the core ('': nothing), and the extra that installs it.
+    package: what must be installed besides the core ('': nothing), and how pip installs it.
     library: how a model hub calls the program that reads these files. tables: paths of embedding
     tables that an adapter can hold besides low-rank terms; the option `tables` asks for them.
     read(config, source, base, lora) -> the parameters `base` by path, and the terms of `source`.
@@ -29,15 +29,17 @@ class Runtime(NamedTuple):
     write: Callable[..., dict]
     library: str
     package: str
-    extra: str
+    install: str
     adapts: bool = False
     tables: tuple[str, ...] = ()
     read: Callable[..., dict] | None = None
 
 
 RUNTIMES = {
-    'stablehlo': Runtime(stablehlo.write, 'jax', 'flatbuffers', 'stablehlo'),
-    'gguf': Runtime(gguf.write, 'gguf', 'gguf', 'gguf'),
+    'stablehlo': Runtime(stablehlo.write, 'jax', 'flatbuffers', "pip install 'jaxsd[stablehlo]'"),
+    'onnx': Runtime(onnx.write, 'onnx', 'jax2onnx', "pip install 'jaxsd[onnx]', then "
+                    "pip install --no-deps 'jax2onnx==0.17.1'"),
+    'gguf': Runtime(gguf.write, 'gguf', 'gguf', "pip install 'jaxsd[gguf]'"),
     'peft': Runtime(peft.write, 'peft', '', '', adapts=True),
     'kyutai-lora': Runtime(kyutai_lora.write, 'moshi', '', '', adapts=True,
                            tables=kyutai_lora.TABLES, read=kyutai_lora.read),
@@ -61,5 +63,5 @@ def checked(format: str, options) -> Runtime:
             raise unknown(f'--format {format}', key, options_of(format))
     if runtime.package and importlib.util.find_spec(runtime.package) is None:
         raise ConfigError(f'--format {format} needs the package {runtime.package}: '
-                          f"pip install 'jaxsd[{runtime.extra}]'")
+                          f'{runtime.install}')
     return runtime

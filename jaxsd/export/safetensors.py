@@ -8,10 +8,10 @@ problem of a file is one ValueError that names the file and the key.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16, which released checkpoints use)
+import ml_dtypes  # which also teaches numpy the name bfloat16, as checkpoints call it
 import numpy as np
 import safetensors
 
@@ -151,16 +151,30 @@ def whole(entry: Entry) -> np.ndarray:
     return read(entry, [slice(0, n) for n in entry.shape])
 
 
+def places(folder: str) -> dict[str, tuple[str, int, int]]:
+    """(file, first byte, bytes) of every tensor that `write` wrote to `folder`, by key."""
+    out = {}
+    for path in _files(folder)[0]:
+        with open(path, 'rb') as f:
+            size = int.from_bytes(f.read(8), 'little')
+            header = json.loads(f.read(size))
+        header.pop('__metadata__')
+        out |= {key: (os.path.basename(path), 8 + size + first, last - first)
+                for key, (first, last) in ((k, v['data_offsets']) for k, v in header.items())}
+    return out
+
+
 def write(folder: str, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray], *,
-          shard_bytes: int | None) -> int:
+          shard_bytes: int | None, short: Container[str] = ()) -> int:
     """Writes float32 `tensors`, which come in the order of `shapes`, and returns their bytes.
 
     One tensor at a time is held. At most about `shard_bytes` go to one file, the files then being
-    listed in an index; None: one file, whatever its size.
+    listed in an index; None: one file, whatever its size. short: keys that are stored as bfloat16,
+    rounded to the nearest (ties to even).
     """
     files: list[dict[str, int]] = [{}]
     for key, shape in shapes.items():
-        size = 4 * math.prod(shape)
+        size = (2 if key in short else 4) * math.prod(shape)
         if files[-1] and shard_bytes is not None and sum(files[-1].values()) + size > shard_bytes:
             files.append({})
         files[-1][key] = size
@@ -172,8 +186,8 @@ def write(folder: str, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[
         # By hand, because the library wants all of a file in memory: a header, then the bytes.
         header, at = {'__metadata__': {'format': 'pt'}}, 0
         for key, size in sizes.items():
-            header[key] = {'dtype': 'F32', 'shape': list(shapes[key]),
-                           'data_offsets': [at, at + size]}
+            header[key] = {'dtype': 'BF16' if key in short else 'F32',
+                           'shape': list(shapes[key]), 'data_offsets': [at, at + size]}
             at += size
         text = json.dumps(header, separators=(',', ':')).encode()
         text += b' ' * (-len(text) % 8)
@@ -183,6 +197,8 @@ def write(folder: str, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[
                 tensor = np.ascontiguousarray(next(tensors), '<f4')
                 if tensor.shape != tuple(shapes[key]):
                     raise ValueError(f'{key} has shape {tensor.shape}, not {shapes[key]}')
+                if key in short:
+                    tensor = tensor.astype(ml_dtypes.bfloat16).view('<u2')
                 f.write(tensor.data)
     total = sum(sum(sizes.values()) for sizes in files)
     if len(files) > 1:

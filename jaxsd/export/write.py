@@ -9,6 +9,7 @@ and the first one writes.
 
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +30,7 @@ from jaxsd.run import on_first_process
 from jaxsd.stage import flatten
 
 SHARD_BYTES = 4 << 30
+DTYPES = {'f32': 'float32', 'bf16': 'bfloat16'}     # of the tensors of a family
 
 
 def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
@@ -36,24 +38,28 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
          shard_bytes: int = SHARD_BYTES, **options) -> dict:
     """Writes `params` of `config` to the new folder `out` in the files that `format` prescribes.
 
-    config.json, float32 safetensors, generation_config.json, the text tokenizer where the config
-    names one, `vocabulary.json`, `provenance.json` and a model card README.md; for a format of
-    `runtimes` its own files in place of the first three. params: arrays of the host, or of the
-    devices of one or several processes, which then all call this.
+    config.json, safetensors, generation_config.json, the text tokenizer where the config names one,
+    `vocabulary.json`, `provenance.json` and a model card README.md; for a format of `runtimes` its
+    own files in place of the first three. params: arrays of the host, or of the devices of one or
+    several processes, which then all call this.
     lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels unless
     the format is of the terms alone. notes: further lines of the card, {name: value}. history:
     {'sources', 'stages', 'codec'}, as `runs.history` tells them. options: what the format lets its
-    user choose. Returns {'bytes', 'tensors', 'files'}. Raises ConfigError for a config that the
-    format cannot express, ValueError for parameters of another config and where `out` has something
-    in it; then nothing is written.
+    user choose; for a family that is dtype, one of DTYPES (f32 if not given), of all tensors but
+    those of a codec that goes along. Returns {'bytes', 'tensors', 'files'}. Raises ConfigError for
+    a config that the format cannot express, ValueError for parameters of another config and where
+    `out` has something in it; then nothing is written.
     """
     notes, history = notes or {}, history or {}
     if format in runtimes.RUNTIMES:
         return _for_runtime(config, flatten(params), out, format, lora_scale, notes, history,
                             shard_bytes, options)
     family = family_of(format)
+    dtype = options.pop('dtype', 'f32')
     if options:
-        raise unknown(f'--format {format}', next(iter(options)), ())
+        raise unknown(f'--format {format}', next(iter(options)), ('dtype',))
+    if dtype not in DTYPES:
+        raise unknown('--dtype', dtype, DTYPES)
     have = facts(config)
     family.check(have)
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
@@ -66,18 +72,24 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
 
     def write():
         spelled, along = family.spell(have), family.along(have)
+        if 'torch_dtype' in spelled:        # what transformers computes in, unless it is told
+            spelled['torch_dtype'] = DTYPES[dtype]
         shapes = {piece.key: piece.shape for piece in made} | {
             key: entry.shape for key, entry in along.items()}
+        short = () if dtype == 'f32' else {piece.key for piece in made}
+        said = {'numbers': {'f32': 'float32', 'bf16': 'bfloat16, rounded from float32 to the '
+                            'nearest (ties to even)'}[dtype]}
         with fresh(out) as folder:
             size = safetensors.write(
                 folder, shapes, itertools.chain(tensors, map(safetensors.whole, along.values())),
-                shard_bytes=shard_bytes if family.sharded else None)
+                shard_bytes=shard_bytes if family.sharded else None, short=short)
             _json(folder, 'config.json', spelled)
             specials = model.make_vocab(config).specials
             _json(folder, 'generation_config.json', family.generation(have) if family.generation
                   else {'bos_token_id': specials['bos'], 'eos_token_id': specials['eos'],
                         '_from_model_config': True})
-            files = _beside(folder, config, format, about(format, spelled), size // 4, notes,
+            numbers = sum(map(math.prod, shapes.values()))
+            files = _beside(folder, config, format, about(format, spelled), numbers, said | notes,
                             history)
         return {'bytes': size, 'tensors': len(shapes), 'files': files}
     return _once(write, tensors)

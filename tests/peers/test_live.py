@@ -13,6 +13,7 @@ import re
 import numpy as np
 import pytest
 import released
+import test_surgery
 
 from jaxsd import export, generate, model
 from jaxsd.export import kyutai_lora
@@ -111,8 +112,9 @@ def our_config(path: str):
 
 def continued(torch, peer, tokens):
     """Sixteen tokens that the peer finds likeliest after the first eight."""
-    return peer.generate(torch.tensor(tokens[:, :8]).long(), do_sample=False, max_new_tokens=16,
-                         eos_token_id=None, pad_token_id=0)[:, 8:].numpy()
+    prompt = torch.tensor(tokens[:, :8]).long()     # which may hold what is named as padding
+    return peer.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                         max_new_tokens=16, eos_token_id=None, pad_token_id=0)[:, 8:].numpy()
 
 
 @pytest.mark.parametrize('case', SHAPES)
@@ -143,6 +145,8 @@ OURS = {        # a config of ours and the class of transformers that it becomes
                      'Llama'),
     'llama3': (released.decoder('llama3', mlp=56), 'Llama'),
     'mistral': (released.decoder('mistral', window_columns=9), 'Mistral'),
+    'mistral grouped': (released.decoder('mistral', window_columns=6, kv_heads=2, mlp=56),
+                     'Mistral'),
     'mixtral': (released.decoder('mixtral', experts=3, mlp=24), 'Mixtral'),
     'mixtral window': (released.decoder('mixtral', window_columns=6, experts_per_column=1),
                        'Mixtral'),
@@ -237,6 +241,22 @@ def multistream(case):
     return config
 
 
+def older(torch, peer, values, config, params, codes, folder):
+    """Tensors as the published checkpoints stack them: the same to the peer's loader, and to us."""
+    from moshi.models import loaders
+    from safetensors.numpy import save_file
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(values))
+    state = released.stacked({k: v.numpy() for k, v in peer.state_dict().items()})
+    assert 'transformer.layers.0.self_attn.in_proj_weight' in state
+    save_file(state, folder / 'model.safetensors')
+    theirs = loaders.get_moshi_lm(folder / 'model.safetensors', dict(values), dtype=torch.float32)
+    ids = torch.tensor(codes).long()
+    assert torch.equal(theirs.eval()(ids).text_logits, peer(ids).text_logits)
+    released.jax.tree.map(np.testing.assert_array_equal, params,
+                          export.import_params(config, str(folder), 'kyutai'))
+
+
 @pytest.mark.parametrize('case', MULTISTREAM)
 def test_multistream_from_peer(case, torch, peers, show, tmp_path):
     import safetensors.torch
@@ -251,6 +271,11 @@ def test_multistream_from_peer(case, torch, peers, show, tmp_path):
     text, audio = released.aligned_scores(config, params, codes)
     assert out.logits.numpy()[out.mask.numpy()].std() > .5
     show(f'{case} to us', max(far(text, out.text_logits.numpy()), far(audio, out.logits.numpy())))
+    older(torch, peer, values, config, params, codes, tmp_path / 'older')
+    export.save(config, params, str(tmp_path / 'back'), 'kyutai')
+    back = safetensors.torch.load_file(tmp_path / 'back' / 'model.safetensors')
+    assert set(back) == set(peer.state_dict())
+    assert all(torch.equal(back[k], v) for k, v in peer.state_dict().items())
     if not values['depformer_weights_per_step']:
         return      # the peer's own streaming refuses: its depth cache has no capacity then
     heard = np.random.default_rng(6).integers(0, values['card'], (2, 4, 20)).astype(np.int32)
@@ -276,6 +301,78 @@ def test_multistream_to_peer(case, torch, peers, show, tmp_path):
     assert out.logits.numpy()[out.mask.numpy()].std() > .5
     show(f'{case} to the peer',
          max(far(text, out.text_logits.numpy()), far(audio, out.logits.numpy())))
+    if case in ('kyutai shared steps', 'kyutai both'):
+        return      # the peer's own streaming refuses, as above; and there nobody is left to hear
+    heard = np.random.default_rng(12).integers(0, 32, (2, 4, 16)).astype(np.int32)
+    said, gap = peers.stream(peer, heard)
+    assert said.shape[-1] >= 12 and gap > TOLERANCE, f'{case}: a choice hangs on {gap}'
+    np.testing.assert_array_equal(released.spoken(config, params, heard), said)
+
+
+@pytest.mark.parametrize('changes', [{}, dict(num_hidden_layers=3, num_key_value_heads=4,
+                                              tie_word_embeddings=True)])
+def test_a_text_model_becomes_the_temporal_transformer(changes, torch, peers, show, tmp_path):
+    """A Helium of transformers inside moshi's LMModel: where nothing but text is heard and new ids
+    begin as zeros, text is what the text model says after one empty column."""
+    from moshi.models import loaders
+    text = peers.decoder('helium', 54, **changes)
+    text.save_pretrained(tmp_path / 'text')
+    config = released.multistream(vocab=dict(text_tokens=96))
+    config.backbone = dict(released.decoder('helium').backbone) | dict(
+        layers=text.config.num_hidden_layers, kv_heads=text.config.num_key_value_heads)
+    params = test_surgery.begun(config, f'hf:{tmp_path}/text', rows=dict(name='zero'),
+                                fresh=test_surgery.FRESH)
+    export.save(config, export.unflatten(params), str(tmp_path / 'out'), 'kyutai')
+    peer = loaders.get_moshi_lm(tmp_path / 'out' / 'model.safetensors', json.loads(
+        (tmp_path / 'out' / 'config.json').read_text()), dtype=torch.float32).eval()
+    tokens = torch.tensor(np.random.default_rng(2).integers(0, 96, (2, 30)))
+    codes = torch.full((2, 9, 30), -1)
+    codes[:, 0] = tokens
+    first = text.get_input_embeddings()(tokens)
+    theirs = text(inputs_embeds=torch.cat([torch.zeros_like(first[:, :1]), first], 1)).logits
+    show(f'a text model of {len(text.model.layers)} layers in the peer\'s LMModel',
+         far(peer(codes).text_logits[:, 0].numpy(), theirs[:, :-1].numpy()))
+
+
+SHORT = {       # one of each family: our config, our format
+    'llama': (released.decoder('llama'), 'hf'), 'kyutai': (released.multistream(), 'kyutai'),
+    'in halves': (released.in_halves(), 'kyutai-hf')}
+
+
+@pytest.mark.parametrize('case', SHORT)
+def test_bfloat16_to_peer(case, torch, peers, show, tmp_path):
+    """Half the bytes: the peer has it as bfloat16 by default, and in float32 says what we say."""
+    import transformers
+    from moshi.models import loaders
+    config, format = SHORT[case]
+    export.save(config, released.random_params(config, 15), str(tmp_path / 'out'), format,
+                dtype='bf16')
+    params = export.import_params(config, str(tmp_path / 'out'), format)
+    if format == 'kyutai':
+        def load(dtype):
+            return loaders.get_moshi_lm(tmp_path / 'out' / 'model.safetensors', json.loads(
+                (tmp_path / 'out' / 'config.json').read_text()), dtype=dtype).eval()
+        assert {p.dtype for p in load(torch.bfloat16).parameters()} == {torch.bfloat16}
+        codes = peers.codes_for(peers.KYUTAI, seed=9, batch=2, frames=20)
+        out = load(torch.float32)(torch.tensor(codes).long())
+        text, audio = released.aligned_scores(config, params, codes)
+        worst = max(far(text, out.text_logits.numpy()), far(audio, out.logits.numpy()))
+    else:
+        kind = (transformers.AutoModelForCausalLM if format == 'hf' else
+                transformers.MoshiForConditionalGeneration)
+        assert kind.from_pretrained(tmp_path / 'out').dtype == torch.bfloat16
+        peer = kind.from_pretrained(tmp_path / 'out', dtype=torch.float32)
+        if format == 'hf':
+            tokens = tokens_for(config, 2)
+            ours, = released.scores(config, params, tokens[:, None])
+            worst = far(ours, peer(torch.tensor(tokens).long()).logits.numpy())
+        else:
+            codes = np.random.default_rng(4).integers(0, 32, (2, 7, 20)).astype(np.int32)
+            theirs = peers.moshi_logits(peer, peers.delayed(peers.MOSHI, codes))
+            ours = released.scores(config, params, released.columns_of(config, codes))
+            worst = max(far(ours[0][:, :-1], theirs[0]),
+                        far(np.stack(ours[1:4], 1)[:, :, :-1], theirs[1]))
+    show(f'{case} in bfloat16 to the peer', worst)
 
 
 CUT = {     # of eight steps that speak for both, the four that speak for one
@@ -512,7 +609,11 @@ def test_goldens_are_what_the_peers_say(torch, peers):
         golden = dict(np.load(released.GOLDEN / name / 'arrays.npz'))
         peer = transformers.AutoModelForCausalLM.from_pretrained(
             released.GOLDEN / name, dtype=torch.float32)
-        far(peer(torch.tensor(golden['tokens']).long()).logits.numpy(), golden['logits'], 5e-5)
+        out = peer(torch.tensor(golden['tokens']).long(),
+                   labels=torch.tensor(golden['labels']).long())
+        far(out.logits.numpy(), golden['logits'], 5e-5)
+        assert float(out.loss) == pytest.approx(float(golden['loss']), abs=1e-5)
+        np.testing.assert_array_equal(continued(torch, peer, golden['prompt']), golden['greedy'])
     golden = dict(np.load(released.GOLDEN / 'kyutai' / 'arrays.npz'))
     values = json.loads((released.GOLDEN / 'kyutai' / 'config.json').read_text())
     peer = loaders.get_moshi_lm(released.GOLDEN / 'kyutai' / 'model.safetensors', values,

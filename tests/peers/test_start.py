@@ -76,7 +76,7 @@ def test_many_streams_from_the_folder_alone(torch, peers, tmp_path):
     assert worst <= TOLERANCE
 
 
-@pytest.mark.parametrize('name', ['llama', 'qwen2'])
+@pytest.mark.parametrize('name', ['llama', 'mistral', 'qwen2'])
 def test_an_extended_vocabulary_goes_back(name, torch, peers, tmp_path):
     """The peer's text model with markers and units added is a plain model of the peer's, which says
     of the old ids what it said before."""
