@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spirit-LM Base: one stream of text and speech units, interleaved by words (arXiv 2402.05755).
+"""Spirit-LM: one stream of text and speech units, interleaved by words (arXiv 2402.05755).
 
 A text model goes on training on a third each (by tokens) of text, speech, and sentences that keep
-changing between being written and being spoken; the spans are drawn anew each time.
+changing between being written and being spoken; the spans are drawn anew each time. The model is
+the paper's Base; `expressive` tells pitch (12.5 Hz) and style (1 Hz) beside the units, by time.
 
   look     python -m jaxsd show     --config configs/spirit_lm.py:demo --source aligned
   smoke    python -m jaxsd train    --config configs/spirit_lm.py:tiny --workdir runs/spirit_lm_tiny
@@ -20,7 +21,7 @@ from jaxsd.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, tiny=False, demo=False, mix='interleaved')
+    arg = parse_arg(arg, tiny=False, demo=False, mix='interleaved', expressive=False)
     c = mlc.ConfigDict()
     c.seed = 0
     c.codec = dict(name='kmeans', path='', frame_hz=25.0, size=501, codebooks=1)   # 500 and a blank
@@ -42,6 +43,14 @@ def get_config(arg=None):
                      graft=dict(rows=dict(name='mean'), unlike=('backbone.theta',))),)
     c.mesh = dict(fsdp=-1)
     c.evals = dict()
+    if arg.expressive:
+        told = dict(sides=(('style', 1.0, False), ('pitch', 12.5, True)))   # in this order at once
+        c.vocab = dict(c.vocab) | dict(sides=(('pitch', 64), ('style', 100)))
+        c.layout = dict(c.layout) | told
+        c.data.sources.speech.layout = dict(c.data.sources.speech.layout) | told
+    if arg.expressive and (arg.demo or arg.tiny):
+        raise ValueError('the demo corpus has no streams of pitch and style: expressive has its '
+                         'published size only')
     if arg.demo or arg.tiny:
         demo(c, arg.mix)
     if arg.tiny:

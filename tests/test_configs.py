@@ -20,17 +20,39 @@ from jaxsd import stage as stages
 from jaxsd.config import bind, plain
 from jaxsd.layout import show
 from jaxsd.stage import flatten
-from jaxsd.types import Record, Turn, Word
+from jaxsd.types import Phrase, Record, Turn, Word
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests' / 'golden' / 'configs'
 NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if not p.stem.startswith('_'))
 
-LLAMA_2_7B = 6_738_415_616
+LLAMA_2_7B = 6_738_415_616       # the same size as the first LLaMA's
+LLAMA_3_8B = 8_030_261_248
+MISTRAL_7B = 7_241_732_096
+QWEN_HALF_B, QWEN_7B = 494_032_768, 7_615_616_512
+GLM_4_9B = 9_399_951_360
 PARAMETERS = {      # of the published size, by overrides
     # Llama-2-7B with 512 more rows in each of its two tables: 32,000 pieces, 2 markers and 501
     # units, rounded up to a multiple of 128 (32,512).
     'spirit_lm': {(): LLAMA_2_7B + 2 * 512 * 4096},
+    # 10,000 units and two relations; the released table has one more row, for padding.
+    'usdm': {(): MISTRAL_7B + 2 * 10_002 * 4096},
+    # The size of OPT-350M (331,196,416) with three matrices in a gated feed-forward and without
+    # its projected embeddings and learned positions.
+    'voxtlm': {(): 24 * (4 * 1024 * 1024 + 3 * 1024 * 4096 + 2 * 1024) + 1024 + 11_008 * 1024},
+    # PaLM 8B (8.63e9 in its paper, a tied table of 256,000) and 1,024 units.
+    'audiopalm': {(): 8_632_143_872 + 1024 * 4096},
+    # LLaMA 7B, whose 32,000 rows in both tables become 502.
+    'twist': {(): LLAMA_2_7B - 2 * 31_498 * 4096},
+    # 1,000 units and six markers.
+    'speechgpt': {(): LLAMA_2_7B + 2 * 1_006 * 4096},
+    'emova': {(): LLAMA_3_8B + 2 * 4096 * 4096},
+    # The released table has 168,960 rows.
+    'glm4_voice': {(): GLM_4_9B + 2 * (168_960 - 151_552) * 4096},
+    # 501 units and two markers, rounded up.
+    'syncllm': {(): LLAMA_3_8B + 2 * 512 * 4096},
+    # 4,096 units and eight markers, rounded up; one table.
+    'omniflatten': {(): QWEN_HALF_B + 4_224 * 896},
     # Both speakers are predicted in training. The released checkpoint keeps the depth steps of one
     # and does not round its 64,785 rows up: 7,687,729,152.
     'moshi': {(): 8_371_863_552,
@@ -49,7 +71,8 @@ def on(corpus, c):
     """`c` with the files of the small corpus."""
     c.data.path = str(corpus)
     c.codec.path = str(corpus / os.path.basename(c.codec.path))
-    c.vocab.tokenizer = str(corpus / os.path.basename(c.vocab.tokenizer))
+    if c.vocab.tokenizer:       # a model of speech alone has none
+        c.vocab.tokenizer = str(corpus / os.path.basename(c.vocab.tokenizer))
     return c
 
 
@@ -63,9 +86,18 @@ def toy(c) -> Record:
     codes = np.stack([[(frames + 3 * k + 100 * channel) % c.codec.size for k in range(books)]
                       for channel in (0, 1)]).astype(np.int16)
     units = tuple((frames // 3 * 5 + channel) % c.codec.size for channel in (0, 1))
+    sides = {name: tuple(np.arange(int(20 * hz)) // 3 % size for _ in units)
+             for (name, size), hz in zip(c.vocab.get('sides', ()), (12.5, 1.0), strict=False)}
+    parts = [part for _, o in layouts(c) for part in (*o.get('opening', ()), *o.get('parts', ()))]
+    names = {part[1] for part in parts if part[0] == 'field'} | {
+        f'{part[1].split()[1]} {channel}' for part in parts if part[0] == 'label'
+        for channel in (0, 1)}
+    fields = {name: (Phrase(name, tuple(300 + i for i in range(1 + len(name) % 3))),)
+              for name in names}
     return Record('toy', 'toy', 'en', 20.0, None if books == 1 else codes,
                   tuple(u.astype(np.int16) for u in units) if books == 1 else (), words,
-                  turns=(Turn(0, 0.0, 8.0, ''), Turn(1, 8.0, 16.0, ''), Turn(0, 16.0, 20.0, '')))
+                  turns=(Turn(0, 0.0, 8.0, ''), Turn(1, 8.0, 16.0, ''), Turn(0, 16.0, 20.0, '')),
+                  sides=sides, fields=fields)
 
 
 def layouts(c):
@@ -93,6 +125,17 @@ def test_the_published_size_builds_with_its_parameters(name):
     for overrides, parameters in PARAMETERS[name].items():
         c = read(name, '', *overrides)
         assert model.count(model.abstract(c)[1]) == parameters
+
+
+@pytest.mark.parametrize('name, arg, parameters', [
+    ('spirit_lm', 'expressive', LLAMA_2_7B + 2 * 768 * 4096),     # 164 rows more, rounded up
+    ('twist', 'recipe=slam', QWEN_HALF_B - (151_936 - 502) * 896),
+    ('twist', 'recipe=sims', QWEN_7B + 2 * 512 * 3584)])
+def test_a_recipe_builds_and_draws(name, arg, parameters):
+    c = read(name, arg)
+    assert model.count(model.abstract(c)[1]) == parameters
+    for where, options in layouts(c):
+        assert (draw(c, options, where).weights > 0).any()
 
 
 @pytest.mark.parametrize('arg', ['', 'demo', 'tiny'])
