@@ -107,4 +107,5 @@ def demo(c) -> None:
         parts.demo_stage('pretrain', 400, dict(interleaved=0.65, speech=0.05, text=0.3), batch=8),
         parts.demo_stage('chat', 400, dict(written=4.0, spoken=20.0), start='pretrain', batch=8,
                          lr=2e-3))
-    c.evals = dict(likelihood=dict(name='likelihood', sources=('interleaved', 'written', 'spoken')))
+    c.evals = dict(likelihood=dict(name='likelihood', sources=('interleaved', 'written', 'spoken')),
+                   replies=dict(name='replies', source='spoken'))

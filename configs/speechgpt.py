@@ -124,4 +124,5 @@ def demo(c) -> None:
         parts.demo_stage('chain', 400, dict(s2s=0.6, s2t=0.15, t2s=0.15, written=0.1),
                          start='cross', lora=dict(rank=32, scale=2.0),
                          train=(('.*/(q|v)/lora_[ab]', 1.0), ('.*', None))))
-    c.evals = dict(likelihood=dict(name='likelihood', sources=('asr', 's2s')))
+    c.evals = dict(likelihood=dict(name='likelihood', sources=('asr', 's2s')),
+                   replies=dict(name='replies', source='s2s'))

@@ -43,16 +43,16 @@ def get_config(arg=None):
                      graft=dict(rows=dict(name='mean'), unlike=('backbone.theta',))),)
     c.mesh = dict(fsdp=-1)
     c.evals = dict()
+    if arg.demo or arg.tiny:
+        demo(c, arg.mix)
     if arg.expressive:
         told = dict(sides=(('style', 1.0, False), ('pitch', 12.5, True)))   # in this order at once
         c.vocab = dict(c.vocab) | dict(sides=(('pitch', 64), ('style', 100)))
         c.layout = dict(c.layout) | told
-        c.data.sources.speech.layout = dict(c.data.sources.speech.layout) | told
-    if arg.expressive and (arg.demo or arg.tiny):
-        raise ValueError('the demo corpus has no streams of pitch and style: expressive has its '
-                         'published size only')
-    if arg.demo or arg.tiny:
-        demo(c, arg.mix)
+        for source in c.data.sources.values():
+            if 'speech' in source.get('layout', {}).get('fields', ()):
+                source.layout = dict(source.layout) | told
+        c.evals = {k: v for k, v in c.evals.items() if k == 'likelihood'}
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=2, heads=4, mlp=64)
         parts.tiny(c, columns=256)

@@ -22,7 +22,7 @@ from jaxsd import data, generate, model
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
-from jaxsd.layout import duplex, flat
+from jaxsd.layout import duplex, flat, template
 from jaxsd.types import NOTHING, positive
 
 log = logging.getLogger('jaxsd')
@@ -138,6 +138,59 @@ def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener
     return dict(metrics={'round-trip WER %': error_rates(said, heard)['WER %'],
                          'wrong-sentence WER %': error_rates(others, heard)['WER %']},
                 items=len(records), note='greedy synthesis, transcribed by the same model')
+
+
+# Answers by a template.
+
+def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
+            questions: str = 'grammar.json') -> dict:
+    """Every question of held-out dialogues alone, answered by the source's template, greedily.
+
+    The model fills the template's own phases, so a chain of modality writes down the question,
+    answers in text and speaks. correct: the last written word of the asked kind is the right one.
+    chance: the same answers against the other questions' wants, of the same kind where there are.
+    """
+    options = plain(lm.config.data.sources[source]).get('layout') or plain(lm.config.layout)
+    if options['name'] != 'template.chain' or options.get('over', 'record') == 'record':
+        raise ConfigError(f'replies: data.sources.{source} must be drawn by template.chain over '
+                          'exchanges')
+    options = {k: v for k, v in options.items() if k not in ('name', 'score')}
+    asked, kinds = _questions(lm.config, os.path.join(lm.config.data.path, questions))
+    text, v, found, prompts, steps = lm.text(), lm.vocab, [], [], []
+    mine = options.get('mine', 0)
+    options['mine'] = 0 if mine == 'random' else mine
+    rng = np.random.default_rng(0)
+    for record in data.examples(lm.config, split, source, vocab=v, limit=limit):
+        for exchange in template.exchanges(record, options['mine']):
+            said = ' '.join(w.text for w in exchange['theirs'].words)
+            ends = max((q for q in asked if said.endswith(q)), key=len, default=None)
+            if ends is not None:
+                made = template.pieces(template.only(record, exchange), vocab=v, rng=rng, **options)
+                prompt, phases = generate.phases(made, v)
+                found.append(asked[ends])
+                prompts.append(prompt)
+                steps.append(phases)
+    if not found:
+        raise ConfigError(f'replies: split {split} of {source} asks no question of {questions}')
+    start, size = v.ranges['text']
+    heard, bounds = [], dict(text=48, speech=400, any=448)
+    for part in generate.in_parts(list(zip(prompts, steps, strict=True))):
+        told = generate.follow(lm.speaker(), *map(list, zip(*part, strict=True)), v,
+                               most_tokens=bounds)
+        for out in told:
+            ids = [t for name, ids in out.items() if 'text mine' in name for t in ids]
+            heard.append(text.decode([t - start for t in ids if start <= t < start + size]))
+
+    def right(question, answer):
+        named = [w for w in answer.split() if w in kinds[question['kind']]]
+        return bool(named) and named[-1] == question['want']
+    others = [next((found[(i + k) % len(found)] for k in range(1, len(found))
+                    if found[(i + k) % len(found)]['kind'] == q['kind']), q)
+              for i, q in enumerate(found)]
+    return dict(metrics={
+        'correct %': 100 * float(np.mean([right(q, a) for q, a in zip(found, heard, strict=True)])),
+        'chance %': 100 * float(np.mean([right(q, a) for q, a in zip(others, heard, strict=True)]))
+    }, items=len(found), note='greedy; the written answer, one question at a time')
 
 
 # Continuations across modalities.

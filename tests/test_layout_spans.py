@@ -126,7 +126,7 @@ def test_levels_of_one_utterance():
 
 def said(grid, vocab) -> list[str]:
     """What stands in a row after BOS: names of markers, t100, u7."""
-    return [vocab.special_name(t) or '{0[0]}{1}'.format(*vocab.name(t))
+    return [vocab.special_name(t) or vocab.name(t)[0][0] + str(vocab.name(t)[1])
             for t in grid.tokens[0, 1:].tolist()]
 
 
@@ -204,7 +204,7 @@ def merged(units, pitch, style, **options) -> str:
                     sides=dict(pitch=(np.array(pitch),), style=(np.array(style),)))
     grid = flat.sequence(record, vocab=TOLD, rng=None, sides=SIDES, **options)
     assert grid.tokens[0, :2].tolist() == [1, 32_001]
-    return ''.join('[{}{}]'.format(SHORT[n], i)
+    return ''.join(f'[{SHORT[n]}{i}]'
                    for n, i in map(TOLD.name, grid.tokens[0, 2:].tolist()))
 
 
@@ -235,7 +235,8 @@ def test_interleaving_loses_no_side_token(seed, words, dedup):
     record = Record('r', 'toy', 'en', base.duration_s, words=base.words, units=(units,),
                     sides=dict(pitch=(pitch,), style=(np.arange(-(-len(units) // 25)),)))
     sides = (('style', 1.0, False), ('pitch', 12.5, dedup))
-    wanted = flat.merged(flat.tracks(record, 0, TOLD, dedup=dedup, unit_hz=25.0, sides=sides))
+    wanted = flat.merged(flat.tracks(record, 0, TOLD, dedup=dedup, unit_hz=25.0, sides=sides,
+                                     within=None))
     heard = {}
     for start in range(8):          # until both kinds of beginnings were drawn
         grid = flat.interleave(record, vocab=TOLD, rng=np.random.default_rng(start),

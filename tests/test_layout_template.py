@@ -231,7 +231,7 @@ def test_bad_input_is_named(call, says):
 def turns(record, seed: int, **options):
     v = vocabs.line({'size': 10}, text_tokens=300, markers=('[S0]', '[S1]'))
     grid = template.turns(record, vocab=v, rng=np.random.default_rng(seed), **options)
-    return ' '.join(v.special_name(t) or '{0[0]}{1}'.format(*v.name(t))
+    return ' '.join(v.special_name(t) or v.name(t)[0][0] + str(v.name(t)[1])
                     for t in grid.tokens[0, 1:].tolist())
 
 

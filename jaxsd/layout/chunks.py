@@ -40,6 +40,13 @@ def _positive(**options: int):
 
 # Chunks on a clock, without repeats.
 
+def fresh(units: np.ndarray, chunk_frames: int) -> list[np.ndarray]:
+    """What is new in every chunk of `units` [U]: what differs from the unit before it."""
+    new = np.concatenate([[True], units[1:] != units[:-1]])
+    return [units[at:at + chunk_frames][new[at:at + chunk_frames]]
+            for at in range(0, len(units), chunk_frames)]
+
+
 def synchronous(record: Record, *, vocab: Vocab, rng: np.random.Generator, chunk_frames: int = 4,
                 speakers: Sequence[str] = ('[S0]', '[S1]'), mine: int | str = 0) -> Grid:
     """Both speakers' new units of every `chunk_frames` frames, each behind its speaker's marker.
@@ -60,11 +67,8 @@ def synchronous(record: Record, *, vocab: Vocab, rng: np.random.Generator, chunk
     try:
         pair = _both(record, _mine(mine, rng))
         made = []
-        for start in range(0, len(pair[0]), chunk_frames):
-            for i, units in enumerate(pair):
-                now = units[start:start + chunk_frames]
-                before = units[start - 1:start] if start else np.array([-1])
-                new = now[now != np.concatenate([before, now[:-1]])]
+        for chunk in zip(*(fresh(units, chunk_frames) for units in pair), strict=True):
+            for i, new in enumerate(chunk):
                 if not i or len(new):
                     made.append(mark(vocab, speakers[i]))
                     made.append(Piece('speech', speakers[i], vocab.encode('units', new), 1.0))

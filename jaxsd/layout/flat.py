@@ -93,12 +93,12 @@ def units_of(record: Record, channel: int) -> np.ndarray:
 
 
 def tracks(record: Record, channel: int, vocab: Vocab, *, dedup: bool, unit_hz: float,
-           sides: Sequence[tuple[str, float, bool]], within: tuple[float, float] | None = None
+           sides: Sequence[tuple[str, float, bool]], within: tuple[float, float] | None
            ) -> list[Track]:
     """A channel's streams in the order in which those that begin together are written.
 
     sides: (name, rate in Hz, whether repeats are written once) of the slower streams that are told
-    beside the units. within: seconds, from the start of the recording, instead of all of it.
+    beside the units. within: seconds from the start of the recording; None is all.
 
     Units go to the stretch in which they end, so that one that crosses a border is the later one's;
     a side token, which may last a second, to the one in which it begins.
@@ -225,7 +225,8 @@ def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
         words = spoken_by(record, channel)
         content = {'text': lambda: text_tokens(words, vocab),
                    'speech': lambda: merged(tracks(record, channel, vocab, dedup=dedup,
-                                                   unit_hz=unit_hz, sides=sides))}
+                                                   unit_hz=unit_hz, sides=sides,
+                                                   within=None))}
         pieces = []
         for field, marker in zip(fields, names, strict=True):
             pieces.append(mark(vocab, marker, float('markers' in score)))
@@ -278,7 +279,8 @@ def interleave(record: Record, *, vocab: Vocab, rng: np.random.Generator, level:
         words = spoken_by(record, channel)
         if not words:
             raise ValueError(f'no words on channel {channel}, nothing to interleave')
-        parts = tracks(record, channel, vocab, dedup=dedup, unit_hz=unit_hz, sides=sides)
+        parts = tracks(record, channel, vocab, dedup=dedup, unit_hz=unit_hz, sides=sides,
+                       within=None)
         frames = len(units_of(record, channel))
         words, firsts = laws.atoms(record, words, channel, level, rng, frames=frames,
                                    unit_hz=unit_hz, segment_s=segment_s)

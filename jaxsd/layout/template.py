@@ -7,6 +7,7 @@ field, a marker) and how much it is learned. Masks come from the parts and never
 and whoever generates walks the same list (`pieces`).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from jaxsd.layout.flat import (
     tracks,
 )
 from jaxsd.layout.spans import coin
-from jaxsd.types import Grid, Record, Word
+from jaxsd.types import Grid, Record, Turn, Word
 from jaxsd.vocab import Vocab
 
 KINDS = ('mark', 'field', 'label', 'text', 'speech', 'blocks')
@@ -79,6 +80,16 @@ def exchanges(record: Record, mine: int) -> list[dict[str, Stretch]]:
     if not out:
         raise ValueError('nobody answers anybody in it')
     return out
+
+
+def only(record: Record, exchange: dict[str, Stretch]) -> Record:
+    """`record` as if nothing but `exchange` were said in it."""
+    turns = tuple(Turn(s.channel, s.start_s, s.end_s, ' '.join(w.text for w in s.words))
+                  for s in (exchange['theirs'], exchange['mine']))
+    if not record.units and record.codes is None:
+        words = exchange['theirs'].words + exchange['mine'].words
+        return dataclasses.replace(record, words=words, turns=turns)
+    return dataclasses.replace(record, turns=turns)
 
 
 def blocks(text: np.ndarray, speech: np.ndarray, ratio: tuple[int, int]
