@@ -56,7 +56,7 @@ def get_config(arg=None):
     c.objective = dict(name='weighted_ce', terms=dict(tokens=('tokens',)))
 
     def whole(*fields):
-        return dict(name='flat.sequence', fields=fields, **clock)
+        return dict(name='flat.sequence', fields=fields, dedup=False)
     c.data = dict(path='', sources=dict(
         interleaved=dict(select=('synthetic_interleaved',)),
         speech=dict(select=('speech',), layout=whole('speech')),
@@ -96,7 +96,7 @@ def demo(c) -> None:
     fields = dict(instruction='answer', streaming='text')
 
     def whole(*of):
-        return dict(name='flat.sequence', fields=of, **clock)
+        return dict(name='flat.sequence', fields=of, dedup=False)
     c.data = dict(path=parts.DEMO, sources=dict(
         interleaved=dict(select=('story',)),
         speech=dict(select=('story', 'dialogue'), layout=whole('speech')),

@@ -51,7 +51,7 @@ def get_config(arg=None):
         c.layout = dict(c.layout) | told
         for source in c.data.sources.values():
             if 'speech' in source.get('layout', {}).get('fields', ()):
-                source.layout = dict(source.layout) | told
+                source.layout = dict(source.layout) | told | dict(unit_hz=25.0)
         c.evals = {k: v for k, v in c.evals.items() if k == 'likelihood'}
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=2, heads=4, mlp=64)

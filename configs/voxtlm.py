@@ -37,12 +37,11 @@ def get_config(arg=None):
     arg = parse_arg(arg, tiny=False, demo=False)
     c = mlc.ConfigDict()
     c.seed = 0
-    hz = 50.0
-    c.codec = dict(name='kmeans', path='', frame_hz=hz, size=1000, codebooks=1)
+    c.codec = dict(name='kmeans', path='', frame_hz=50.0, size=1000, codebooks=1)
     c.vocab = dict(name='line', text_tokens=10_000, tokenizer='', markers=MARKERS)
     c.columns = 1500                                            # the recipe filters longer ones
     # Whether units are deduplicated is not visible in the files of the recipe.
-    c.layout = TASKS['text'] | dict(unit_hz=hz)
+    c.layout = TASKS['text']
     c.frontend = dict(name='summed')
     c.backbone = dict(name='decoder', width=1024, layers=24, heads=16, kv_heads=16, head_dim=64,
                       mlp=4096, theta=10_000.0)
@@ -51,8 +50,7 @@ def get_config(arg=None):
     select = dict(text=('librispeech_lm',), speech=('librilight',), asr=('librispeech',),
                   tts=('libritts', 'vctk'))
     c.data = dict(path='', sources={
-        name: dict(select=select[name], layout=layout | dict(unit_hz=hz))
-        for name, layout in TASKS.items()})
+        name: dict(select=select[name], layout=layout) for name, layout in TASKS.items()})
     # The balanced set: 300,000 utterances of each kind alone, and all pairs. Shares of tokens are
     # not stated by the source. Batches hold 10,000 x 20 tokens.
     c.stages = (dict(name='multitask', steps=250_000, batch=128, lr=3e-4, schedule='rsqrt',

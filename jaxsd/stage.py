@@ -214,7 +214,9 @@ def learning_rate(stage: Stage):
     after = {'constant': optax.constant_schedule(stage.lr),
              'linear': optax.linear_schedule(stage.lr, stage.lr * stage.final_lr,
                                              stage.steps - stage.warmup_steps),
-             'rsqrt': lambda step: stage.lr * (warm / (step + warm)) ** 0.5}[stage.schedule]
+             # Below 0 it is asked for during warm-up, and not used.
+             'rsqrt': lambda step: stage.lr * (warm / (jax.numpy.maximum(step, 0) + warm)) ** 0.5,
+             }[stage.schedule]
     if not stage.warmup_steps:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, stage.lr, stage.warmup_steps), after],

@@ -54,10 +54,11 @@ class Record:
     codes: int16 [C, K, T], K codebooks at the codec's frame rate, or None for text-only records.
     units: one int16 [U] per channel at the unit rate, not deduplicated.
     words, phones, turns: sorted by start; a text-only record has words whose times are all 0.
+    style: labels of each channel, such as 'tone=low pace=fast'.
+    wav: FLAC bytes of all channels, or b''.
     sides: slower streams beside the units (pitch, style), by name one int16 array per channel.
     fields: what is written beside what is said (an instruction, a task), by name; of several
     phrases under one name a layout draws one.
-    wav: FLAC bytes of all channels, or b''.
     """
 
     id: str
@@ -70,9 +71,9 @@ class Record:
     phones: tuple[Word, ...] = ()
     turns: tuple[Turn, ...] = ()
     style: tuple[str, ...] = ()
+    wav: bytes = b''
     sides: dict[str, tuple[np.ndarray, ...]] = dataclasses.field(default_factory=dict)
     fields: dict[str, tuple[Phrase, ...]] = dataclasses.field(default_factory=dict)
-    wav: bytes = b''
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,10 +199,10 @@ TOLD = vocabs.line({'size': 501}, text_tokens=32_000, sides=(('pitch', 64), ('st
 SHORT = {'units': 'Hu', 'pitch': 'Pi', 'style': 'St'}
 
 
-def merged(units, pitch, style, **options) -> str:
+def merged(units, pitch, style, unit_hz=25.0) -> str:
     record = Record('r', 'toy', 'en', len(units) / 25, units=(np.array(units),),
                     sides=dict(pitch=(np.array(pitch),), style=(np.array(style),)))
-    grid = flat.sequence(record, vocab=TOLD, rng=None, sides=SIDES, **options)
+    grid = flat.sequence(record, vocab=TOLD, rng=None, sides=SIDES, unit_hz=unit_hz)
     assert grid.tokens[0, :2].tolist() == [1, 32_001]
     return ''.join(f'[{SHORT[n]}{i}]'
                    for n, i in map(TOLD.name, grid.tokens[0, 2:].tolist()))
@@ -212,6 +212,11 @@ def test_side_streams_are_told_by_time():
     assert merged([5, 5, 6, 7, 7], [1, 1, 2], [9]) == '[St9][Pi1][Hu5][Hu6][Hu7][Pi2]'
     assert TOLD.encode('units', 500) == 32_502 and TOLD.encode('pitch', 0) == 32_503
     assert TOLD.encode('style', [0, 99]).tolist() == [32_567, 32_666] and TOLD.size == 32_768
+
+
+def test_side_streams_need_the_rate_of_the_units():
+    with pytest.raises(ValueError, match='by time: say layout.unit_hz'):
+        merged([5], [1], [9], unit_hz=None)
 
 
 def test_the_released_tokenizer_tells_the_same():

@@ -126,8 +126,8 @@ def test_schedules_in_closed_form(schedule, warmup):
             wanted = 0.3 * (0.2 + 0.8 * (1 + math.cos(math.pi * done)) / 2)
         elif schedule == 'linear':
             wanted = 0.3 * (1 - 0.8 * (n - warmup) / (50 - warmup))
-        elif schedule == 'rsqrt':       # n steps after it was at its highest
-            wanted = 0.3 * math.sqrt(max(1, warmup) / max(n, warmup) if warmup else 1 / (n + 1))
+        elif schedule == 'rsqrt':
+            wanted = 0.3 * math.sqrt(warmup / n if warmup else 1 / (n + 1))
         assert float(rate(n)) == pytest.approx(wanted, rel=1e-5, abs=1e-8), n
 
 

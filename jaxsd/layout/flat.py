@@ -183,7 +183,7 @@ def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
              fields: Sequence[str] = ('speech',),
              score: Sequence[str] = ('text', 'speech', 'markers'),
              markers: Sequence[str] = (), end: str = 'none', channel: int = 0,
-             dedup: bool = True, unit_hz: float = 25.0, sides: Sequence = ()) -> Grid:
+             dedup: bool = True, unit_hz: float | None = None, sides: Sequence = ()) -> Grid:
     """Whole fields one after another, each behind its marker: the markers name the task.
 
     ::
@@ -204,7 +204,8 @@ def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
     `end='none'` is the paper's: nothing closes a sample, and generation runs to a stated length.
     `end='eos'` closes it with EOS, scored like the last field, so that generation can stop.
 
-    `sides` tells slower streams beside the units, by time (see `tracks`)::
+    `sides` tells slower streams beside the units, by time (see `tracks`), for which `unit_hz` must
+    say how fast the units are::
 
         (('style', 1.0, False), ('pitch', 12.5, True))    <s> [Speech] St9 Pi1 Hu5 Hu6 Hu7 Pi2
 
@@ -217,6 +218,8 @@ def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
     if not set(score) <= {*MARKERS, 'markers'}:
         raise ValueError('layout.score must name things among text, speech, markers; got '
                          f'{tuple(score)}')
+    if sides and not unit_hz:
+        raise ValueError('layout.sides are told beside the units by time: say layout.unit_hz')
     names = tuple(markers) or tuple(MARKERS[field] for field in fields)
     if len(names) != len(fields) or not set(names) <= set(vocab.specials):
         raise ValueError(f'layout.markers must name one marker of vocab.markers per field, got '
@@ -225,7 +228,7 @@ def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
         words = spoken_by(record, channel)
         content = {'text': lambda: text_tokens(words, vocab),
                    'speech': lambda: merged(tracks(record, channel, vocab, dedup=dedup,
-                                                   unit_hz=unit_hz, sides=sides,
+                                                   unit_hz=unit_hz or 1.0, sides=sides,
                                                    within=None))}
         pieces = []
         for field, marker in zip(fields, names, strict=True):
