@@ -15,6 +15,7 @@ import sys
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -206,12 +207,34 @@ def _split_story(record, unit_hz: float):
     return first, units[:cut], second, units[cut:]
 
 
-def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'aligned') -> dict:
+def sequence_score(logp_KT, weights_KT, norm: str) -> float:
+    """How likely a sequence is: sum of weight x log-probability, or that per scored column.
+
+    weights: 0 where nothing is scored; codebooks may weigh differently (arXiv 2410.00037 §5.4).
+    """
+    if norm not in ('mean', 'sum'):
+        raise ConfigError(f"norm is 'mean' or 'sum', got {norm!r}")
+    total = float(np.sum(np.where(weights_KT > 0, logp_KT, 0.0) * weights_KT))
+    return total / max(1, int((weights_KT > 0).any(0).sum())) if norm == 'mean' else total
+
+
+def preferred(good, bad) -> float:
+    """The share of pairs whose first member scores higher; a tie counts half."""
+    good, bad = np.asarray(good), np.asarray(bad)
+    return float(np.mean(np.where(good == bad, 0.5, good > bad)))
+
+
+def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'aligned',
+            norm: str = 'mean', scope: str = 'continuation', alone: bool = False) -> dict:
     """Does the model know how a story goes on, across modalities? (arXiv 2402.05755 §4.1)
 
     The first sentence is the prompt, written (T) or spoken (S), and the second is scored in either.
     nats/A->B: mean nats per token of the true continuation. right/A->B: how often it is likelier
     per token than the second sentence of another story told by the same voice.
+
+    norm: 'mean' per token or 'sum', which moves these figures by more than ten points. scope: what
+    is scored, the 'continuation' or 'full', all but BOS. alone: only ids of the continuation's
+    modality share the probability.
     """
     records = [r for r in data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit)
                if len(r.turns) == 2]
@@ -236,7 +259,7 @@ def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'al
     metrics = {}
     for a in 'TS':
         for b in 'TS':
-            rows = []
+            rows, legal = [], generate.allowed_ids(v, 'text' if b == 'T' else 'speech')
             for i, (w1, u1, w2, u2) in enumerate(parts):
                 j = wrong_of(i)
                 for words, units in ((w2, u2), (parts[j][2], parts[j][3])):
@@ -244,21 +267,34 @@ def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'al
                     middle = [marker[b]] if a != b else []
                     prompt = generate.prompt(v, marker[a], tokens(a, w1, u1), *middle)
                     rows.append((prompt, tokens(b, words, units)))
-            nats = _continuation_nats(lm, rows)
-            good, bad = nats[0::2], nats[1::2]
-            metrics[f'nats/{a}->{b}'] = float(np.mean(good))
-            metrics[f'right %/{a}->{b}'] = 100 * float(np.mean(good < bad))
+            scores = pair_scores(lm, rows, norm=norm, scope=scope, legal=legal if alone else None)
+            metrics[f'nats/{a}->{b}'] = -float(np.mean(scores[0::2]))
+            metrics[f'right %/{a}->{b}'] = 100 * preferred(scores[0::2], scores[1::2])
     return dict(metrics=metrics, items=len(records),
-                note='mean nats per token of the second sentence given the first; T text, S speech')
+                note=f'{norm} nats ({scope}) of the second sentence given the first; T text, '
+                     'S speech')
 
 
-def _continuation_nats(lm: generate.LM, rows, batch: int = 32) -> np.ndarray:
-    """Mean nats per token of each (prompt, continuation)."""
+def pair_scores(lm: generate.LM, rows, *, norm: str, scope: str, legal=None, batch: int = 32
+                ) -> np.ndarray:
+    """`sequence_score` of each (prompt, continuation): ids of one row.
+
+    scope: 'continuation', or 'full', everything but the first id. legal: bool [V], the ids that the
+    probability is shared among; a token outside them is not scored.
+    """
+    if scope not in ('continuation', 'full'):
+        raise ConfigError(f"scope is 'continuation' or 'full', got {scope!r}")
     columns = -(-max(len(p) + len(c) for p, c in rows) // 64) * 64
 
     @jax.jit
     def logp_of(params, arrays):
-        return nnx.merge(lm.graph, params)(arrays, jax.random.key(0))[0]
+        lm_ = nnx.merge(lm.graph, params)
+        if legal is None:
+            return lm_(arrays, jax.random.key(0))[0]
+        logits = jnp.where(legal, lm_.scores(arrays)[0][:, :-1], -jnp.inf)
+        chosen = jnp.maximum(arrays['tokens'][:, 0, 1:], 0)[..., None]
+        found = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)
+        return jnp.pad(found[..., 0], ((0, 0), (1, 0)))[:, None]
     out = []
     for part in generate.in_parts(rows, batch):
         tokens = np.full((batch, 1, columns), NOTHING, np.int32)
@@ -266,12 +302,13 @@ def _continuation_nats(lm: generate.LM, rows, batch: int = 32) -> np.ndarray:
         for i, (prompt, continuation) in enumerate(part):
             n, m = len(prompt), len(continuation)
             tokens[i, 0, :n + m] = np.concatenate([prompt, continuation])
-            weights[i, 0, n:n + m] = 1
+            weights[i, 0, n if scope == 'continuation' else 1:n + m] = 1
+        if legal is not None:
+            weights *= legal[np.maximum(tokens, 0)]
         arrays = dict(tokens=tokens, weights=weights, segment=(tokens[:, 0] >= 0).astype(np.int32),
                       position=np.tile(np.arange(columns, dtype=np.int32), (batch, 1)))
         logp = np.asarray(logp_of(lm.params, arrays))
-        total = -(logp * weights).sum((1, 2)) / np.maximum(weights.sum((1, 2)), 1)
-        out += list(total[:len(part)])
+        out += [sequence_score(x, w, norm) for x, w in zip(logp, weights, strict=True)][:len(part)]
     return np.array(out)
 
 
