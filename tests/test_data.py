@@ -391,10 +391,10 @@ def test_what_is_written_beside_speech_gets_ids(root):
     encode = vocab.Text(v.tokenizer).encode
     record = next(data.examples(c, 'train', 'one', vocab=v))
     assert record.fields['task'] == (Phrase('ab', encode('ab')), Phrase('cd', encode('cd')))
-    assert record.fields['note'] == (Phrase('t0', encode('t0')),)
+    assert record.fields['note'] == (Phrase(record.id, encode(record.id)),)
     assert record.fields['tone 1'] == (Phrase('low', encode('low')),)
     np.testing.assert_array_equal(record.sides['pitch'][1], record.units[1][::2])
-    rest = [*encode('t0'), *encode('calm')]
+    rest = [*encode(record.id), *encode('calm')]
     drawn = set()
     for step, (arrays, _) in zip(range(4), data.batches(c, stage, v, threads=0), strict=False):
         assert step < 4

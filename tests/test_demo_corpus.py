@@ -300,7 +300,8 @@ def test_index_and_manifest_describe_the_shards(corpus):
             payload = b''.join([r.id.encode(), codes, *(u.tobytes() for u in r.units),
                                 '\n'.join(w.text for w in r.words).encode(),
                                 np.float32([w.start_s for w in r.words]).tobytes(),
-                                np.float32([w.end_s for w in r.words]).tobytes()])
+                                np.float32([w.end_s for w in r.words]).tobytes(),
+                                *(s.tobytes() for name in sorted(r.sides) for s in r.sides[name])])
             assert index['crc32'][i] == zlib.crc32(payload)
             assert index['words'][i] == len(r.words)
             assert index['units'][i] == sum(map(len, r.units))
