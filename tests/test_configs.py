@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxsd import config as configs
-from jaxsd import evaluate, model, train
+from jaxsd import evaluate, generate, model, train
 from jaxsd import stage as stages
 from jaxsd.config import bind, plain
 from jaxsd.layout import show
@@ -214,6 +214,13 @@ def test_tiny_learns(name, corpus, tmp_path):
     held_out = [x['held_out'] for x in lines if 'held_out' in x][-1]
     assert held_out.keys() == first.keys()
     assert sum(held_out.values()) < 0.97 * sum(first.values())
+    # A stage moves what it trains and nothing else, to the bit.
+    after = {s.name: flatten(generate.load(c, work, s.name).params) for s in stages.stages(c)}
+    for s in stages.stages(c):
+        before, by_path = after.get(s.start, {}), stages.multipliers(s, after[s.name])
+        for path in before.keys() & after[s.name].keys():
+            same = np.array_equal(before[path], after[s.name][path])
+            assert same == (by_path[path] is None), (s.name, path)
 
 
 def test_a_stage_is_all_options():
