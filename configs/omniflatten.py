@@ -88,7 +88,7 @@ def demo(c) -> None:
     """All four stages on stories and dialogues at 25 units a second."""
     c.codec = parts.demo_units()
     c.vocab = dict(name='line', markers=MARKERS, **parts.DEMO_TEXT)
-    c.columns = 768
+    c.columns = 1024
     drawn = layouts(25.0)
     c.layout = drawn['three']
     c.frontend = dict(name='summed', dtype='float32')

@@ -186,7 +186,13 @@ def test_the_grid_of_a_fixed_record_is_unchanged(name):
     assert found == path.read_text(encoding='utf-8')
 
 
-@pytest.mark.parametrize('name', NAMES)
+# One of each kind at once: two modalities, streams, low-rank terms, two speakers. The others' code
+# is the same and their compilations take minutes: they are slow tests.
+AT_ONCE = ('spirit_lm', 'moshi', 'speechgpt', 'syncllm')
+
+
+@pytest.mark.parametrize('name', [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow)
+                                  for n in NAMES])
 def test_tiny_learns(name, corpus, tmp_path):
     """Real steps on real speech: every stage ends, and the held-out loss is below that at random.
 
