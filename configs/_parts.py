@@ -67,6 +67,12 @@ DEMO_TEXT = dict(text_tokens=320, tokenizer=f'{DEMO}/text.model')
 """The demo corpus' sentencepiece model: every word of its closed vocabulary is one piece."""
 
 
+DEMO_PHONES = tuple(f'/{phone}/' for phone in (
+    'b d f h i j k l m n p s t tʃ v w z æ ð ŋ ɡ ɹ θ ə ɐ ɑː ɑːɹ ɒ ɔ ɔː ɔːɹ ɔɪ ɚ ɛ ɛə ɛɹ ɜː ɪ ʊ ʌ uː '
+    'iː iə eə eɪ aɪ aʊ oʊ əl əɪ əʊ').split())
+"""The phones of the demo corpus without their stress, as markers."""
+
+
 def tiny(c, *, columns: int, steps: int = 2, batch: int = 8) -> None:
     """Makes every stage of `c` two steps over small rows, for tests of the machinery."""
     c.columns = columns

@@ -258,7 +258,7 @@ def interleave(record: Record, *, vocab: Vocab, rng: np.random.Generator, level:
 
     `level` is the finest place for a switch: 'word', 'phone', 'utterance' (a turn), or 'segment'
     (about `segment_s` long, drawn anew, snapped to words; see `spans.segments`). Phones are written
-    as the markers /p/ of the vocabulary, one for each. `spans` names another law of spans than
+    as markers of the vocabulary (`spelled`), one for each. `spans` names another law of spans than
     alternation, such as dict(name='poisson', mean=10.0, share=0.3); see `layout.spans`.
 
     The relation of neighbors is continuation: what follows goes on. With probability `again` a span
@@ -288,8 +288,8 @@ def interleave(record: Record, *, vocab: Vocab, rng: np.random.Generator, level:
         words, firsts = laws.atoms(record, words, channel, level, rng, frames=frames,
                                    unit_hz=unit_hz, segment_s=segment_s)
         if level == 'phone':
-            words = tuple(word._replace(ids=tuple(mark(vocab, f'/{word.text}/').tokens.tolist()))
-                          for word in words)
+            words = tuple(w._replace(ids=(int(mark(vocab, spelled(w.text)).tokens[0]),))
+                          for w in words)
         borders = laws.borders(words, unit_hz)
         pieces, last = [], ''
         for kind, first, stop in law(len(firsts) - 1, rng):
@@ -310,6 +310,11 @@ def interleave(record: Record, *, vocab: Vocab, rng: np.random.Generator, level:
     except ValueError as e:
         raise named(record, e) from None
     return assemble(pieces, vocab, end)
+
+
+def spelled(phone: str) -> str:
+    """The marker that writes a phone: /p/, without its stress."""
+    return f'/{phone.lstrip("ˈˌ")}/'
 
 
 def _written(words: Sequence[Word], vocab: Vocab, level: str) -> np.ndarray:
