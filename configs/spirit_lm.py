@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spirit-LM Base: one stream of text and speech units, interleaved by words (arXiv 2402.05755).
+"""Spirit-LM: one stream of text and speech units, interleaved by words (arXiv 2402.05755).
 
 A text model goes on training on a third each (by tokens) of text, speech, and sentences that keep
-changing between being written and being spoken; the spans are drawn anew each time.
+changing between being written and being spoken; the spans are drawn anew each time. The model is
+the paper's Base; `expressive` tells pitch (12.5 Hz) and style (1 Hz) beside the units, by time.
+`level` (word, phone, utterance) and `again` (how often a span is told in the other modality too)
+vary how finely text and speech are aligned, and whether they continue or correspond.
 
   look     python -m jaxsd show     --config configs/spirit_lm.py:demo --source aligned
   smoke    python -m jaxsd train    --config configs/spirit_lm.py:tiny --workdir runs/spirit_lm_tiny
@@ -18,9 +21,13 @@ import ml_collections as mlc
 from configs import _parts as parts
 from jaxsd.config import parse_arg
 
+SPANS = dict(word=(2, 6), phone=(6, 18), utterance=(1, 1))
+"""Of the demo, in words, phones and sentences: about as long at every level."""
+
 
 def get_config(arg=None):
-    arg = parse_arg(arg, tiny=False, demo=False, mix='interleaved')
+    arg = parse_arg(arg, tiny=False, demo=False, mix='interleaved', expressive=False, level='word',
+                    again=0.0)
     c = mlc.ConfigDict()
     c.seed = 0
     c.codec = dict(name='kmeans', path='', frame_hz=25.0, size=501, codebooks=1)   # 500 and a blank
@@ -43,23 +50,37 @@ def get_config(arg=None):
     c.mesh = dict(fsdp=-1)
     c.evals = dict()
     if arg.demo or arg.tiny:
-        demo(c, arg.mix)
+        demo(c, arg.mix, arg.level)
+    if arg.level != 'word' or arg.again:
+        c.layout = dict(c.layout) | dict(level=arg.level, again=arg.again)
+    if arg.expressive:
+        told = dict(sides=(('style', 1.0, False), ('pitch', 12.5, True)))   # in this order at once
+        c.vocab = dict(c.vocab) | dict(sides=(('pitch', 64), ('style', 100)))
+        c.layout = dict(c.layout) | told
+        for source in c.data.sources.values():
+            if 'speech' in source.get('layout', {}).get('fields', ()):
+                source.layout = dict(source.layout) | told | dict(unit_hz=25.0)
+        c.evals = {k: v for k, v in c.evals.items() if k == 'likelihood'}
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=2, heads=4, mlp=64)
         parts.tiny(c, columns=256)
     return c
 
 
-def demo(c, mix: str) -> None:
+def demo(c, mix: str, level: str) -> None:
     """The system on the demo corpus at 3 M parameters, with the paper's '+ASR+TTS' tasks.
 
     mix='interleaved' is the system; 'pairs' replaces interleaving by more recognition and synthesis
     pairs and 'unimodal' by more speech and text alone, all with the same number of tokens.
     """
     c.codec = parts.demo_units()
-    c.vocab = dict(name='line', markers=('[Text]', '[Speech]', '[ASR]', '[TTS]'), **parts.DEMO_TEXT)
+    c.vocab = dict(name='line', markers=('[Text]', '[Speech]', '[ASR]', '[TTS]', *(
+        parts.DEMO_PHONES if level == 'phone' else ())), **parts.DEMO_TEXT)
     c.columns = 256
-    c.layout = dict(name='flat.interleave', text_words=(2, 6), speech_words=(2, 6), end='eos')
+    if level not in SPANS:
+        raise ValueError(f'level is one of {", ".join(SPANS)} in the demo, got {level!r}')
+    c.layout = dict(name='flat.interleave', text_words=SPANS[level], speech_words=SPANS[level],
+                    end='eos')
     c.frontend = dict(name='summed', dtype='float32')
     c.backbone = parts.small(c.backbone, width=160, layers=5, heads=4, mlp=448, theta=10_000.0,
                              block_columns=64)

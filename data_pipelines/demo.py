@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines import espeak, grammar, records
+from data_pipelines import espeak, grammar, prosody, records
 from jaxsd import codec
 from jaxsd.types import Record, Turn, Word
 
@@ -40,6 +40,8 @@ VOICES = ('en-us+m1', 'en-us+m3', 'en-us+m6', 'en-us+f1', 'en-us+steph', 'en-gb-
 HELD_OUT_VOICE = 'en-us+m2'
 RATES_WPM = (140, 155, 170, 185, 200)
 PITCHES = (35, 45, 55, 65)
+PACES = ((160, 'slow'), (180, 'even'), (999, 'fast'))       # up to a rate: how it is called
+TONES = ((40, 'low'), (60, 'even'), (999, 'high'))
 
 SPLITS = {'train': 0.86, 'test': 0.09, 'voice': 0.05}       # shares of the hours
 STORY_SHARE = 0.3
@@ -92,6 +94,11 @@ def _estimate_s(item: Item) -> float:
             words = len(line.text.split())
             total += (words * 36 + 18) / item.manners[line.channel].rate_wpm + max(line.after_s, 0)
     return total
+
+
+def _of(value: int, names) -> str:
+    """The name of the first range that `value` lies below."""
+    return next(name for most, name in names if value < most)
 
 
 def compose(hours: float, seed: int) -> tuple[list[Item], list[Item]]:
@@ -334,6 +341,8 @@ def _encode_shard(spoken: str, path: str, units_path: str, codes_path: str, keep
         channels = wav.astype(np.float32) / 32768
         arrays[f'units {i}'] = np.stack([units.encode(c)[0] for c in channels])
         arrays[f'codes {i}'] = np.stack([codes.encode(c) for c in channels])
+        for name, of in prosody.streams(channels, _RATE_HZ).items():
+            arrays[f'{name} {i}'] = np.stack(of)
         if keep_wav:
             import soundfile
             flac = io.BytesIO()
@@ -360,8 +369,10 @@ def _records(split: str, cut, spoken: list[str], encoded: list[str], texts: list
                 units=tuple(arrays[f'units {i}']), words=tuple(Word(*w) for w in about['words']),
                 phones=tuple(Word(*p) for p in about['phones']),
                 turns=tuple(Turn(*t) for t in about['turns']),
-                style=tuple(f'voice={m.voice} rate_wpm={m.rate_wpm} pitch={m.pitch}'
+                style=tuple(f'voice={m.voice} rate_wpm={m.rate_wpm} pitch={m.pitch} '
+                            f'pace={_of(m.rate_wpm, PACES)} tone={_of(m.pitch, TONES)}'
                             for m in item.manners),
+                sides={name: tuple(arrays[f'{name} {i}']) for name in ('pitch', 'style')},
                 wav=arrays.get(f'wav {i}', np.zeros(0, np.uint8)).tobytes())
             advance()
     for item in texts:

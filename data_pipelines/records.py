@@ -59,7 +59,10 @@ def sha256(path: str) -> str:
 # ------------------------------------------------------------------------------------ one record
 
 def crc32(record: Record) -> int:
-    """Checksum of what a model learns from: id, codes, units, and the words with their times."""
+    """Checksum of what a model learns from: id, codes, units, words with their times, and the rest.
+
+    Fields and side streams change nothing where there are none.
+    """
     parts = [record.id.encode()]
     if record.codes is not None:
         parts.append(np.ascontiguousarray(record.codes, '<i2').tobytes())
@@ -67,7 +70,20 @@ def crc32(record: Record) -> int:
     parts.append('\n'.join(w.text for w in record.words).encode())
     parts.append(np.array([w.start_s for w in record.words], '<f4').tobytes())
     parts.append(np.array([w.end_s for w in record.words], '<f4').tobytes())
+    parts += [text.encode() for text in _fields(record)]
+    parts += [np.ascontiguousarray(s, '<i2').tobytes() for _, s in _sides(record)]
     return zlib.crc32(b''.join(parts))
+
+
+def _fields(record: Record) -> tuple[str, str]:
+    """The names and the texts of all phrases, a line each; of several under one name, in order."""
+    pairs = [(name, phrase.text) for name, said in sorted(record.fields.items()) for phrase in said]
+    return '\n'.join(name for name, _ in pairs), '\n'.join(text for _, text in pairs)
+
+
+def _sides(record: Record) -> list[tuple[str, np.ndarray]]:
+    """(name, values) of every side stream, channel by channel."""
+    return [(name, values) for name, of in sorted(record.sides.items()) for values in of]
 
 
 def _checked(record: Record):
@@ -84,7 +100,11 @@ def _checked(record: Record):
                       f'{record.codes.shape}')
         if record.units and len(record.units) != record.codes.shape[0]:
             raise bad(f'{len(record.units)} channels of units, {record.codes.shape[0]} of codes')
-    for name, array in [('codes', record.codes), *(('units', u) for u in record.units)]:
+    for name, said in record.fields.items():
+        if not name or '\n' in name or any(not p.text or '\n' in p.text for p in said):
+            raise bad(f'field {name!r} is empty or has a line break')
+    for name, array in [('codes', record.codes), *(('units', u) for u in record.units),
+                        *_sides(record)]:
         if array is not None and array.size and not 0 <= array.min() <= array.max() < 32768:
             raise bad(f'{name} must lie in 0..32767, got {array.min()}..{array.max()}')
     channels = record.codes.shape[0] if record.codes is not None else max(len(record.units), 1)
@@ -126,6 +146,11 @@ def encode(record: Record) -> dict:
         'wav': np.frombuffer(record.wav, np.uint8),
         'crc32': np.int64(crc32(record)),
     }
+    out['field_name'], out['field_text'] = _fields(record)
+    sides = _sides(record)
+    out['side_name'] = '\n'.join(name for name, _ in sides)
+    out['side_lengths'] = np.array([len(s) for _, s in sides], np.int32)
+    out['sides'] = np.concatenate([np.zeros(0, np.int16), *(s for _, s in sides)]).astype(np.int16)
     for name, items in (('word', record.words), ('phone', record.phones), ('turn', record.turns)):
         out[f'{name}_text'] = '\n'.join(i.text for i in items)
         out[f'{name}_channel'] = np.array([i.channel for i in items], np.int8)
@@ -148,8 +173,10 @@ def _builder_class():
                 'crc32': tfds.features.Scalar(np.int64),
                 'codes': many(np.int16), 'units': many(np.int16), 'wav': many(np.uint8),
                 'codes_shape': tfds.features.Tensor(shape=(3,), dtype=np.int32),
-                'units_lengths': many(np.int32)}
-    features |= {k: tfds.features.Text() for k in ('id', 'source', 'language', 'style')}
+                'units_lengths': many(np.int32), 'sides': many(np.int16),
+                'side_lengths': many(np.int32)}
+    features |= {k: tfds.features.Text() for k in ('id', 'source', 'language', 'style',
+                                                   'field_name', 'field_text', 'side_name')}
     for name in ('word', 'phone', 'turn'):
         features |= {f'{name}_text': tfds.features.Text(), f'{name}_channel': many(np.int8),
                      f'{name}_start_s': many(np.float32), f'{name}_end_s': many(np.float32)}
@@ -265,7 +292,8 @@ def _index(source, sources: list[str], hours: dict) -> dict:
         check = zlib.crc32(b''.join(
             [row['id'], row['codes'].astype('<i2').tobytes(), row['units'].astype('<i2').tobytes(),
              row['word_text'], row['word_start_s'].astype('<f4').tobytes(),
-             row['word_end_s'].astype('<f4').tobytes()]))
+             row['word_end_s'].astype('<f4').tobytes(), row['field_name'], row['field_text'],
+             row['sides'].astype('<i2').tobytes()]))
         if check != int(row['crc32']):
             raise ValueError(f'record {row["id"].decode()!r} did not come back as it was written')
         columns['duration_s'][i] = row['duration_s']

@@ -21,7 +21,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -393,6 +393,22 @@ def _load(name: str, path: str, frame_hz: float, codebooks: int, size: int,
 
 
 # --------------------------------------------------------------------------------------- the codecs
+
+def fsq_codes(z: np.ndarray, levels: Sequence[int]) -> np.ndarray:
+    """Finite scalar quantization: codes [T] of an encoder's output [T, len(levels)].
+
+    Every channel is squeezed into its number of levels and rounded; the first channel counts ones,
+    the next one its levels, and so on. Even numbers of levels are shifted by a half, so that zero
+    is a level (arXiv 2309.15505; EMOVA's tokenizer has 8 x 8 x 8 x 8 at 25 Hz).
+    """
+    levels = np.asarray(levels)
+    half = (levels - 1) * (1 - 1e-3) / 2
+    offset = np.where(levels % 2, 0.0, 0.5)
+    shift = np.tan(offset / half)
+    # Rounding of what is halfway is that of the released code: to the even level.
+    at = np.rint(np.tanh(np.asarray(z, np.float64) + shift) * half - offset) + levels // 2
+    return (at @ np.cumprod([1, *levels[:-1]])).astype(np.int64)
+
 
 def kmeans(*, path: str, frame_hz: float, size: int, codebooks: int = 1,
            sample_rate_hz: int = SAMPLE_RATE_HZ) -> Codec:

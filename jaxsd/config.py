@@ -232,7 +232,7 @@ def _unwritten(config, keys: list, at) -> dict[str, Any]:
             axes = importlib.import_module('jaxsd.sharding').AXES
             return dict.fromkeys(axes, 1) | {'slices': 1, 'rules': {}}
         case ['data', 'sources', str()]:
-            return {'layout': {}}
+            return {'layout': {}, 'fields': {}}
         case ['evals', str()] if 'name' in at:
             reader = resolve(at['name'], 'jaxsd.evaluate')
         case [*_, slot] if slot in SLOTS and 'name' in at:

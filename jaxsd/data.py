@@ -25,10 +25,11 @@ from jaxsd import config as config_lib
 from jaxsd import packing
 from jaxsd.config import ConfigError
 from jaxsd.dataset import Dataset, open_dataset
-from jaxsd.types import Batch, Grid, Record, Word
+from jaxsd.types import Batch, Grid, Phrase, Record, Word
 from jaxsd.vocab import Text, Vocab
 
 REHEARSED = 1024        # grids drawn when a source is opened, to learn how wide its grids are
+_SOURCE = ('select', 'layout', 'fields')
 _GROUPS_KEPT = 32       # packed groups kept per source: batches in flight share their groups
 _AHEAD = 4              # batches made ahead of the step that asks for them
 
@@ -54,12 +55,20 @@ def _data_options(config) -> dict:
         raise ConfigError('data.sources must name at least one source')
     for name, source in data['sources'].items():
         for key in source:
-            if key not in ('select', 'layout'):
-                raise config_lib.unknown(f'data.sources.{name}', key, ('select', 'layout'))
+            if key not in _SOURCE:
+                raise config_lib.unknown(f'data.sources.{name}', key, _SOURCE)
         if not source.get('select') or isinstance(source['select'], str):
             raise ConfigError(f'data.sources.{name}.select must be a tuple of sources of the '
                               'dataset, as in select=(\'story\',)')
+        for field, said in source.get('fields', {}).items():
+            if not all(isinstance(x, str) and x for x in _phrases(said)) or not _phrases(said):
+                raise ConfigError(f'data.sources.{name}.fields.{field} is a text or a tuple of '
+                                  f'texts, got {said!r}')
     return data
+
+
+def _phrases(said) -> tuple:
+    return said if isinstance(said, tuple) else (said,)
 
 
 def _source_options(config, name: str, layout=None) -> tuple[dict, str]:
@@ -94,15 +103,29 @@ def _mixture(config, stage) -> dict[str, float]:
     return weights
 
 
-def _tokenizer(vocab: Vocab) -> Callable[[Record], Record]:
-    """A function that fills in the ids of a record's words; it remembers those of common words."""
-    if not vocab.tokenizer:
-        return lambda record: record
-    encode = functools.lru_cache(1 << 18)(Text(vocab.tokenizer).encode)
+def _tokenizer(vocab: Vocab) -> Callable[[Record, dict], Record]:
+    """A function (record, fields of its source) that fills in the ids of everything written.
 
-    def fill(record: Record) -> Record:
-        words = tuple(Word(*word[:4], encode(word.text)) for word in record.words)
-        return dataclasses.replace(record, words=words)
+    The labels of a channel's style become fields of their own: 'tone=low' of channel 1 is the field
+    'tone 1'. It remembers the ids of common words.
+    """
+    encode = lambda text: ()    # noqa: E731 - no tokenizer: ids come ready or not at all
+    if vocab.tokenizer:
+        encode = functools.lru_cache(1 << 18)(Text(vocab.tokenizer).encode)
+
+    def fill(record: Record, given: dict) -> Record:
+        fields = {name: tuple(p if p.ids else Phrase(p.text, encode(p.text)) for p in said)
+                  for name, said in record.fields.items()}
+        for name, said in given.items():
+            fields[name] = tuple(Phrase(text, encode(text)) for text in _phrases(said))
+        for channel, style in enumerate(record.style):
+            for label in style.split():
+                key, is_label, value = label.partition('=')
+                if is_label and value:
+                    fields[f'{key} {channel}'] = (Phrase(value, encode(value)),)
+        words = tuple(Word(*word[:4], encode(word.text)) if vocab.tokenizer else word
+                      for word in record.words)
+        return dataclasses.replace(record, words=words, fields=fields)
     return fill
 
 
@@ -119,10 +142,11 @@ class _Source:
     layout: Callable[..., Grid]
     vocab: Vocab
     columns: int
-    fill: Callable[[Record], Record]
+    fill: Callable[[Record, dict], Record]
+    fields: dict
 
     def record(self, i: int) -> Record:
-        return self.fill(self.dataset.record(self.split, int(self.numbers[i])))
+        return self.fill(self.dataset.record(self.split, int(self.numbers[i])), self.fields)
 
     def draw(self, i: int, *key) -> tuple[Record, Grid]:
         """Record `i` of the source and its grid, drawn from a generator seeded by `key` and it."""
@@ -170,7 +194,8 @@ def _open_source(dataset: Dataset, config, name: str, vocab: Vocab, *, split: st
     draw = config_lib.bind(options['layout'], 'jaxsd.layout', where, given=('vocab', 'rng'))
     _check_layout(draw, config, where)
     numbers = dataset.select(split, options['select'], f'data.sources.{name}.select')
-    return _Source(name, dataset, split, numbers, draw, vocab, int(config['columns']), fill)
+    return _Source(name, dataset, split, numbers, draw, vocab, int(config['columns']), fill,
+                   options.get('fields', {}))
 
 
 def _check_layout(draw: functools.partial, config, where: str):
@@ -387,9 +412,9 @@ def examples(config, split: str, source: str, *, vocab: Vocab | None = None,
     """The records of `source` in `split`, in stored order; with `vocab`, their words carry ids."""
     options, _ = _source_options(config, source)
     dataset = open_dataset(_data_options(config)['path'], config['codec'])
-    fill = _tokenizer(vocab) if vocab is not None else (lambda record: record)
+    fill = _tokenizer(vocab) if vocab is not None else (lambda record, fields: record)
     for i in dataset.select(split, options['select'], f'data.sources.{source}.select')[:limit]:
-        yield fill(dataset.record(split, int(i)))
+        yield fill(dataset.record(split, int(i)), options.get('fields', {}))
 
 
 def grid(config, source: str, vocab: Vocab, *, split: str = 'train', index: int = 0) -> Grid:

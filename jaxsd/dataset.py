@@ -20,7 +20,7 @@ import zlib
 import numpy as np
 
 from jaxsd.config import ConfigError, plain
-from jaxsd.types import Record, Turn, Word
+from jaxsd.types import Phrase, Record, Turn, Word
 
 FORMAT = 1
 _INDEX = {'duration_s': 'f4', 'words': 'i4', 'units': 'i4', 'source_id': 'i2', 'crc32': 'u4'}
@@ -36,6 +36,8 @@ _STORED = {
     **{f'{kind}_{k}': dtype for kind in ('word', 'phone', 'turn')
        for k, dtype in (('channel', 'i1'), ('start_s', '<f4'), ('end_s', '<f4'))},
     'duration_s': '<f4', 'wav': 'u1', 'crc32': '<i8'}     # the type of each feature; None is text
+_ADDED = {'field_name': None, 'field_text': None, 'side_name': None, 'side_lengths': '<i4',
+          'sides': '<i2'}       # features that datasets made before them lack
 
 
 def parse(stored: bytes) -> dict:
@@ -45,8 +47,11 @@ def parse(stored: bytes) -> dict:
     """
     from tensorflow_datasets.proto import tf_example_pb2
     features, out = tf_example_pb2.Example.FromString(stored).features.feature, {}
-    for name, dtype in _STORED.items():
+    for name, dtype in (_STORED | _ADDED).items():
         if name not in features:
+            if name in _ADDED:
+                out[name] = b'' if dtype is None else np.zeros(0, dtype)
+                continue
             raise ValueError(f'it has no feature {name!r}')
         feature = features[name]
         kind = feature.WhichOneof('kind')
@@ -71,10 +76,12 @@ def decode(features: dict) -> Record:
 
     codes = np.asarray(features['codes'], '<i2')
     units = np.asarray(features['units'], '<i2')
+    sides = np.asarray(features['sides'], '<i2')
     times = {k: np.asarray(features[k], '<f4') for k in ('word_start_s', 'word_end_s')}
     found = zlib.crc32(b''.join([
         bytes(features['id']), codes.tobytes(), units.tobytes(), bytes(features['word_text']),
-        times['word_start_s'].tobytes(), times['word_end_s'].tobytes()]))
+        times['word_start_s'].tobytes(), times['word_end_s'].tobytes(),
+        bytes(features['field_name']), bytes(features['field_text']), sides.tobytes()]))
     if found != _scalar(features['crc32']):
         raise bad('its content does not match its checksum')
 
@@ -94,6 +101,22 @@ def decode(features: dict) -> Record:
             raise bad(f'{kind} texts, channels and times differ in number')
         return parts
 
+    names, written = (bytes(features[k]).decode() for k in ('field_name', 'field_text'))
+    if names.count('\n') != written.count('\n'):
+        raise bad('names and texts of fields differ in number')
+    fields: dict[str, tuple[Phrase, ...]] = {}
+    for name, phrase in zip(names.split('\n'), written.split('\n'), strict=True):
+        if name:
+            fields[name] = (*fields.get(name, ()), Phrase(phrase))
+
+    beside = list(filter(None, bytes(features['side_name']).decode().split('\n')))
+    tall = [int(n) for n in features['side_lengths']]
+    if len(tall) != len(beside) or sum(tall) != sides.size or min(tall, default=0) < 0:
+        raise bad(f'side streams {beside} of lengths {tall} cannot have {sides.size} values')
+    streams: dict[str, tuple[np.ndarray, ...]] = {}
+    for name, values in zip(beside, np.split(sides, np.cumsum(tall[:-1])), strict=False):
+        streams[name] = (*streams.get(name, ()), values)
+
     texts, channels, starts, ends = columns('turn')
     return Record(
         **{k: text[k] for k in ('id', 'source', 'language')},
@@ -103,6 +126,7 @@ def decode(features: dict) -> Record:
         words=tuple(map(Word, *columns('word'))), phones=tuple(map(Word, *columns('phone'))),
         turns=tuple(map(Turn, channels, starts, ends, texts)),
         style=tuple(text['style'].split('\n')) if text['style'] else (),
+        sides=streams, fields=fields,
         wav=bytes(np.asarray(features['wav'], np.uint8)))
 
 

@@ -15,6 +15,7 @@ import sys
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -22,7 +23,7 @@ from jaxsd import data, generate, model
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
-from jaxsd.layout import duplex, flat
+from jaxsd.layout import duplex, flat, template
 from jaxsd.types import NOTHING, positive
 
 log = logging.getLogger('jaxsd')
@@ -140,6 +141,59 @@ def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener
                 items=len(records), note='greedy synthesis, transcribed by the same model')
 
 
+# Answers by a template.
+
+def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
+            questions: str = 'grammar.json') -> dict:
+    """Every question of held-out dialogues alone, answered by the source's template, greedily.
+
+    The model fills the template's own phases, so a chain of modality writes down the question,
+    answers in text and speaks. correct: the last written word of the asked kind is the right one.
+    chance: the same answers against the other questions' wants, of the same kind where there are.
+    """
+    options = plain(lm.config.data.sources[source]).get('layout') or plain(lm.config.layout)
+    if options['name'] != 'template.chain' or options.get('over', 'record') == 'record':
+        raise ConfigError(f'replies: data.sources.{source} must be drawn by template.chain over '
+                          'exchanges')
+    options = {k: v for k, v in options.items() if k not in ('name', 'score')}
+    asked, kinds = _questions(lm.config, os.path.join(lm.config.data.path, questions))
+    text, v, found, prompts, steps = lm.text(), lm.vocab, [], [], []
+    mine = options.get('mine', 0)
+    options['mine'] = 0 if mine == 'random' else mine
+    rng = np.random.default_rng(0)
+    for record in data.examples(lm.config, split, source, vocab=v, limit=limit):
+        for exchange in template.exchanges(record, options['mine']):
+            said = ' '.join(w.text for w in exchange['theirs'].words)
+            ends = max((q for q in asked if said.endswith(q)), key=len, default=None)
+            if ends is not None:
+                made = template.pieces(template.only(record, exchange), vocab=v, rng=rng, **options)
+                prompt, phases = generate.phases(made, v)
+                found.append(asked[ends])
+                prompts.append(prompt)
+                steps.append(phases)
+    if not found:
+        raise ConfigError(f'replies: split {split} of {source} asks no question of {questions}')
+    start, size = v.ranges['text']
+    heard, bounds = [], dict(text=48, speech=400, any=448)
+    for part in generate.in_parts(list(zip(prompts, steps, strict=True))):
+        told = generate.follow(lm.speaker(), *map(list, zip(*part, strict=True)), v,
+                               most_tokens=bounds)
+        for out in told:
+            ids = [t for name, ids in out.items() if 'text mine' in name for t in ids]
+            heard.append(text.decode([t - start for t in ids if start <= t < start + size]))
+
+    def right(question, answer):
+        named = [w for w in answer.split() if w in kinds[question['kind']]]
+        return bool(named) and named[-1] == question['want']
+    others = [next((found[(i + k) % len(found)] for k in range(1, len(found))
+                    if found[(i + k) % len(found)]['kind'] == q['kind']), q)
+              for i, q in enumerate(found)]
+    return dict(metrics={
+        'correct %': 100 * float(np.mean([right(q, a) for q, a in zip(found, heard, strict=True)])),
+        'chance %': 100 * float(np.mean([right(q, a) for q, a in zip(others, heard, strict=True)]))
+    }, items=len(found), note='greedy; the written answer, one question at a time')
+
+
 # Continuations across modalities.
 
 def _split_story(record, unit_hz: float):
@@ -153,12 +207,34 @@ def _split_story(record, unit_hz: float):
     return first, units[:cut], second, units[cut:]
 
 
-def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'aligned') -> dict:
+def sequence_score(logp_KT, weights_KT, norm: str) -> float:
+    """How likely a sequence is: sum of weight x log-probability, or that per scored column.
+
+    weights: 0 where nothing is scored; codebooks may weigh differently (arXiv 2410.00037 §5.4).
+    """
+    if norm not in ('mean', 'sum'):
+        raise ConfigError(f"norm is 'mean' or 'sum', got {norm!r}")
+    total = float(np.sum(np.where(weights_KT > 0, logp_KT, 0.0) * weights_KT))
+    return total / max(1, int((weights_KT > 0).any(0).sum())) if norm == 'mean' else total
+
+
+def preferred(good, bad) -> float:
+    """The share of pairs whose first member scores higher; a tie counts half."""
+    good, bad = np.asarray(good), np.asarray(bad)
+    return float(np.mean(np.where(good == bad, 0.5, good > bad)))
+
+
+def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'aligned',
+            norm: str = 'mean', scope: str = 'continuation', alone: bool = False) -> dict:
     """Does the model know how a story goes on, across modalities? (arXiv 2402.05755 §4.1)
 
     The first sentence is the prompt, written (T) or spoken (S), and the second is scored in either.
     nats/A->B: mean nats per token of the true continuation. right/A->B: how often it is likelier
     per token than the second sentence of another story told by the same voice.
+
+    norm: 'mean' per token or 'sum', which moves these figures by more than ten points. scope: what
+    is scored, the 'continuation' or 'full', all but BOS. alone: only ids of the continuation's
+    modality share the probability.
     """
     records = [r for r in data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit)
                if len(r.turns) == 2]
@@ -183,7 +259,7 @@ def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'al
     metrics = {}
     for a in 'TS':
         for b in 'TS':
-            rows = []
+            rows, legal = [], generate.allowed_ids(v, 'text' if b == 'T' else 'speech')
             for i, (w1, u1, w2, u2) in enumerate(parts):
                 j = wrong_of(i)
                 for words, units in ((w2, u2), (parts[j][2], parts[j][3])):
@@ -191,21 +267,34 @@ def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'al
                     middle = [marker[b]] if a != b else []
                     prompt = generate.prompt(v, marker[a], tokens(a, w1, u1), *middle)
                     rows.append((prompt, tokens(b, words, units)))
-            nats = _continuation_nats(lm, rows)
-            good, bad = nats[0::2], nats[1::2]
-            metrics[f'nats/{a}->{b}'] = float(np.mean(good))
-            metrics[f'right %/{a}->{b}'] = 100 * float(np.mean(good < bad))
+            scores = pair_scores(lm, rows, norm=norm, scope=scope, legal=legal if alone else None)
+            metrics[f'nats/{a}->{b}'] = -float(np.mean(scores[0::2]))
+            metrics[f'right %/{a}->{b}'] = 100 * preferred(scores[0::2], scores[1::2])
     return dict(metrics=metrics, items=len(records),
-                note='mean nats per token of the second sentence given the first; T text, S speech')
+                note=f'{norm} nats ({scope}) of the second sentence given the first; T text, '
+                     'S speech')
 
 
-def _continuation_nats(lm: generate.LM, rows, batch: int = 32) -> np.ndarray:
-    """Mean nats per token of each (prompt, continuation)."""
+def pair_scores(lm: generate.LM, rows, *, norm: str, scope: str, legal=None, batch: int = 32
+                ) -> np.ndarray:
+    """`sequence_score` of each (prompt, continuation): ids of one row.
+
+    scope: 'continuation', or 'full', everything but the first id. legal: bool [V], the ids that the
+    probability is shared among; a token outside them is not scored.
+    """
+    if scope not in ('continuation', 'full'):
+        raise ConfigError(f"scope is 'continuation' or 'full', got {scope!r}")
     columns = -(-max(len(p) + len(c) for p, c in rows) // 64) * 64
 
     @jax.jit
     def logp_of(params, arrays):
-        return nnx.merge(lm.graph, params)(arrays, jax.random.key(0))[0]
+        lm_ = nnx.merge(lm.graph, params)
+        if legal is None:
+            return lm_(arrays, jax.random.key(0))[0]
+        logits = jnp.where(legal, lm_.scores(arrays)[0][:, :-1], -jnp.inf)
+        chosen = jnp.maximum(arrays['tokens'][:, 0, 1:], 0)[..., None]
+        found = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)
+        return jnp.pad(found[..., 0], ((0, 0), (1, 0)))[:, None]
     out = []
     for part in generate.in_parts(rows, batch):
         tokens = np.full((batch, 1, columns), NOTHING, np.int32)
@@ -213,12 +302,13 @@ def _continuation_nats(lm: generate.LM, rows, batch: int = 32) -> np.ndarray:
         for i, (prompt, continuation) in enumerate(part):
             n, m = len(prompt), len(continuation)
             tokens[i, 0, :n + m] = np.concatenate([prompt, continuation])
-            weights[i, 0, n:n + m] = 1
+            weights[i, 0, n if scope == 'continuation' else 1:n + m] = 1
+        if legal is not None:
+            weights *= legal[np.maximum(tokens, 0)]
         arrays = dict(tokens=tokens, weights=weights, segment=(tokens[:, 0] >= 0).astype(np.int32),
                       position=np.tile(np.arange(columns, dtype=np.int32), (batch, 1)))
         logp = np.asarray(logp_of(lm.params, arrays))
-        total = -(logp * weights).sum((1, 2)) / np.maximum(weights.sum((1, 2)), 1)
-        out += list(total[:len(part)])
+        out += [sequence_score(x, w, norm) for x, w in zip(logp, weights, strict=True)][:len(part)]
     return np.array(out)
 
 

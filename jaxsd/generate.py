@@ -21,7 +21,7 @@ from flax import nnx
 from jaxsd import checkpoint, data, model
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, plain
-from jaxsd.layout import duplex, flat
+from jaxsd.layout import chunks, duplex, flat
 from jaxsd.types import NOTHING, Where
 from jaxsd.vocab import Text, Vocab, initial
 
@@ -171,25 +171,28 @@ class Stream:
 
 # One row: prompts continued until a stop token.
 
-def allowed_ids(vocab: Vocab, kind: str) -> np.ndarray:
-    """bool [V]: what may be said in a stretch of 'text' or 'speech', and EOS (markers never).
+def allowed_ids(vocab: Vocab, kind: str, stop: int | None = None) -> np.ndarray:
+    """bool [V]: what may be said in a stretch of 'text', 'speech' or 'any', and its `stop` (EOS).
 
-    The released Spirit-LM decodes so: both markers banned, and the other modality's ids
-    (spiritlm get_forbidden_tokens).
+    Markers never, but for the stop. The released Spirit-LM decodes so: both markers banned, and the
+    other modality's ids (spiritlm get_forbidden_tokens). Speech is units and what is told beside.
     """
-    start, size = vocab.ranges['text' if kind == 'text' else 'units']
     out = np.zeros(vocab.rows[0].predicted, bool)
-    out[start:start + size] = True
-    out[vocab.specials['bos']] = False
-    out[vocab.specials['eos']] = True
+    for name, (start, size) in vocab.ranges.items():
+        out[start:start + size] = name != 'markers' and (kind == 'any' or
+                                                         (name == 'text') == (kind == 'text'))
+    out[vocab.specials['bos']] = out[vocab.specials['eos']] = False
+    out[vocab.specials['eos'] if stop is None else stop] = True
     return out
 
 
 def continue_prompts(speaker: Speaker, prompts: list[np.ndarray], vocab: Vocab, *, kind: str,
-                     most_tokens: int, key=None, chunk: int = 16) -> list[np.ndarray]:
-    """What follows each one-row prompt (ids [T_i]): ids of `kind` up to EOS or `most_tokens`.
+                     most_tokens: int, stop: int | None = None, also: tuple[int, ...] = (),
+                     key=None, chunk: int = 16) -> list[np.ndarray]:
+    """What follows each one-row prompt (ids [T_i]): ids of `kind` up to `stop` or `most_tokens`.
 
-    Decodes `chunk` columns per dispatch and stops when every sequence has ended.
+    stop: an id, by default EOS; it is not returned. also: ids that may be said too. Decodes `chunk`
+    columns per dispatch and ends when every sequence has.
     """
     key = jax.random.key(0) if key is None else key
     rows = len(prompts)
@@ -197,10 +200,12 @@ def continue_prompts(speaker: Speaker, prompts: list[np.ndarray], vocab: Vocab, 
     prompts = prompts + [prompts[-1]] * (padded - rows)
     longest = _round_up(max(len(p) for p in prompts), 32)
     stream = Stream(speaker, rows=padded, columns=longest + most_tokens + chunk, key=key)
-    allowed = jnp.asarray(allowed_ids(vocab, kind))
+    allowed = allowed_ids(vocab, kind, stop)
+    allowed[list(also)] = True
+    allowed = jnp.asarray(allowed)
     free = np.full((padded, 1), FREE, np.int32)
     out = [np.asarray(stream.first([p[None] for p in prompts], free, allowed, multiple=32))[None]]
-    eos = vocab.specials['eos']
+    eos = vocab.specials['eos'] if stop is None else stop
     while sum(len(x) for x in out) < most_tokens:
         ended = (np.concatenate(out)[:, :, 0] == eos).any(0)
         if ended[:rows].all():
@@ -209,6 +214,150 @@ def continue_prompts(speaker: Speaker, prompts: list[np.ndarray], vocab: Vocab, 
         out.append(np.asarray(stream.more(plan, allowed)))
     tokens = np.concatenate(out)[:most_tokens, :, 0].T[:rows]
     return [t[:np.argmax(t == eos)] if (t == eos).any() else t for t in tokens]
+
+
+class Phase(NamedTuple):
+    """A stretch of a template that the model fills: of which kind, after what, up to which id."""
+
+    name: str                   # what it is, such as 'text mine'; several joined by +
+    kind: str                   # text, speech or any
+    before: np.ndarray          # ids that the template writes before it
+    stop: int
+
+
+def phases(pieces: list[flat.Piece], vocab: Vocab) -> tuple[np.ndarray, list[Phase]]:
+    """What of a template's `pieces` is given, as a prompt, and the phases in which the model talks.
+
+    Given is everything up to the first content and every later content that is never learned; the
+    template writes its marks and fields itself, and the model what stands between them. So a chain
+    of modality becomes a list of phases, each with the ids that may be said in it and the id that
+    ends it (as in the released USDM, inference.py). Content without a mark between is one phase, in
+    which anything may be said. Raises ValueError for a template that asks for nothing.
+    """
+    content = [i for i, p in enumerate(pieces) if p.kind in ('text', 'speech', 'label')]
+    asked = [i for i in content[1:] if np.max(pieces[i].weight, initial=0.0) > 0]
+    if not asked:
+        raise ValueError('the template asks for nothing after what it gives')
+    said: list[list[int]] = []          # pieces of each phase
+    for i in asked:
+        if said and said[-1][-1] == i - 1:
+            said[-1].append(i)
+        else:
+            said.append([i])
+    out, at = [], 0
+    for group in said:
+        kinds = {'text' if pieces[i].kind == 'label' else pieces[i].kind for i in group}
+        names = dict.fromkeys(f'{pieces[i].kind} {pieces[i].name}' for i in group)
+        before = [np.zeros(0, np.int32), *(p.tokens for p in pieces[at:group[0]])]
+        at = group[-1] + 1
+        stop = int(pieces[at].tokens[0]) if at < len(pieces) else vocab.specials['eos']
+        out.append(Phase('+'.join(names), kinds.pop() if len(kinds) == 1 else 'any',
+                         np.concatenate(before), stop))
+    prompt = np.concatenate([[vocab.specials['bos']], out[0].before]).astype(np.int32)
+    return prompt, [out[0]._replace(before=out[0].before[:0]), *out[1:]]
+
+
+def follow(speaker: Speaker, prompts: list[np.ndarray], steps: list[list[Phase]], vocab: Vocab, *,
+           most_tokens: dict[str, int], key=None) -> list[dict[str, np.ndarray]]:
+    """For each prompt, the ids said in each of its phases, by the phase's name.
+
+    Prompts share the kinds and stops of their phases; most_tokens bounds each kind.
+    """
+    key = jax.random.key(0) if key is None else key
+    told: list[dict[str, np.ndarray]] = [{} for _ in prompts]
+    for n, phase in enumerate(steps[0]):
+        now = [s[n] for s in steps]
+        if any((p.kind, p.stop, p.name) != (phase.kind, phase.stop, phase.name) for p in now):
+            raise ValueError('these templates differ in more than what they give')
+        prompts = [np.concatenate([p, x.before]) for p, x in zip(prompts, now, strict=True)]
+        said = continue_prompts(speaker, prompts, vocab, kind=phase.kind, stop=phase.stop,
+                                most_tokens=most_tokens[phase.kind], key=jax.random.fold_in(key, n))
+        for out, ids in zip(told, said, strict=True):
+            out[phase.name] = ids
+        prompts = [np.concatenate([p, ids]) for p, ids in zip(prompts, said, strict=True)]
+    return told
+
+
+# Two speakers in one row.
+
+def in_chunks(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, streams,
+              chunk_frames: int, chunk_text: int, silences, key=None) -> list[np.ndarray]:
+    """Rows of `layout.chunks.flattened` in which only what is heard (units [U] each) is given.
+
+    A chunk of theirs comes in, then the model writes its text and says its units, each a stretch of
+    fixed length in which only that stream's ids (or its silence) may stand (arXiv 2410.17799 §3).
+    """
+    key = jax.random.key(0) if key is None else key
+    quiet_text, quiet = (vocab.specials[name] for name in silences)
+    counts = [-(-len(units) // chunk_frames) for units in heard]
+    given = np.full((max(counts) * chunk_frames, len(heard), 1), quiet, np.int32)
+    for i, units in enumerate(heard):
+        given[:len(units), i, 0] = vocab.encode('units', units)
+    sizes = {name: chunk_text if name == 'text' else chunk_frames for name in streams}
+    allowed = {name: jnp.asarray(allowed_ids(vocab, *(('text', quiet_text) if name == 'text' else
+                                                      ('speech', quiet)))) for name in streams}
+    width = sum(sizes.values())
+    bos = np.full((1, 1), vocab.specials['bos'], np.int32)
+    stream = Stream(speaker, rows=len(heard), columns=1 + width * max(counts), key=key)
+    out = [np.broadcast_to(bos[None], (1, len(heard), 1))]
+    for c in range(max(counts)):
+        for name in streams:
+            plan = np.full((sizes[name], len(heard), 1), FREE, np.int32)
+            if name == 'theirs':
+                plan = given[c * chunk_frames:(c + 1) * chunk_frames]
+            if len(out) == 1:
+                out.append(np.asarray(stream.first([bos] * len(heard), plan[0],
+                                                   allowed[name]))[None])
+                plan = plan[1:]
+            if len(plan):
+                out.append(np.asarray(stream.more(plan, allowed[name])))
+    rows = np.concatenate(out)[:, :, 0].T
+    return [row[:1 + width * count] for row, count in zip(rows, counts, strict=True)]
+
+
+def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_frames: int,
+            speakers=('[S0]', '[S1]'), key=None) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """Talks to `heard` (units [U] each) in rows of `layout.chunks.synchronous`, a chunk ahead.
+
+    While their chunk N is still being said, the model guesses it, says its own chunk N + 1 upon
+    that guess, and then puts what was really said in the guess's place, so that it hears everything
+    and never has to be waited for (arXiv 2409.15594 §4.3). Returns the rows as they came to be and,
+    for each, the guesses. What is said depends on what was heard two chunks before and earlier.
+    """
+    key = jax.random.key(0) if key is None else key
+    clock, other = (vocab.specials[name] for name in speakers)
+    theirs = [chunks.fresh(np.asarray(units), chunk_frames) for units in heard]
+    rows = [[vocab.specials['bos'], clock] for _ in heard]
+    guesses: list[list[np.ndarray]] = [[] for _ in heard]
+
+    def say(prompts, number: int, also=(other,)) -> list[np.ndarray]:
+        return continue_prompts(speaker, [np.array(p, np.int32) for p in prompts], vocab,
+                                kind='speech', stop=clock, also=also,
+                                most_tokens=2 * chunk_frames + 1, chunk=2 * chunk_frames + 1,
+                                key=jax.random.fold_in(key, number))
+
+    def mine(said: np.ndarray) -> list[int]:
+        """My units of a chunk: what comes before the other's marker, as many as it has frames."""
+        stop = np.flatnonzero(said == other)
+        return said[:stop[0] if stop.size else None][:chunk_frames].tolist()
+
+    for row, said in zip(rows, say(rows, 0), strict=True):
+        row += mine(said)
+    for n in range(max(map(len, theirs))):
+        guessed = [np.array([t for t in said[np.argmax(said == other):] if t != other]
+                            if (said == other).any() else [], np.int32)[:chunk_frames]
+                   for said in say(rows, 2 * n + 1)]
+        ahead = [[*row, *([other, *guess] if len(guess) else []), clock]
+                 for row, guess in zip(rows, guessed, strict=True)]
+        said = say(ahead, 2 * n + 2)
+        for i, row in enumerate(rows):
+            if n < len(theirs[i]):
+                new = theirs[i][n]
+                row += [other, *vocab.encode('units', new).tolist()] if len(new) else []
+                guesses[i].append(guessed[i])
+                if n + 1 < len(theirs[i]):
+                    row += [clock, *mine(said[i])]
+    return [np.array(row, np.int32) for row in rows], guesses
 
 
 # Many rows: a conversation on one clock.

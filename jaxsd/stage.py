@@ -22,7 +22,8 @@ class Stage:
     """One stage. `batch` rows per step are split into `accumulate` microbatches.
 
     data: weights of the sources of `config.data.sources`, by share of tokens.
-    schedule: 'constant' or 'cosine' (to final_lr x lr), after `warmup_steps` linear steps.
+    schedule: 'constant', 'cosine' or 'linear' (to final_lr x lr) or 'rsqrt' (as the inverse root
+    of the step), after `warmup_steps` linear steps.
     start: 'init', the name of an earlier stage, a path to another run's checkpoints, or one to a
     checkpoint of another program ('hf:PATH', or a path whose format is recognized).
     graft: {}, or in what such a checkpoint may differ from the config: dict(rows, fresh, unused,
@@ -57,6 +58,7 @@ class Stage:
     probe_steps: int = 0
 
 
+SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')
 PARTS = dict(graft=('rows', 'fresh', 'unused', 'unlike'), lora=('rank', 'scale'))
 """The keys of a stage's options that are dicts of their own."""
 
@@ -98,10 +100,10 @@ def stages(config) -> tuple[Stage, ...]:
         if stage.batch % stage.accumulate:
             raise ConfigError(f'stages[{i}].accumulate {stage.accumulate} must divide '
                               f'stages[{i}].batch {stage.batch}')
-        if stage.schedule not in ('constant', 'cosine'):
-            raise ConfigError(f"stages[{i}].schedule is 'constant' or 'cosine', "
+        if stage.schedule not in SCHEDULES:
+            raise ConfigError(f'stages[{i}].schedule is one of {", ".join(SCHEDULES)}, '
                               f'got {stage.schedule!r}')
-        if stage.schedule == 'cosine' and stage.warmup_steps >= stage.steps:
+        if stage.schedule in ('cosine', 'linear') and stage.warmup_steps >= stage.steps:
             raise ConfigError(f'stages[{i}].warmup_steps {stage.warmup_steps} must be below '
                               f'stages[{i}].steps {stage.steps}')
         if not re.fullmatch(r'\w[\w.-]*', stage.name):
@@ -208,9 +210,17 @@ def learning_rate(stage: Stage):
         return optax.warmup_cosine_decay_schedule(
             0.0 if stage.warmup_steps else stage.lr, stage.lr, stage.warmup_steps, stage.steps,
             end_value=stage.lr * stage.final_lr)
-    if stage.warmup_steps:
-        return optax.linear_schedule(0.0, stage.lr, stage.warmup_steps)
-    return optax.constant_schedule(stage.lr)
+    warm = max(1, stage.warmup_steps)
+    after = {'constant': optax.constant_schedule(stage.lr),
+             'linear': optax.linear_schedule(stage.lr, stage.lr * stage.final_lr,
+                                             stage.steps - stage.warmup_steps),
+             # Below 0 it is asked for during warm-up, and not used.
+             'rsqrt': lambda step: stage.lr * (warm / (jax.numpy.maximum(step, 0) + warm)) ** 0.5,
+             }[stage.schedule]
+    if not stage.warmup_steps:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, stage.lr, stage.warmup_steps), after],
+                                [stage.warmup_steps])
 
 
 def optimizer(stage: Stage, by_path: dict) -> optax.GradientTransformation:

@@ -40,6 +40,13 @@ class Turn(NamedTuple):
     text: str
 
 
+class Phrase(NamedTuple):
+    """Something written: a task's name, an instruction, a label. `data` fills in the ids."""
+
+    text: str
+    ids: tuple[int, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One aligned utterance (one channel) or dialogue (two channels), as stored.
@@ -47,7 +54,11 @@ class Record:
     codes: int16 [C, K, T], K codebooks at the codec's frame rate, or None for text-only records.
     units: one int16 [U] per channel at the unit rate, not deduplicated.
     words, phones, turns: sorted by start; a text-only record has words whose times are all 0.
+    style: labels of each channel, such as 'tone=low pace=fast'.
     wav: FLAC bytes of all channels, or b''.
+    sides: slower streams beside the units (pitch, style), by name one int16 array per channel.
+    fields: what is written beside what is said (an instruction, a task), by name; of several
+    phrases under one name a layout draws one.
     """
 
     id: str
@@ -61,6 +72,8 @@ class Record:
     turns: tuple[Turn, ...] = ()
     style: tuple[str, ...] = ()
     wav: bytes = b''
+    sides: dict[str, tuple[np.ndarray, ...]] = dataclasses.field(default_factory=dict)
+    fields: dict[str, tuple[Phrase, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

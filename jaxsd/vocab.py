@@ -5,7 +5,7 @@ Every token of every grid is an id on this line, so one embedding table serves a
 other module ever adds an offset. A flat system has one row that may hold any id; a multistream
 system has one row per stream, each owning its range::
 
-    line (flat)   | text 0..V-1 | [Text] [Speech] | units | padding |
+    line (flat)   | text 0..V-1 | [Text] [Speech] | units | pitch ... | padding |
     streams       | text + initial | mine 0 + initial | ... | theirs 0 + initial | ...
 """
 
@@ -69,22 +69,31 @@ def _checked(text_tokens: int, **ids: int) -> dict[str, int]:
 
 def line(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: int = 2,
          markers: Sequence[str] = ('[Text]', '[Speech]'), unit: str = '[Hu{}]',
+         names: dict | None = None, sides: Sequence[tuple[str, int]] = (),
          multiple: int = 128) -> Vocab:
-    """One row: text, then markers, then the codec's units, padded to a multiple.
+    """One row: text, then markers, then the codec's units and side streams, padded to a multiple.
 
-    unit: how an exported tokenizer writes a unit, with {} for its number.
+    unit: how an exported tokenizer writes a unit, with {} for its number. names: ids of the text
+    that a layout writes as it writes markers, such as dict(newline=13). sides: (name, size) of
+    slower streams beside the units. A model without text has the text ids of its BOS and EOS only.
 
     The id map and the spelling of released Spirit-LM checkpoints are these with 32,000 text tokens,
     two markers and 501 units (spiritlm model/utils.py).
     """
     units = codec['size']
-    specials = _checked(text_tokens, bos=bos, eos=eos)
+    specials = _checked(text_tokens, **dict(names or {}) | dict(bos=bos, eos=eos))
     if len({*specials, *markers}) < len(specials) + len(markers):
         raise ValueError(f'vocab.markers must be names of their own, each once, got '
                          f'{tuple(markers)}')
     ranges = {'text': (0, text_tokens), 'markers': (text_tokens, len(markers)),
               'units': (text_tokens + len(markers), units)}
     used = text_tokens + len(markers) + units
+    for name, count in sides:
+        if name in ranges or count < 1:
+            raise ValueError(f'vocab.sides needs names of their own and sizes, got {name!r} '
+                             f'{count}')
+        ranges[name] = (used, count)
+        used += count
     size = _round_up(used, multiple)
     specials |= {m: text_tokens + i for i, m in enumerate(markers)}
     if unit.count('{}') != 1:

@@ -193,7 +193,7 @@ def test_a_config_is_refused_before_anything_is_woken(tmp_path):
     ('codec.path=nowhere', 'codec.path: no file nowhere'),
     ('head.chunk_colums=3', "did you mean 'chunk_columns'?"),
     ('stages[0].batch=12', 'must divide over 8'),
-    ('stages[0].schedule=linear', "'constant' or 'cosine'")])
+    ('stages[0].schedule=steps', 'is one of constant, cosine, linear, rsqrt')])
 def test_overrides(refused, corpus, tmp_path, override, says):
     refused(['train', *flags(corpus), f'--config.{override}', '--workdir', tmp_path / 'run'], says)
     assert not (tmp_path / 'run').exists()

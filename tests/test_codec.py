@@ -251,3 +251,14 @@ def test_speaking_wakes_neither_jax_nor_scikit_learn(files):
             'print([m for m in ("jax", "sklearn", "librosa", "torch") if m in sys.modules])')
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == '[]'
+
+
+def test_finite_scalars_as_the_released_tokenizer_numbers_them():
+    """Levels (5, 1, 4, 7) of eight in each of four channels are 5 + 8 + 4 * 64 + 7 * 512."""
+    eights = (8, 8, 8, 8)
+    z = np.array([[0.3, -1.2, 0.0, 2.0], [0.0] * 4, [-9.0] * 4, [9.0] * 4])
+    assert codec.fsq_codes(z, eights).tolist() == [3853, 2340, 0, 4095]
+    # Odd numbers of levels have zero in the middle; every code is reached.
+    assert codec.fsq_codes(np.zeros((1, 2)), (5, 3)).tolist() == [2 + 5 * 1]
+    grid = np.stack(np.meshgrid(*[np.linspace(-3, 3, 101)] * 2, indexing='ij'), -1).reshape(-1, 2)
+    assert set(codec.fsq_codes(grid, (5, 4)).tolist()) == set(range(20))

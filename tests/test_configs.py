@@ -15,22 +15,44 @@ import numpy as np
 import pytest
 
 from jaxsd import config as configs
-from jaxsd import evaluate, model, train
+from jaxsd import evaluate, generate, model, train
 from jaxsd import stage as stages
 from jaxsd.config import bind, plain
 from jaxsd.layout import show
 from jaxsd.stage import flatten
-from jaxsd.types import Record, Turn, Word
+from jaxsd.types import Phrase, Record, Turn, Word
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests' / 'golden' / 'configs'
 NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if not p.stem.startswith('_'))
 
-LLAMA_2_7B = 6_738_415_616
+LLAMA_2_7B = 6_738_415_616       # the same size as the first LLaMA's
+LLAMA_3_8B = 8_030_261_248
+MISTRAL_7B = 7_241_732_096
+QWEN_HALF_B, QWEN_7B = 494_032_768, 7_615_616_512
+GLM_4_9B = 9_399_951_360
 PARAMETERS = {      # of the published size, by overrides
     # Llama-2-7B with 512 more rows in each of its two tables: 32,000 pieces, 2 markers and 501
     # units, rounded up to a multiple of 128 (32,512).
     'spirit_lm': {(): LLAMA_2_7B + 2 * 512 * 4096},
+    # 10,000 units and two relations; the released table has one more row, for padding.
+    'usdm': {(): MISTRAL_7B + 2 * 10_002 * 4096},
+    # The size of OPT-350M (331,196,416) with three matrices in a gated feed-forward and without
+    # its projected embeddings and learned positions.
+    'voxtlm': {(): 24 * (4 * 1024 * 1024 + 3 * 1024 * 4096 + 2 * 1024) + 1024 + 11_008 * 1024},
+    # PaLM 8B (8.63e9 in its paper, a tied table of 256,000) and 1,024 units.
+    'audiopalm': {(): 8_632_143_872 + 1024 * 4096},
+    # LLaMA 7B, whose 32,000 rows in both tables become 502.
+    'twist': {(): LLAMA_2_7B - 2 * 31_498 * 4096},
+    # 1,000 units and six markers.
+    'speechgpt': {(): LLAMA_2_7B + 2 * 1_006 * 4096},
+    'emova': {(): LLAMA_3_8B + 2 * 4096 * 4096},
+    # The released table has 168,960 rows.
+    'glm4_voice': {(): GLM_4_9B + 2 * (168_960 - 151_552) * 4096},
+    # 501 units and two markers, rounded up.
+    'syncllm': {(): LLAMA_3_8B + 2 * 512 * 4096},
+    # 4,096 units and eight markers, rounded up; one table.
+    'omniflatten': {(): QWEN_HALF_B + 4_224 * 896},
     # Both speakers are predicted in training. The released checkpoint keeps the depth steps of one
     # and does not round its 64,785 rows up: 7,687,729,152.
     'moshi': {(): 8_371_863_552,
@@ -49,7 +71,8 @@ def on(corpus, c):
     """`c` with the files of the small corpus."""
     c.data.path = str(corpus)
     c.codec.path = str(corpus / os.path.basename(c.codec.path))
-    c.vocab.tokenizer = str(corpus / os.path.basename(c.vocab.tokenizer))
+    if c.vocab.tokenizer:       # a model of speech alone has none
+        c.vocab.tokenizer = str(corpus / os.path.basename(c.vocab.tokenizer))
     return c
 
 
@@ -63,9 +86,20 @@ def toy(c) -> Record:
     codes = np.stack([[(frames + 3 * k + 100 * channel) % c.codec.size for k in range(books)]
                       for channel in (0, 1)]).astype(np.int16)
     units = tuple((frames // 3 * 5 + channel) % c.codec.size for channel in (0, 1))
+    sides = {name: tuple(np.arange(int(20 * hz)) // 3 % size for _ in units)
+             for (name, size), hz in zip(c.vocab.get('sides', ()), (12.5, 1.0), strict=False)}
+    parts = [part for _, o in layouts(c) for part in (*o.get('opening', ()), *o.get('parts', ()))]
+    names = {part[1] for part in parts if part[0] == 'field'} | {
+        f'{part[1].split()[1]} {channel}' for part in parts if part[0] == 'label'
+        for channel in (0, 1)}
+    fields = {name: (Phrase(name, tuple(300 + i for i in range(1 + len(name) % 3))),)
+              for name in names}
     return Record('toy', 'toy', 'en', 20.0, None if books == 1 else codes,
                   tuple(u.astype(np.int16) for u in units) if books == 1 else (), words,
-                  turns=(Turn(0, 0.0, 8.0, ''), Turn(1, 8.0, 16.0, ''), Turn(0, 16.0, 20.0, '')))
+                  tuple(w._replace(text=('n', 'ˈæ', 'ˌaɪ')[i % 3], ids=())
+                        for i, w in enumerate(words)),
+                  turns=(Turn(0, 0.0, 8.0, ''), Turn(1, 8.0, 16.0, ''), Turn(0, 16.0, 20.0, '')),
+                  sides=sides, fields=fields)
 
 
 def layouts(c):
@@ -93,6 +127,19 @@ def test_the_published_size_builds_with_its_parameters(name):
     for overrides, parameters in PARAMETERS[name].items():
         c = read(name, '', *overrides)
         assert model.count(model.abstract(c)[1]) == parameters
+
+
+@pytest.mark.parametrize('name, arg, parameters', [
+    ('spirit_lm', 'expressive', LLAMA_2_7B + 2 * 768 * 4096),     # 164 rows more, rounded up
+    ('twist', 'recipe=slam', QWEN_HALF_B - (151_936 - 502) * 896),
+    ('twist', 'recipe=sims', QWEN_7B + 2 * 512 * 3584), ('twist', 'demo,recipe=sims', None),
+    *(('spirit_lm', f'demo,{arg}', None) for arg in (
+        'expressive', 'level=phone', 'level=utterance,again=1.0', 'again=0.5'))])
+def test_a_recipe_builds_and_draws(name, arg, parameters):
+    c = read(name, arg)
+    assert parameters in (None, model.count(model.abstract(c)[1]))
+    for where, options in layouts(c):
+        assert (draw(c, options, where).weights > 0).any()
 
 
 @pytest.mark.parametrize('arg', ['', 'demo', 'tiny'])
@@ -143,7 +190,13 @@ def test_the_grid_of_a_fixed_record_is_unchanged(name):
     assert found == path.read_text(encoding='utf-8')
 
 
-@pytest.mark.parametrize('name', NAMES)
+# One of each kind at once: two modalities, streams, low-rank terms, two speakers. The others' code
+# is the same and their compilations take minutes: they are slow tests.
+AT_ONCE = ('spirit_lm', 'moshi', 'speechgpt', 'syncllm')
+
+
+@pytest.mark.parametrize('name', [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow)
+                                  for n in NAMES])
 def test_tiny_learns(name, corpus, tmp_path):
     """Real steps on real speech: every stage ends, and the held-out loss is below that at random.
 
@@ -171,6 +224,13 @@ def test_tiny_learns(name, corpus, tmp_path):
     held_out = [x['held_out'] for x in lines if 'held_out' in x][-1]
     assert held_out.keys() == first.keys()
     assert sum(held_out.values()) < 0.97 * sum(first.values())
+    # A stage moves what it trains and nothing else, to the bit.
+    after = {s.name: flatten(generate.load(c, work, s.name).params) for s in stages.stages(c)}
+    for s in stages.stages(c):
+        before, by_path = after.get(s.start, {}), stages.multipliers(s, after[s.name])
+        for path in before.keys() & after[s.name].keys():
+            same = np.array_equal(before[path], after[s.name][path])
+            assert same == (by_path[path] is None), (s.name, path)
 
 
 def test_a_stage_is_all_options():

@@ -2,6 +2,7 @@
 """Does the order law hold, is every record seen, is nothing cropped in silence, is damage named?"""
 
 import collections
+import dataclasses
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from jaxsd import data, packing, vocab
 from jaxsd import dataset as dataset_lib
 from jaxsd.config import ConfigError
 from jaxsd.dataset import open_dataset
-from jaxsd.types import NOTHING, Grid, Record, Turn, Word
+from jaxsd.types import NOTHING, Grid, Phrase, Record, Turn, Word
 
 COLUMNS, SIZE, HZ = 256, 64, 25.0
 CODEC = dict(name='kmeans', frame_hz=HZ, codebooks=1, size=SIZE, path='')
@@ -42,7 +43,8 @@ def speech(rng, name, source, *, channels=1, seconds=(1.0, 8.0)):
                   .astype(np.int16) for _ in range(channels))
     codes = rng.integers(0, SIZE, (channels, 2, int(np.ceil(duration_s * 12.5)))).astype(np.int16)
     return Record(name, source, 'en', duration_s, codes, units, words, words[:1],
-                  (Turn(0, 0.0, duration_s, 'all of it'),), ('calm', 'low')[:channels], b'')
+                  (Turn(0, 0.0, duration_s, 'all of it'),), ('tone=calm', 'tone=low')[:channels],
+                  b'', {'pitch': tuple(u[::2] for u in units)}, {'note': (Phrase(name),)})
 
 
 def all_records():
@@ -379,6 +381,51 @@ def test_parsing_agrees_with_tfds(root):
         for key, value in theirs.items():
             np.testing.assert_array_equal(np.asarray(ours[key]).reshape(np.shape(value)), value)
         assert dataset_lib.decode(theirs).id == dataset_lib.decode(ours).id
+
+
+def test_what_is_written_beside_speech_gets_ids(root):
+    """Fields of the record and of its source, and the labels of its style, each by a name."""
+    chain = dict(name='template.chain', parts=(
+        ('field', 'task'), ('field', 'note'), ('label', 'mine tone'), ('text', 'mine', 0)))
+    c, stage, v = only(root, 'one', dict(select=('talk',), fields=dict(task=('ab', 'cd')),
+                                         layout=chain))
+    encode = vocab.Text(v.tokenizer).encode
+    record = next(data.examples(c, 'train', 'one', vocab=v))
+    assert record.fields['task'] == (Phrase('ab', encode('ab')), Phrase('cd', encode('cd')))
+    assert record.fields['note'] == (Phrase(record.id, encode(record.id)),)
+    assert record.fields['tone 1'] == (Phrase('low', encode('low')),)
+    np.testing.assert_array_equal(record.sides['pitch'][1], record.units[1][::2])
+    rest = [*encode(record.id), *encode('calm')]
+    drawn = set()
+    for step, (arrays, _) in zip(range(4), data.batches(c, stage, v, threads=0), strict=False):
+        assert step < 4
+        for row, at in zip(arrays['tokens'][:, 0], arrays['segment'] == 1, strict=True):
+            said = row[at].tolist()
+            drawn |= {text for text in ('ab', 'cd') if said[1:1 + len(encode(text))]
+                      == list(encode(text))}
+    assert drawn == {'ab', 'cd'}
+    _, grid = data._open_source(open_dataset(root), c, 'one', v, split='train', layout=None,
+                                fill=data._tokenizer(v)).draw(0, 0)
+    ids = grid.tokens[0].tolist()
+    assert any(ids[1 + len(encode(text)):][:len(rest)] == rest for text in ('ab', 'cd'))
+    for fields, says in ((dict(task=()), 'fields.task is a text'), (dict(task=3), 'got 3')):
+        refused(ConfigError, lambda f=fields: data.batches(*only(root, 'one', dict(
+            select=('talk',), fields=f, layout=chain))), says)
+
+
+def test_a_dataset_made_before_fields_is_read(root):
+    """Without the features that came later, a record is one without fields and side streams."""
+    from tensorflow_datasets.proto import tf_example_pb2
+    stored = tf_example_pb2.Example.FromString(open_dataset(root)._open('train')[0])
+    text = next(r for r in all_records()['train'] if r.id == dataset_lib.decode(
+        dataset_lib.parse(stored.SerializeToString())).id)
+    for name in dataset_lib._ADDED:
+        del stored.features.feature[name]
+    features = dataset_lib.parse(stored.SerializeToString())
+    bare = dataclasses.replace(text, sides={}, fields={})
+    found = dataset_lib.decode(features | {'crc32': records.crc32(bare)})
+    assert (found.id, found.sides, found.fields, found.words) == (bare.id, {}, {}, bare.words)
+    refused(ValueError, lambda: dataset_lib.decode(features), 'does not match its checksum')
 
 
 # ------------------------------------------------------------------------------- fingerprints

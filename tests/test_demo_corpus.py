@@ -17,7 +17,7 @@ import pytest
 
 from data_pipelines import demo, espeak, grammar, records
 from jaxsd import vocab
-from jaxsd.types import Record, Turn, Word
+from jaxsd.types import Phrase, Record, Turn, Word
 
 HOURS = '0.03'
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -54,7 +54,7 @@ def decode(row):
             yield (kind(text, int(c), float(a), float(b)) if kind is Word
                    else kind(int(c), float(a), float(b), text))
 
-    shape = tuple(row['codes_shape'])
+    shape, cuts = tuple(row['codes_shape']), np.cumsum(row['side_lengths'])[:-1]
     bounds = np.cumsum(row['units_lengths'])[:-1]
     return Record(
         id=row['id'].decode(), source=row['source'].decode(), language=row['language'].decode(),
@@ -63,7 +63,19 @@ def decode(row):
         units=tuple(np.split(row['units'], bounds)) if len(row['units_lengths']) else (),
         words=tuple(timed('word', Word)), phones=tuple(timed('phone', Word)),
         turns=tuple(timed('turn', Turn)),
-        style=tuple(filter(None, row['style'].decode().split('\n'))), wav=row['wav'].tobytes())
+        style=tuple(filter(None, row['style'].decode().split('\n'))), wav=row['wav'].tobytes(),
+        sides=grouped(row['side_name'], np.split(row['sides'], cuts)),
+        fields=grouped(row['field_name'], [
+            Phrase(text) for text in row['field_text'].decode().split('\n')]))
+
+
+def grouped(names: bytes, values) -> dict:
+    """Values under their names, several of one name in order."""
+    out: dict = {}
+    for name, value in zip(names.decode().split('\n'), values, strict=True):
+        if name:
+            out[name] = (*out.get(name, ()), value)
+    return out
 
 
 # ---------------------------------------------------------------------------------------- espeak
@@ -288,7 +300,8 @@ def test_index_and_manifest_describe_the_shards(corpus):
             payload = b''.join([r.id.encode(), codes, *(u.tobytes() for u in r.units),
                                 '\n'.join(w.text for w in r.words).encode(),
                                 np.float32([w.start_s for w in r.words]).tobytes(),
-                                np.float32([w.end_s for w in r.words]).tobytes()])
+                                np.float32([w.end_s for w in r.words]).tobytes(),
+                                *(s.tobytes() for name in sorted(r.sides) for s in r.sides[name])])
             assert index['crc32'][i] == zlib.crc32(payload)
             assert index['words'][i] == len(r.words)
             assert index['units'][i] == sum(map(len, r.units))
@@ -416,7 +429,10 @@ def some_records():
             tuple(rng.integers(0, 500, int(seconds * 25) + c).astype(np.int16)
                   for c in range(channels)),
             words, words[:2], tuple(Turn(w.channel, w.start_s, w.end_s, 'é è') for w in words[:3]),
-            ('calm',) * channels, rng.bytes(30))
+            ('calm',) * channels, rng.bytes(30),
+            {name: tuple(rng.integers(0, 64, int(seconds * hz) + c).astype(np.int16)
+                         for c in range(channels)) for name, hz in (('pitch', 12.5), ('style', 1))},
+            {'task': (Phrase('é is asked'), Phrase('asked')), 'answer': (Phrase('yes'),)})
     yield Record('text', 'text', 'en', 0.0, words=(Word('only', 0, 0.0, 0.0),))
     yield Record('units', 'u', 'de', 2.0, units=(np.arange(50, dtype=np.int16),))
 
@@ -444,6 +460,9 @@ def test_records_come_back_as_they_were(tmp_path):
     (dict(words=(Word('a', 1, 0, 1),)), 'channel'),
     (dict(words=(Word('a', 0, 1, 1.5), Word('b', 0, .5, .8))), 'sorted'),
     (dict(words=(Word('a\nb', 0, 1, 1.5),)), 'line break'),
+    (dict(fields={'task': (Phrase('a\nb'),)}), "field 'task' is empty or has a line break"),
+    (dict(fields={'task': (Phrase(''),)}), "field 'task' is empty"),
+    (dict(sides={'pitch': (np.array([-1]),)}), 'pitch must lie in 0..32767'),
     (dict(codes=None, words=(Word('a', 0, 1, 1.5),)), 'text-only')])
 def test_a_bad_record_is_refused_by_name(tmp_path, change, what):
     good = dict(id='r7', source='s', language='en', duration_s=2.0,

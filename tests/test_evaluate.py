@@ -236,6 +236,65 @@ def test_stories_are_scored_like_a_reader_would(flat_lm):
             assert found['metrics'][f'right %/{a}->{b}'] == pytest.approx(100 * np.mean(right))
 
 
+def test_scores_of_pairs_are_what_they_say():
+    """Ten tokens at -1.0 against eight at -1.1: the sum prefers the second, the mean the first."""
+    def score(values, norm, weight=1.0):
+        return evaluate.sequence_score(np.array([values]), np.full((1, len(values)), weight), norm)
+    first, second = [-1.0] * 10, [-1.1] * 8
+    assert score(first, 'sum') == -10 and score(second, 'sum') == pytest.approx(-8.8)
+    assert score(first, 'mean') == -1 and score(second, 'mean') == pytest.approx(-1.1)
+    # A column of eight codebooks, weighted 100 and 1 (arXiv 2410.00037 §5.4).
+    logp, weights = -np.array([[2.0], *[[1.5]] * 7]), np.array([[100.0], *[[1.0]] * 7])
+    assert evaluate.sequence_score(logp, weights, 'mean') == pytest.approx(-210.5)
+    # What weighs nothing is not scored, even where it is impossible.
+    never, weights = np.array([[-np.inf, -1.0]]), np.array([[0.0, 1.0]])
+    assert evaluate.sequence_score(never, weights, 'mean') == -1
+    assert evaluate.preferred([1, 2, 3, 4], [0, 2, 5, 4]) == 0.5
+    with pytest.raises(ConfigError, match="norm is 'mean' or 'sum', got 'max'"):
+        score(first, 'max')
+
+
+@pytest.mark.parametrize('norm, scope, only', [
+    ('mean', 'continuation', None), ('sum', 'full', None), ('mean', 'full', 'text'),
+    ('sum', 'continuation', 'speech')])
+def test_pair_scores_by_reading_each_alone(flat_lm, norm, scope, only):
+    lm, v, rng = flat_lm, flat_lm.vocab, np.random.default_rng(0)
+    start = v.ranges['units'][0]
+    rows = [(np.array([1, *rng.integers(5, 300, 4)]), start + rng.integers(0, 500, 3)),
+            (np.array([1, 9]), np.array([30, start + 2, 40, start]))]
+    legal = None if only is None else generate.allowed_ids(v, only)
+    found = evaluate.pair_scores(lm, rows, norm=norm, scope=scope, legal=legal)
+    for (prompt, continuation), got in zip(rows, found, strict=True):
+        ids = np.concatenate([prompt, continuation]).astype(np.int32)
+        logp = alone(lm, ids[None])[0]
+        if legal is not None:
+            logp = np.where(legal, logp, -np.inf)
+            logp = logp - np.log(np.exp(logp).sum(-1, keepdims=True))
+        at = [t for t in range(len(prompt) if scope == 'continuation' else 1, len(ids))
+              if legal is None or legal[ids[t]]]
+        values = [logp[t - 1, ids[t]] for t in at]
+        want = np.sum(values) / (max(1, len(values)) if norm == 'mean' else 1)
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
+    with pytest.raises(ConfigError, match="scope is 'continuation' or 'full', got 'half'"):
+        evaluate.pair_scores(lm, rows, norm=norm, scope='half')
+
+
+# Answers by a template.
+
+def test_every_question_is_answered_through_the_template(corpus):
+    """As many items as there are questions with an answer; each answer by the training forward."""
+    lm = made(corpus, 'usdm')
+    found = evaluate.replies(lm, split='train', limit=2, source='dialogue')
+    with open(corpus / 'grammar.json', encoding='utf-8') as f:
+        asked = {q['text'] for part in json.load(f)['questions'].values() for q in part}
+    records = list(data.examples(lm.config, 'train', 'dialogue', vocab=lm.vocab, limit=2))
+    questions = [t for r in records for t in r.turns if t.channel == 1 and t.text in asked]
+    assert 1 <= found['items'] <= len(questions)
+    assert 0 <= found['metrics']['correct %'] <= 100
+    with pytest.raises(ConfigError, match='must be drawn by template.chain over exchanges'):
+        evaluate.replies(lm, split='train', limit=2, source='aligned')
+
+
 # Conversation.
 
 NUMBERS = {'one', 'two', 'three'}

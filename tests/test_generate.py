@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is what streaming decode says what the model would have said, cell by cell, read all at once?"""
 
+import copy
 import functools
 
 import jax
@@ -15,8 +16,8 @@ from small import built
 from jaxsd import generate, model
 from jaxsd.config import ConfigError
 from jaxsd.generate import FREE, Sampler
-from jaxsd.layout import duplex
-from jaxsd.types import NOTHING
+from jaxsd.layout import chunks, duplex, template
+from jaxsd.types import NOTHING, Record, Word
 from jaxsd.vocab import Text, initial, line, streams
 
 LATE = (2, 0, 1, 1, 0, 1, 1)        # of text, mine 0..2, theirs 0..2
@@ -209,13 +210,13 @@ def test_keys_and_samplers():
 
 # One row.
 
-def reference(speaker, v, prompt, kind, most_tokens):
+def reference(speaker, v, prompt, kind, most_tokens, stop=None):
     """Greedy continuation by reading everything anew for every token."""
-    allowed, out = generate.allowed_ids(v, kind), []
+    allowed, out = generate.allowed_ids(v, kind, stop), []
     for _ in range(most_tokens):
         tokens = np.concatenate([prompt, out]).astype(np.int32)
         out.append(int(np.where(allowed, teacher(speaker, tokens[None])[0][-1], -np.inf).argmax()))
-        if out[-1] == v.specials['eos']:
+        if out[-1] == (v.specials['eos'] if stop is None else stop):
             return out[:-1]
     return out
 
@@ -251,6 +252,142 @@ def test_only_what_is_allowed_is_ever_said():
                                         key=jax.random.key(5))
         said = {int(t) for ids in got for t in ids}
         assert said == legal - {v.specials['eos']}
+
+
+# Templates.
+
+CHAIN = dict(end='eos', parts=(
+    ('mark', '[Speech]', 0), ('speech', 'mine', 0), ('mark', '[Text]'), ('text', 'mine'),
+    ('mark', '[Speech]'), ('speech', 'mine')))
+
+
+def told(v, seed: int, **options):
+    rng = np.random.default_rng(seed)
+    words = tuple(Word('w', 0, 0.0, 0.0, (int(i),)) for i in rng.integers(3, 14, 2 + seed))
+    record = Record('r', 'toy', 'en', 1.0, units=(rng.integers(0, 20, 3 + 2 * seed),), words=words)
+    return template.pieces(record, vocab=v, rng=rng, **CHAIN | options)
+
+
+def test_a_chain_is_a_list_of_phases():
+    """What is given is the prompt; marks are written; each phase ends at the mark behind it."""
+    v, _ = speaker_of('flat', 'llama')
+    pieces = told(v, 1)
+    prompt, steps = generate.phases(pieces, v)
+    text, speech = v.specials['[Text]'], v.specials['[Speech]']
+    assert prompt.tolist() == [1, speech, *pieces[1].tokens, text]
+    assert [(p.name, p.kind, p.before.tolist(), p.stop) for p in steps] == [
+        ('text mine', 'text', [], speech), ('speech mine', 'speech', [speech], 2)]
+    # Nothing between two contents: one phase, in which either may be said.
+    joined = (('speech', 'mine', 0), ('text', 'mine'), ('speech', 'mine'), ('mark', '[Text]'))
+    _, steps = generate.phases(told(v, 1, parts=joined), v)
+    assert [(p.name, p.kind, p.stop) for p in steps] == [('text mine+speech mine', 'any', text)]
+    legal = generate.allowed_ids(v, 'any', text)
+    assert legal[text] and not legal[speech] and legal[5] and legal[v.ranges['units'][0]]
+    assert not legal[[v.specials['bos'], v.specials['eos']]].any()
+    # Content that is never learned is given, wherever it stands.
+    given = (('speech', 'mine', 0), ('text', 'mine', 0), ('mark', '[Speech]'), ('speech', 'mine'))
+    prompt, steps = generate.phases(told(v, 1, parts=given), v)
+    assert prompt[-1] == speech and len(steps) == 1
+    with pytest.raises(ValueError, match='the template asks for nothing'):
+        generate.phases(told(v, 1, parts=given[:2]), v)
+
+
+def test_a_chain_is_said_as_if_every_phase_were_read_anew():
+    v, speaker = speaker_of('flat', 'mistral')
+    # Ends that are likelier than by chance: of the text, and of the speech.
+    kernel = speaker.params['head']['out']['kernel']
+    ends = np.array([v.specials['[Speech]'], 2])
+    params = dict(speaker.params, head=dict(out=dict(kernel=kernel.at[:, ends].multiply(1.5))))
+    speaker = speaker._replace(params=params)
+    made = [generate.phases(told(v, seed), v) for seed in range(5)]
+    prompts, steps = map(list, zip(*made, strict=True))
+    said = generate.follow(speaker, prompts, steps, v, most_tokens=dict(text=6, speech=9))
+    lengths = set()
+    for prompt, phases, found in zip(prompts, steps, said, strict=True):
+        for phase in phases:
+            prompt = np.concatenate([prompt, phase.before])
+            most = 6 if phase.kind == 'text' else 9
+            want = reference(speaker, v, prompt, phase.kind, most, phase.stop)
+            assert found[phase.name].tolist() == want
+            lengths.add((phase.kind, len(want)))
+            prompt = np.concatenate([prompt, want]).astype(np.int32)
+    assert len({n for kind, n in lengths if kind == 'text'}) > 1, lengths
+    with pytest.raises(ValueError, match='these templates differ'):
+        generate.follow(speaker, prompts[:2], [steps[0], [steps[1][0]._replace(stop=2)]], v,
+                        most_tokens=dict(text=6, speech=9))
+
+
+# Two speakers in one row.
+
+def spoken_to(v, *lengths):
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, 20, n) for n in lengths]
+
+
+@pytest.fixture(scope='module')
+def talker():
+    """A model of one line whose markers are those of chunks."""
+    c, _, _ = built('flat', 'llama')
+    c = copy.deepcopy(c)
+    c.vocab.markers = ('[S0]', '[S1]', '[Silent text]', '[Silent speech]')
+    graph, _, _ = model.abstract(c)
+    params = jax.tree.map(lambda x: x * 1.3, model.init(c, jax.random.key(2)))
+    v = model.make_vocab(c)
+    return v, generate.ready(graph, params, v, {})
+
+
+def test_chunks_of_fixed_width_are_the_training_forward(talker):
+    """Theirs as given, my stretches the best of their own ids; and drawn as the layout draws."""
+    v, speaker = talker
+    silences = ('[Silent text]', '[Silent speech]')
+    heard = spoken_to(v, 11, 4)
+    rows = generate.in_chunks(speaker, heard, v, streams=('theirs', 'text', 'mine'), chunk_frames=4,
+                              chunk_text=2, silences=silences)
+    allowed = dict(text=generate.allowed_ids(v, 'text', v.specials[silences[0]]),
+                   mine=generate.allowed_ids(v, 'speech', v.specials[silences[1]]))
+    for units, row in zip(heard, rows, strict=True):
+        frames = len(units)
+        record = Record('r', 'toy', 'en', frames / 25, units=(units, units))
+        drawn = chunks.flattened(record, vocab=v, rng=None, chunk_frames=4, chunk_text=2,
+                                 silences=silences).tokens[0]
+        assert row.shape == drawn.shape
+        scores = teacher(speaker, row[None])[0]
+        for t in range(1, len(row)):
+            at = (t - 1) % 10
+            if at < 4:
+                assert row[t] == drawn[t]       # theirs
+            else:
+                legal = allowed['text' if at < 6 else 'mine']
+                best = np.where(legal, scores[t - 1], -np.inf)
+                assert legal[row[t]] and best[row[t]] > best.max() - 1e-4
+
+
+def test_what_they_say_now_changes_nothing_that_i_say_next(talker):
+    """My chunk n + 1 stands on a guess of their chunk n; what they said before it is heard."""
+    v, speaker = talker
+    start, clock = v.ranges['units'][0], v.specials['[S0]']
+    heard = spoken_to(v, 18)[0]
+
+    def mine(units):
+        (row,), (guesses,) = generate.in_step(speaker, [units], v, chunk_frames=3)
+        parts = np.split(row, np.flatnonzero(row == clock))[1:]
+        assert len(parts) == len(guesses) == 6
+        theirs = chunks.fresh(units, 3)
+        out = []
+        for part, new in zip(parts, theirs, strict=True):       # what was really said stands there
+            at = np.flatnonzero(part == v.specials['[S1]'])
+            own, said = (part[1:at[0]], part[at[0] + 1:]) if at.size else (part[1:], part[:0])
+            np.testing.assert_array_equal(said - start, new)
+            assert len(own) <= 3 and ((own >= start) & (own < start + 20)).all()
+            out.append(own.tolist())
+        return out
+    before = mine(heard)
+    for n in range(1, 6):
+        other = heard.copy()
+        other[3 * n:] = (other[3 * n:] + 7) % 20
+        after = mine(other)
+        assert after[:n + 2] == before[:n + 2], n
+    assert any(mine((heard + 7) % 20)[n] != before[n] for n in range(2, 6))     # it does listen
 
 
 # Samplers.

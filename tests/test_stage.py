@@ -113,7 +113,7 @@ def test_an_update_is_adamw_with_clipping():
 
 
 @pytest.mark.parametrize('warmup', (0, 10))
-@pytest.mark.parametrize('schedule', ('constant', 'cosine'))
+@pytest.mark.parametrize('schedule', ('constant', 'cosine', 'linear', 'rsqrt'))
 def test_schedules_in_closed_form(schedule, warmup):
     stage = a_stage(steps=50, schedule=schedule, warmup_steps=warmup, lr=0.3, final_lr=0.2)
     rate = stages.learning_rate(stage)
@@ -124,6 +124,10 @@ def test_schedules_in_closed_form(schedule, warmup):
         elif schedule == 'cosine':
             done = (n - warmup) / (50 - warmup)
             wanted = 0.3 * (0.2 + 0.8 * (1 + math.cos(math.pi * done)) / 2)
+        elif schedule == 'linear':
+            wanted = 0.3 * (1 - 0.8 * (n - warmup) / (50 - warmup))
+        elif schedule == 'rsqrt':
+            wanted = 0.3 * math.sqrt(warmup / n if warmup else 1 / (n + 1))
         assert float(rate(n)) == pytest.approx(wanted, rel=1e-5, abs=1e-8), n
 
 
@@ -217,7 +221,7 @@ def test_a_start_that_is_not_there_or_does_not_fit_is_one_line(tmp_path):
     (dict(lr='fast'), r"stages\[0\].lr takes float, got 'fast'"),
     (dict(data='x'), r"stages\[0\].data takes dict, got 'x'"),
     (dict(accumulate=3), r'accumulate 3 must divide stages\[0\].batch 2'),
-    (dict(schedule='linear'), r"schedule is 'constant' or 'cosine', got 'linear'"),
+    (dict(schedule='steps'), r"schedule is one of constant, .*, rsqrt, got 'steps'"),
     (dict(warmup_steps=-1), r'stages\[0\].warmup_steps must be finite and not negative'),
     (dict(warmup_steps=4, schedule='cosine'), 'warmup_steps 4 must be below .*steps 4'),
     (dict(probe_steps=-1), r'stages\[0\].probe_steps must be finite and not negative'),

@@ -8,14 +8,37 @@ stretch of speech costs as many tokens as it has distinct sounds.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxsd.config import bind
+from jaxsd.layout import spans as laws
 from jaxsd.types import Grid, Record, Word
 from jaxsd.vocab import Vocab
 
 MARKERS = {'text': '[Text]', 'speech': '[Speech]'}
 ENDS = ('none', 'eos')
+
+
+class Piece(NamedTuple):
+    """One stretch of a row: what kind of thing, whose or which, its ids and their weights."""
+
+    kind: str               # text, speech, mark, field, label
+    name: str
+    tokens: np.ndarray
+    weight: float | np.ndarray
+
+
+class Track(NamedTuple):
+    """One stream of a channel's speech: ids on the line, when each begins and where it is cut.
+
+    Times are in frames of the units. A border at frame b leaves what has `cut` <= b before it.
+    """
+
+    ids: np.ndarray
+    begin: np.ndarray
+    cut: np.ndarray
 
 
 def runs(units) -> tuple[np.ndarray, np.ndarray]:
@@ -26,9 +49,14 @@ def runs(units) -> tuple[np.ndarray, np.ndarray]:
     return units[ends - 1], ends
 
 
+def _each(units, dedup: bool) -> tuple[np.ndarray, np.ndarray]:
+    """`runs`, or every unit a run of its own."""
+    return runs(units) if dedup else (np.asarray(units), np.arange(1, len(units) + 1))
+
+
 def speech_tokens(units, vocab: Vocab, dedup: bool = True) -> np.ndarray:
     """Units [U] at the unit rate as ids on the line; `dedup` writes a run of equal units once."""
-    return vocab.encode('units', runs(units)[0] if dedup else units)
+    return vocab.encode('units', _each(units, dedup)[0])
 
 
 def text_tokens(words: Sequence[Word], vocab: Vocab) -> np.ndarray:
@@ -53,37 +81,109 @@ def spoken_by(record: Record, channel: int) -> tuple[Word, ...]:
     return tuple(word for word in record.words if word.channel == channel)
 
 
-def _units_of(record: Record, channel: int) -> np.ndarray:
+def units_of(record: Record, channel: int) -> np.ndarray:
+    """The units [U] of one channel; those there are when the record has only one."""
     if not record.units:
         raise ValueError(f'record {record.id} has no units: a text-only record cannot fill a '
                          'speech field')
+    if len(record.units) > 1 and not 0 <= channel < len(record.units):
+        raise ValueError(f'record {record.id} has channels 0..{len(record.units) - 1}, no channel '
+                         f'{channel}')
     return record.units[channel if len(record.units) > 1 else 0]
 
 
-def _check(vocab: Vocab, end: str, channel: int):
+def tracks(record: Record, channel: int, vocab: Vocab, *, dedup: bool, unit_hz: float,
+           sides: Sequence[tuple[str, float, bool]], within: tuple[float, float] | None
+           ) -> list[Track]:
+    """A channel's streams in the order in which those that begin together are written.
+
+    sides: (name, rate in Hz, whether repeats are written once) of the slower streams that are told
+    beside the units. within: seconds from the start of the recording; None is all.
+
+    Units go to the stretch in which they end, so that one that crosses a border is the later one's;
+    a side token, which may last a second, to the one in which it begins.
+    """
+    units = units_of(record, channel)
+    if within is not None:
+        units = units[_frame(within[0] * unit_hz):_frame(within[1] * unit_hz)]
+    values, ends = _each(units, dedup)
+    out = []
+    for name, hz, once in sides:
+        if name not in record.sides:
+            raise ValueError(f'record {record.id} has no stream {name!r}: make the dataset with it '
+                             'or leave it out of layout.sides')
+        if name not in vocab.ranges:
+            raise ValueError(f'layout.sides names {name!r}, which vocab.sides lacks')
+        own = record.sides[name]
+        own = own[channel if len(own) > 1 else 0]
+        if within is not None:
+            own = own[_frame(within[0] * hz):_frame(within[1] * hz)]
+        ids, stops = _each(own, once)
+        begin = np.concatenate([[0], stops[:-1]])[:len(ids)] * (unit_hz / hz)
+        out.append(Track(vocab.encode(name, ids), begin, np.nextafter(begin, np.inf)))
+    begin = np.concatenate([[0], ends[:-1]])[:len(ends)].astype(float)
+    return [*out, Track(vocab.encode('units', values), begin, ends.astype(float))]
+
+
+def _frame(frames: float) -> int:
+    """A whole frame. Rounding: times are stored in single precision."""
+    return max(0, round(frames))
+
+
+def merged(parts: Sequence[Track], first: float = -np.inf, last: float = np.inf) -> np.ndarray:
+    """What `parts` say between two borders, in frames of the units, in the order of time.
+
+    What begins at once keeps the order of `parts` (arXiv 2402.05755 §3.2; spiritlm_tokenizer.py).
+    """
+    cut = [slice(*np.searchsorted(t.cut, [first, last], side='right')) for t in parts]
+    ids = np.concatenate([t.ids[s] for t, s in zip(parts, cut, strict=True)])
+    begin = np.concatenate([t.begin[s] for t, s in zip(parts, cut, strict=True)])
+    return ids[np.argsort(np.round(begin, 4), kind='stable')]
+
+
+def check_line(vocab: Vocab, end: str):
+    """Raises ValueError for a vocabulary of streams and for an end that is none of ENDS."""
     if 'units' not in vocab.ranges:
         raise ValueError('a flat layout needs the vocabulary of vocab.line (text, markers, units)')
     if end not in ENDS:
         raise ValueError(f'layout.end must be one of {", ".join(ENDS)}, got {end!r}')
+
+
+def _check(vocab: Vocab, end: str, channel: int):
+    check_line(vocab, end)
     if channel not in (0, 1):
         raise ValueError(f'layout.channel is 0 or 1, one of the two of a dialogue, got {channel}')
 
 
-def _assemble(record: Record, vocab: Vocab, pieces: list, end: str) -> Grid:
-    """BOS, then every (tokens, weight) of `pieces`, then perhaps EOS with the last one's weight."""
-    pieces = [([vocab.specials['bos']], 0.0), *pieces]
+def mark(vocab: Vocab, name: str, weight: float = 1.0) -> Piece:
+    """A marker as a piece. Raises ValueError for one that the vocabulary lacks."""
+    if name not in vocab.specials:
+        raise ValueError(f'the layout needs {name} in vocab.markers')
+    return Piece('mark', name, np.array([vocab.specials[name]], np.int32), weight)
+
+
+def assemble(pieces: Sequence[Piece], vocab: Vocab, end: str = 'none') -> Grid:
+    """BOS, then every piece, then perhaps EOS with the last one's weight."""
+    pieces = [mark(vocab, 'bos', 0.0), *pieces]
     if end == 'eos':
-        pieces.append(([vocab.specials['eos']], pieces[-1][1]))
-    tokens = np.concatenate([np.asarray(t, np.int32) for t, _ in pieces])
-    weights = np.concatenate([np.full(len(t), w, np.float32) for t, w in pieces])
+        pieces.append(mark(vocab, 'eos', float(np.max(pieces[-1].weight, initial=0.0))))
+    tokens = np.concatenate([np.asarray(p.tokens, np.int32) for p in pieces])
+    weights = np.concatenate([np.broadcast_to(np.float32(p.weight), len(p.tokens))
+                              for p in pieces])
     return Grid.of(tokens, weights)
+
+
+def named(record: Record, error: ValueError) -> ValueError:
+    """`error` with the record in its text."""
+    text = str(error)
+    return error if f'record {record.id}' in text else ValueError(f'record {record.id}: {text}')
 
 
 def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
              fields: Sequence[str] = ('speech',),
              score: Sequence[str] = ('text', 'speech', 'markers'),
              markers: Sequence[str] = (), end: str = 'none', channel: int = 0,
-             dedup: bool = True) -> Grid:
+             dedup: bool = True, unit_hz: float | None = None, sides: Sequence = ()) -> Grid:
     """Whole fields one after another, each behind its marker: the markers name the task.
 
     ::
@@ -104,6 +204,11 @@ def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
     `end='none'` is the paper's: nothing closes a sample, and generation runs to a stated length.
     `end='eos'` closes it with EOS, scored like the last field, so that generation can stop.
 
+    `sides` tells slower streams beside the units, by time (see `tracks`), for which `unit_hz` must
+    say how fast the units are::
+
+        (('style', 1.0, False), ('pitch', 12.5, True))    <s> [Speech] St9 Pi1 Hu5 Hu6 Hu7 Pi2
+
     Nothing is drawn: `rng` is there because every layout receives one. A dialogue is written from
     one `channel`. Raises ValueError when a field has nothing to be filled with.
     """
@@ -113,6 +218,8 @@ def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
     if not set(score) <= {*MARKERS, 'markers'}:
         raise ValueError('layout.score must name things among text, speech, markers; got '
                          f'{tuple(score)}')
+    if sides and not unit_hz:
+        raise ValueError('layout.sides are told beside the units by time: say layout.unit_hz')
     names = tuple(markers) or tuple(MARKERS[field] for field in fields)
     if len(names) != len(fields) or not set(names) <= set(vocab.specials):
         raise ValueError(f'layout.markers must name one marker of vocab.markers per field, got '
@@ -120,22 +227,25 @@ def sequence(record: Record, *, vocab: Vocab, rng: np.random.Generator,
     try:
         words = spoken_by(record, channel)
         content = {'text': lambda: text_tokens(words, vocab),
-                   'speech': lambda: speech_tokens(_units_of(record, channel), vocab, dedup)}
+                   'speech': lambda: merged(tracks(record, channel, vocab, dedup=dedup,
+                                                   unit_hz=unit_hz or 1.0, sides=sides,
+                                                   within=None))}
         pieces = []
         for field, marker in zip(fields, names, strict=True):
-            pieces.append(([vocab.specials[marker]], float('markers' in score)))
-            pieces.append((content[field](), float(field in score)))
-            if not len(pieces[-1][0]):
+            pieces.append(mark(vocab, marker, float('markers' in score)))
+            pieces.append(Piece(field, '', content[field](), float(field in score)))
+            if not len(pieces[-1].tokens):
                 raise ValueError(f'its {field} is empty')
     except ValueError as e:
-        raise _named(record, e) from None
-    return _assemble(record, vocab, pieces, end)
+        raise named(record, e) from None
+    return assemble(pieces, vocab, end)
 
 
-def interleave(record: Record, *, vocab: Vocab, rng: np.random.Generator,
+def interleave(record: Record, *, vocab: Vocab, rng: np.random.Generator, level: str = 'word',
                text_words: tuple[int, int] = (10, 30), speech_words: tuple[int, int] = (5, 15),
-               unit_hz: float = 25.0, end: str = 'none', channel: int = 0,
-               dedup: bool = True) -> Grid:
+               spans: dict | None = None, again: float = 0.0, relations: Sequence[str] = (),
+               segment_s: float = 10.0, unit_hz: float = 25.0, end: str = 'none', channel: int = 0,
+               dedup: bool = True, sides: Sequence = ()) -> Grid:
     """One utterance that keeps changing between being written and being spoken.
 
     ::
@@ -146,66 +256,84 @@ def interleave(record: Record, *, vocab: Vocab, rng: np.random.Generator,
     included) are drawn from `rng` at every call, so no two epochs cut a record alike (arXiv
     2402.05755 §3.1, App. A). A marker stands at every switch; every token but BOS has weight 1.
 
+    `level` is the finest place for a switch: 'word', 'phone', 'utterance' (a turn), or 'segment'
+    (about `segment_s` long, drawn anew, snapped to words; see `spans.segments`). Phones are written
+    as markers of the vocabulary (`spelled`), one for each. `spans` names another law of spans than
+    alternation, such as dict(name='poisson', mean=10.0, share=0.3); see `layout.spans`.
+
+    The relation of neighbors is continuation: what follows goes on. With probability `again` a span
+    is followed by the same span in the other modality, a correspondence. `relations` names two
+    markers that say which it is, and then no marker names the modality (arXiv 2402.05706 §3.1)::
+
+        <s> a1 a2 <|continue|> how are you <|correspond|> b1 b2 </s>
+
+    The first stands where a span begins in another modality than the last thing written.
+
     A spoken span takes the runs of equal units that end within it. Between two words the border is
     the middle of their silence; the first span reaches back to the start of the recording and the
     last one on to its end. Thus a run that crosses a border belongs to the later span, and no unit
     is lost or said twice. A span so short that no run ends in it is written instead of spoken.
     """
     _check(vocab, end, channel)
-    if not set(MARKERS.values()) <= set(vocab.specials):
-        raise ValueError(f'flat.interleave needs {" and ".join(MARKERS.values())} in vocab.markers')
-    for name, span in (('text_words', text_words), ('speech_words', speech_words)):
-        if len(span) != 2 or not 1 <= span[0] <= span[1]:
-            raise ValueError(f'layout.{name} must be (least, most) with 1 <= least <= most, got '
-                             f'{tuple(span)}')
+    _check_interleave(vocab, text_words, speech_words, again, relations)
+    law = bind(spans or dict(name='uniform', text=text_words, speech=speech_words),
+               'jaxsd.layout.spans', 'layout.spans')
     try:
         words = spoken_by(record, channel)
         if not words:
             raise ValueError(f'no words on channel {channel}, nothing to interleave')
-        units = _units_of(record, channel)
-        values, ends = runs(units) if dedup else (units, np.arange(1, len(units) + 1))
-        speech = vocab.encode('units', values)
-        cuts = _cuts(words, ends, unit_hz)
+        parts = tracks(record, channel, vocab, dedup=dedup, unit_hz=unit_hz, sides=sides,
+                       within=None)
+        frames = len(units_of(record, channel))
+        words, firsts = laws.atoms(record, words, channel, level, rng, frames=frames,
+                                   unit_hz=unit_hz, segment_s=segment_s)
+        if level == 'phone':
+            words = tuple(w._replace(ids=(int(mark(vocab, spelled(w.text)).tokens[0]),))
+                          for w in words)
+        borders = laws.borders(words, unit_hz)
         pieces, last = [], ''
-        for kind, first, stop in _spans(len(words), rng, {'text': text_words,
-                                                          'speech': speech_words}):
-            if kind == 'speech' and cuts[first] == cuts[stop]:
-                kind = 'text'
-            if kind != last:
-                pieces.append(([vocab.specials[MARKERS[kind]]], 1.0))
-                last = kind
-            tokens = (speech[cuts[first]:cuts[stop]] if kind == 'speech'
-                      else text_tokens(words[first:stop], vocab))
-            pieces.append((tokens, 1.0))
+        for kind, first, stop in law(len(firsts) - 1, rng):
+            first, stop = firsts[first], firsts[stop]
+            said = {'text': _written(words[first:stop], vocab, level),
+                    'speech': merged(parts, borders[first], borders[stop])}
+            other = 'speech' if kind == 'text' else 'text'
+            if not len(said[kind]):
+                kind, other = other, ''
+            follows = bool(again) and rng.random() < again and bool(other) and len(said[other])
+            for i, now in enumerate([kind, other][:1 + bool(follows)]):
+                if relations and (i or last not in ('', now)):
+                    pieces.append(mark(vocab, relations[i]))
+                elif not relations and now != last:
+                    pieces.append(mark(vocab, MARKERS[now]))
+                pieces.append(Piece(now, '', said[now], 1.0))
+                last = now
     except ValueError as e:
-        raise _named(record, e) from None
-    return _assemble(record, vocab, pieces, end)
+        raise named(record, e) from None
+    return assemble(pieces, vocab, end)
 
 
-def _named(record: Record, error: ValueError) -> ValueError:
-    text = str(error)
-    return error if f'record {record.id}' in text else ValueError(f'record {record.id}: {text}')
+def spelled(phone: str) -> str:
+    """The marker that writes a phone: /p/, without its stress."""
+    return f'/{phone.lstrip("ˈˌ")}/'
 
 
-def _spans(words: int, rng: np.random.Generator, lengths: dict[str, tuple[int, int]]):
-    """Draws alternating (kind, first word, word after the last) until all `words` are covered."""
-    kind = ('text', 'speech')[rng.integers(2)]
-    first, out = 0, []
-    while first < words:
-        stop = min(words, first + int(rng.integers(*lengths[kind], endpoint=True)))
-        out.append((kind, first, stop))
-        first, kind = stop, 'speech' if kind == 'text' else 'text'
-    return out
+def _written(words: Sequence[Word], vocab: Vocab, level: str) -> np.ndarray:
+    """Words by their pieces; phones are markers already, whose ids are ids on the line."""
+    if level == 'phone':
+        return np.array([i for word in words for i in word.ids], np.int32)
+    return text_tokens(words, vocab)
 
 
-def _cuts(words: Sequence[Word], ends: np.ndarray, unit_hz: float) -> np.ndarray:
-    """[words + 1] run numbers: word w owns the runs cuts[w] .. cuts[w + 1] - 1, and all are owned.
-
-    A run belongs to the word within whose borders it ends. (Cutting by two bisections, one for the
-    first run and one for the last, would give a run that ends exactly on a border to both sides.)
-    """
-    middles = [(a.end_s + b.start_s) / 2 for a, b in zip(words[:-1], words[1:], strict=True)]
-    # Rounding: times are stored in single precision, and 0.24 s must not become frame 5.9999.
-    borders = np.maximum.accumulate(np.round(np.array(middles, np.float64) * unit_hz, 4))
-    inner = np.searchsorted(ends, borders, side='right')
-    return np.concatenate([[0], inner, [len(ends)]]).astype(int)
+def _check_interleave(vocab: Vocab, text_words, speech_words, again: float, relations):
+    needed = relations or MARKERS.values()
+    if not set(needed) <= set(vocab.specials):
+        raise ValueError(f'flat.interleave needs {" and ".join(needed)} in vocab.markers')
+    if len(relations) not in (0, 2):
+        raise ValueError('layout.relations names two markers, of continuation and of '
+                         f'correspondence, got {tuple(relations)}')
+    if not 0 <= again <= 1:
+        raise ValueError(f'layout.again is a probability, got {again}')
+    for name, span in (('text_words', text_words), ('speech_words', speech_words)):
+        if len(span) != 2 or not 1 <= span[0] <= span[1]:
+            raise ValueError(f'layout.{name} must be (least, most) with 1 <= least <= most, got '
+                             f'{tuple(span)}')
