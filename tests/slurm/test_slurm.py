@@ -16,7 +16,7 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-STEPS = 150
+STEPS = 100
 pytestmark = pytest.mark.slurm
 
 
@@ -87,7 +87,7 @@ def test_two_nodes_stop_die_and_finish(corpus, tmp_path):
     assert max(losses(work)) == stopped < STEPS
     assert f'asked to stop: saved step {stopped} ' in log.read_text()
 
-    wait_for(lambda: max(losses(work)) >= stopped + 25, number, log)
+    wait_for(lambda: max(losses(work)) >= stopped + 14, number, log)
     victim = process(number, 1)
     os.kill(victim, signal.SIGKILL)
     wait_for(restarted(2), number, log)
