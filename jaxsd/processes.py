@@ -106,7 +106,7 @@ def end(error: BaseException, trace: str = '') -> int:
     if lost:
         sys.stderr.write(f'process {here.process_id} of {here.num_processes} stops: no answer from '
                          f'{", ".join(lost)}; the same command goes on from the last checkpoint\n')
-    elif here.process_id == 0:
+    if here.process_id == 0:
         time.sleep(_LAST_WORDS_S)       # the others hear through this one; let them finish
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -116,17 +116,22 @@ def end(error: BaseException, trace: str = '') -> int:
 def _lost(here) -> list[str]:
     """The processes that do not answer. Everyone who is left has met the same error and asks."""
     there, names = {here.process_id}, dict(_names)
+    host, port = here.coordinator_address.rsplit(':', 1)
     try:
+        # jax aborts soon after it has lost the coordinator: quicker to ask the system first.
+        socket.create_connection((host, int(port)), timeout=ROLL_CALL_S).close()
+        names |= {_index(k): name for k, name in here.client.key_value_dir_get('jaxsd/name/')}
         here.client.key_value_set(f'jaxsd/here/{here.process_id}', '', allow_overwrite=True)
         limit = time.monotonic() + ROLL_CALL_S
         while len(there) < here.num_processes and time.monotonic() < limit:
-            there |= {int(k.rsplit('/', 1)[1])
-                      for k, _ in here.client.key_value_dir_get('jaxsd/here/')}
+            there |= {_index(k) for k, _ in here.client.key_value_dir_get('jaxsd/here/')}
             time.sleep(0.2)
-        names |= {int(k.rsplit('/', 1)[1]): name
-                  for k, name in here.client.key_value_dir_get('jaxsd/name/')}
-        missing = [i for i in range(here.num_processes) if i not in there]
     except Exception as e:          # jax raises many kinds where process 0 is gone
         log.debug('the coordinator does not answer: %s', e)
-        missing = [0]
+    # Without the coordinator nobody can be asked, and it is what is known to be lost.
+    missing = [i for i in range(here.num_processes) if i not in there] if 0 in there else [0]
     return [f'process {i} of {here.num_processes} ({names.get(i, "unknown")})' for i in missing]
+
+
+def _index(key: str) -> int:
+    return int(key.rsplit('/', 1)[1])

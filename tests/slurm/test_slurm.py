@@ -15,8 +15,11 @@ import time
 
 import pytest
 
+from jaxsd import goodput, journal
+from jaxsd import run as rundir
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-STEPS = 150
+STEPS = 100
 pytestmark = pytest.mark.slurm
 
 
@@ -87,7 +90,7 @@ def test_two_nodes_stop_die_and_finish(corpus, tmp_path):
     assert max(losses(work)) == stopped < STEPS
     assert f'asked to stop: saved step {stopped} ' in log.read_text()
 
-    wait_for(lambda: max(losses(work)) >= stopped + 25, number, log)
+    wait_for(lambda: max(losses(work)) >= stopped + 14, number, log)
     victim = process(number, 1)
     os.kill(victim, signal.SIGKILL)
     wait_for(restarted(2), number, log)
@@ -105,5 +108,13 @@ def test_two_nodes_stop_die_and_finish(corpus, tmp_path):
     a, b = losses(work), losses(one)
     assert sorted(a) == sorted(b) == list(range(1, STEPS + 1))
     assert max(abs(a[k] - b[k]) for k in a) < 1e-5
+    told = rundir.read_ledger(str(work))
+    seconds = goodput.account(told)
+    assert sum(seconds.values()) == pytest.approx(told[-1]['time_s'] - told[0]['began_s'], abs=0.01)
+    assert seconds['lost'] > 0 and seconds['idle'] > 0
     print(f'job {number}: stopped after step {stopped}, process 1 killed, {STEPS} losses as of one '
-          'process')
+          f'process\nseconds: {journal.rounded(seconds)}, goodput {goodput.share(seconds):.3f}; at a '
+          'failure every 3 h (goodput, seconds between checkpoints): '
+          f'{goodput.forecast(told, failure_every_s=10_800, idle_s=40.0)}')
+    print([{k: v for k, v in e.items() if k.endswith('_s') or k in ('spent', 'saves')}
+           for e in told if e['event'] in ('ready', 'stopped', 'finished')])
