@@ -30,7 +30,7 @@ def llama3_8b(**options) -> dict:
                 mlp=14336, theta=500_000.0, norm_eps=1e-5) | options
 
 
-def qwen2_half_b(**options) -> dict:
+def qwen2_05b(**options) -> dict:
     """Qwen2 and Qwen2.5 at 0.5B (their config.json): a tied head, 151,936 ids of text."""
     return dict(name='decoder', width=896, layers=24, heads=14, kv_heads=2, head_dim=64, mlp=4864,
                 theta=1_000_000.0, qkv_bias=True, norm_eps=1e-6) | options

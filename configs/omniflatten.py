@@ -61,7 +61,7 @@ def get_config(arg=None):
     drawn = layouts(hz)
     c.layout = drawn['three']
     c.frontend = dict(name='summed')
-    c.backbone = parts.qwen2_half_b()
+    c.backbone = parts.qwen2_05b()
     c.head = dict(name='tied')
     c.objective = dict(name='weighted_ce', terms=dict(tokens=('tokens',)))
     c.data = dict(path='', sources={

@@ -3,7 +3,9 @@
 
 Three stages on one table of text and 1,000 units: units alone; instructions that turn speech into
 text and text into speech; and dialogues in a chain of modality, in which the answer is the
-question's transcript, the answer's text and the answer's units.
+question's transcript, the answer's text and the answer's units. `gen` is the language model of
+SpeechGPT-Gen (arXiv 2401.13527): the same sequences over the first codebook of SpeechTokenizer,
+repeats kept; its flow matching from semantic to all codebooks is not part of this config.
 
   look     python -m jaxsd show     --config configs/speechgpt.py:demo --source s2s
   smoke    python -m jaxsd train    --config configs/speechgpt.py:tiny --workdir runs/speechgpt_tiny
@@ -41,7 +43,7 @@ def answered(given: tuple, said: tuple, *, task: bool = False, **options) -> dic
         ('mark', '[SpeechGPT]'), *said, ('field', 'eoa'))) | options
 
 
-def layouts(hz: float) -> dict:
+def layouts(hz: float, dedup: bool = True) -> dict:
     """By source: units alone, instructions across modalities, and the four kinds of dialogue."""
     heard, read = units('theirs'), (('text', 'theirs'),)
     thought = (*read, ('field', 'ta'), ('text', 'mine'))
@@ -55,11 +57,11 @@ def layouts(hz: float) -> dict:
         s2s=answered(heard, thought + spoken, **over),
         s2t=answered(heard, thought, **over),
         t2s=answered(read, (('text', 'mine'), *spoken), **over))
-    return {name: layout | dict(unit_hz=hz) for name, layout in out.items()}
+    return {name: layout | dict(unit_hz=hz, dedup=dedup) for name, layout in out.items()}
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, tiny=False, demo=False)
+    arg = parse_arg(arg, tiny=False, demo=False, gen=False)
     c = mlc.ConfigDict()
     c.seed = 0
     hz = 50.0
@@ -67,10 +69,13 @@ def get_config(arg=None):
     c.vocab = dict(name='line', text_tokens=32_000, tokenizer='', markers=MARKERS, unit='<{}>',
                    multiple=1)
     c.columns = 1024
-    drawn = layouts(hz)
+    drawn = layouts(hz, dedup=not arg.gen)
     c.layout = drawn['units']
     c.frontend = dict(name='summed')
     c.backbone = parts.llama2_7b(norm_eps=1e-6)                 # LLaMA 7B
+    if arg.gen:         # Llama-2 7B chat, from memory; data sizes and steps are not stated
+        c.codec.size = 1024
+        c.backbone = parts.llama2_7b()
     c.head = dict(name='flat')
     c.objective = dict(name='weighted_ce', terms=dict(tokens=('tokens',)))
     select = dict(units=('librilight',), asr=('gigaspeech', 'commonvoice', 'librispeech'),

@@ -50,7 +50,7 @@ def get_config(arg=None):
                          warmup_steps=100, data=dict(speech=1.0), graft=replaced(*TABLES)),)
     elif arg.recipe == 'slam':
         c.columns = 1024
-        c.backbone = parts.qwen2_half_b(theta=10_000.0)
+        c.backbone = parts.qwen2_05b(theta=10_000.0)
         c.head = dict(name='tied')
         c.data = dict(path='', sources=dict(speech=dict(select=(
             'librispeech', 'librilight', 'tinystories'))))      # the last one synthesized

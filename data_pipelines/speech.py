@@ -8,7 +8,9 @@ Manifests are JSON lines; paths are relative to the manifest. Two kinds of rows 
 
 The first is the format of kyutai's moshi-finetune: channel 0 is the model's voice, channel 1 the
 other speaker, and the .json beside the sound holds {"alignments": [[word, [start, end],
-"SPEAKER_MAIN"], ...]} in seconds, often of the main speaker alone::
+"SPEAKER_MAIN"], ...]} in seconds, often of the main speaker alone. Either may hold what is written
+beside the speech, for layouts that ask for it by name: "fields": {"task": "translate into French",
+"ask": ["of several texts", "one is drawn"]}::
 
     python -m data_pipelines.speech --manifest calls.jsonl --out data/calls --fit
     python -m data_pipelines.speech --manifest calls.jsonl --out data/calls \\
@@ -37,7 +39,7 @@ import numpy as np
 
 from data_pipelines import align, records
 from jaxsd import codec
-from jaxsd.types import Record, Turn, Word
+from jaxsd.types import Phrase, Record, Turn, Word
 
 MAIN = 'SPEAKER_MAIN'
 SLACK_S = 0.1               # by which a stated duration or a word's end may miss the audio
@@ -64,6 +66,7 @@ class Row(NamedTuple):
     path: str
     text: str | None
     duration_s: float | None
+    fields: dict[str, tuple[Phrase, ...]]
 
 
 # -------------------------------------------------------------------------------- reading rows
@@ -91,8 +94,19 @@ def _parsed(manifest: str, line: int, data: bytes) -> Row:
     duration_s = row.get('duration')
     if duration_s is not None:
         duration_s = _number(duration_s, '"duration"', 'wrong duration')
+    fields = row.get('fields', {})
+    if not isinstance(fields, dict):
+        raise BadRow('bad fields', '"fields" should be an object of texts by name')
+    written = {}
+    for name, said in fields.items():
+        said = said if isinstance(said, list) else [said]
+        if not name or '\n' in name or not said or any(
+                not isinstance(x, str) or not x.strip() or '\n' in x for x in said):
+            raise BadRow('bad fields', f'field {name!r:.40} should be a text or a list of texts, '
+                                       'none of them empty or with a line break')
+        written[name] = tuple(map(Phrase, said))
     path = os.path.join(os.path.dirname(os.path.abspath(manifest)), row['path'])
-    return Row(manifest, line, row['path'], path, text, duration_s)
+    return Row(manifest, line, row['path'], path, text, duration_s, written)
 
 
 def rows_of(manifest: str) -> Iterator[tuple[int, Row | BadRow]]:
@@ -281,7 +295,7 @@ def _record(row: Row) -> Record | BadRow:
             id=row.id, source=os.path.splitext(os.path.basename(row.manifest))[0],
             language=_settings.language, duration_s=duration_s, codes=tokens,
             units=tuple(units.encode(c)[0] for c in wav_16k) if units else (),
-            words=words, phones=phones, turns=turns, wav=flac.getvalue())
+            words=words, phones=phones, turns=turns, wav=flac.getvalue(), fields=row.fields)
     except BadRow as e:
         return e
 

@@ -235,7 +235,7 @@ def phases(pieces: list[flat.Piece], vocab: Vocab) -> tuple[np.ndarray, list[Pha
     which anything may be said. Raises ValueError for a template that asks for nothing.
     """
     content = [i for i, p in enumerate(pieces) if p.kind in ('text', 'speech', 'label')]
-    asked = [i for i in content[1:] if np.max(pieces[i].weight, initial=0.0) > 0]
+    asked = [i for i in content[1:] if pieces[i].weight > 0]
     if not asked:
         raise ValueError('the template asks for nothing after what it gives')
     said: list[list[int]] = []          # pieces of each phase

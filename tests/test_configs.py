@@ -132,6 +132,7 @@ def test_the_published_size_builds_with_its_parameters(name):
 @pytest.mark.parametrize('name, arg, parameters', [
     ('spirit_lm', 'expressive', LLAMA_2_7B + 2 * 768 * 4096),     # 164 rows more, rounded up
     ('twist', 'recipe=slam', QWEN_HALF_B - (151_936 - 502) * 896),
+    ('speechgpt', 'gen', LLAMA_2_7B + 2 * 1_030 * 4096),
     ('twist', 'recipe=sims', QWEN_7B + 2 * 512 * 3584), ('twist', 'demo,recipe=sims', None),
     *(('spirit_lm', f'demo,{arg}', None) for arg in (
         'expressive', 'level=phone', 'level=utterance,again=1.0', 'again=0.5'))])

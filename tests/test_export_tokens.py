@@ -98,3 +98,12 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(ConfigError, match='vocab.tokenizer: cannot copy'):
         export.save(config, released.random_params(config, 1), str(tmp_path / 'two'), 'hf')
     assert not (tmp_path / 'two').exists()
+
+
+def test_side_streams_are_spelled_like_units(tmp_path):
+    vocab = model.make_vocab(config_with(small.text_model(tmp_path), sides=(('pitch', 3),
+                                                                            ('style', 2))))
+    made, first = tokens.line(vocab), sum(vocab.ranges['units'])
+    assert [p.text for p in made.pieces[first - 1:first + 5]] == [
+        f'[Hu{vocab.ranges["units"][1] - 1}]', '[Pi0]', '[Pi1]', '[Pi2]', '[St0]', '[St1]']
+    assert made.pieces[first + 5].text.startswith('[unused')

@@ -4,6 +4,7 @@
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -62,6 +63,21 @@ def test_poisson_spans_have_the_published_statistics():
     assert 0.30 <= min(shares) and max(shares) <= 0.40
     assert np.mean(shares) == pytest.approx(0.32, abs=0.01)
     assert np.mean(runs) == pytest.approx(9.6, abs=0.5)
+
+
+def test_poisson_spans_are_thrown_as_the_paper_says():
+    """The rule with lists and sets, from the same draws: overlaps are thrown again, and no span
+    begins with the word behind another."""
+    for seed in range(60):
+        rng, spoken, eligible = np.random.default_rng(seed), set(), list(range(60))
+        while len(spoken) < math.ceil(0.4 * 60):
+            first = eligible[rng.integers(len(eligible))]
+            span = set(range(first, min(60, first + rng.poisson(4.0))))
+            if span and not span & spoken:
+                spoken |= span
+                eligible = [i for i in eligible if i not in span and i != max(span) + 1]
+        drawn = spans.poisson(60, np.random.default_rng(seed), mean=4.0, share=0.4)
+        assert {i for kind, a, b in drawn if kind == 'speech' for i in range(a, b)} == spoken
 
 
 def test_a_fixed_ratio_and_a_coin():
@@ -212,6 +228,17 @@ def test_side_streams_are_told_by_time():
     assert merged([5, 5, 6, 7, 7], [1, 1, 2], [9]) == '[St9][Pi1][Hu5][Hu6][Hu7][Pi2]'
     assert TOLD.encode('units', 500) == 32_502 and TOLD.encode('pitch', 0) == 32_503
     assert TOLD.encode('style', [0, 99]).tolist() == [32_567, 32_666] and TOLD.size == 32_768
+
+
+def test_a_side_token_belongs_to_the_span_in_which_it_begins():
+    """Three pitches at frames 0, 2 and 4; a border at frame 4 leaves the third to what follows,
+    while the unit that ends there belongs to what came before."""
+    record = Record('r', 'toy', 'en', 0.24, units=(np.arange(6),),
+                    sides=dict(pitch=(np.array([7, 8, 9]),)))
+    parts = flat.tracks(record, 0, TOLD, dedup=True, unit_hz=25.0, sides=SIDES[1:], within=None)
+    names = [[''.join(map(str, (SHORT[n], i))) for n, i in map(TOLD.name, ids.tolist())]
+             for ids in (flat.merged(parts, last=4.0), flat.merged(parts, 4.0))]
+    assert names == [['Pi7', 'Hu0', 'Hu1', 'Pi8', 'Hu2', 'Hu3'], ['Pi9', 'Hu4', 'Hu5']]
 
 
 def test_side_streams_need_the_rate_of_the_units():

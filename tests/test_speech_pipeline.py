@@ -11,6 +11,7 @@ import soundfile
 
 from data_pipelines import align, espeak, judge, records, speech
 from jaxsd import codec
+from jaxsd.types import Phrase
 
 RATE_HZ = 16000
 SAID = 'tom has three dogs and the red key is in the box'
@@ -270,6 +271,20 @@ def test_wrong_flags_are_one_line(good, made, tmp_path, capsys):
         assert not (tmp_path / 'out').exists() and not (tmp_path / 'out.partial').exists()
     assert speech.main(['--manifest', own, '--out', str(made), *FIT]) == 1
     assert 'already holds a finished dataset' in capsys.readouterr().err
+
+
+def test_rows_may_hold_what_is_written_beside_the_speech(tmp_path):
+    lines = [dict(path='a.wav', fields=dict(task='translate', ask=['one', 'another'])),
+             dict(path='b.wav'), dict(path='c.wav', fields=['task']),
+             dict(path='d.wav', fields=dict(task='')), dict(path='e.wav', fields=dict(task=3)),
+             dict(path='f.wav', fields=dict(task=[])), dict(path='g.wav', fields={'a\nb': 'c'})]
+    (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    first, second, *bad = [row for _, row in speech.rows_of(str(tmp_path / 'rows.jsonl'))]
+    assert first.fields == {'task': (Phrase('translate'),),
+                            'ask': (Phrase('one'), Phrase('another'))}
+    assert second.fields == {}
+    assert len(bad) == 5 and all(isinstance(b, speech.BadRow) and b.kind == 'bad fields'
+                                 for b in bad)
 
 
 # ------------------------------------------------------------------------------------------ aligner

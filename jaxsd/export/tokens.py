@@ -81,6 +81,10 @@ def line(vocab: Vocab) -> Line:
     first, units = vocab.ranges['units']
     for i in range(units):
         pieces[first + i] = Piece(vocab.unit.format(i), 0.0, USER_DEFINED)
+    for name in vocab.ranges.keys() - {'text', 'markers', 'units'}:
+        first, count = vocab.ranges[name]       # [Pi0], [St0]: as the released tokenizer's
+        for i in range(count):
+            pieces[first + i] = Piece(f'[{name[:2].title()}{i}]', 0.0, USER_DEFINED)
     seen: dict[str, int] = {}
     for i, piece in enumerate(pieces):
         if piece.text in seen:

@@ -7,6 +7,7 @@ changing between being written and being spoken. Units that repeat are usually w
 stretch of speech costs as many tokens as it has distinct sounds.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,12 +23,12 @@ ENDS = ('none', 'eos')
 
 
 class Piece(NamedTuple):
-    """One stretch of a row: what kind of thing, whose or which, its ids and their weights."""
+    """One stretch of a row: what kind of thing, whose or which, its ids and their weight."""
 
     kind: str               # text, speech, mark, field, label
     name: str
     tokens: np.ndarray
-    weight: float | np.ndarray
+    weight: float
 
 
 class Track(NamedTuple):
@@ -135,6 +136,8 @@ def merged(parts: Sequence[Track], first: float = -np.inf, last: float = np.inf)
 
     What begins at once keeps the order of `parts` (arXiv 2402.05755 §3.2; spiritlm_tokenizer.py).
     """
+    if len(parts) == 1:
+        return parts[0].ids[slice(*np.searchsorted(parts[0].cut, [first, last], side='right'))]
     cut = [slice(*np.searchsorted(t.cut, [first, last], side='right')) for t in parts]
     ids = np.concatenate([t.ids[s] for t, s in zip(parts, cut, strict=True)])
     begin = np.concatenate([t.begin[s] for t, s in zip(parts, cut, strict=True)])
@@ -166,11 +169,10 @@ def assemble(pieces: Sequence[Piece], vocab: Vocab, end: str = 'none') -> Grid:
     """BOS, then every piece, then perhaps EOS with the last one's weight."""
     pieces = [mark(vocab, 'bos', 0.0), *pieces]
     if end == 'eos':
-        pieces.append(mark(vocab, 'eos', float(np.max(pieces[-1].weight, initial=0.0))))
-    tokens = np.concatenate([np.asarray(p.tokens, np.int32) for p in pieces])
-    weights = np.concatenate([np.broadcast_to(np.float32(p.weight), len(p.tokens))
-                              for p in pieces])
-    return Grid.of(tokens, weights)
+        pieces.append(mark(vocab, 'eos', pieces[-1].weight))
+    weights = np.repeat(np.array([p.weight for p in pieces], np.float32),
+                        [len(p.tokens) for p in pieces])
+    return Grid.of(np.concatenate([p.tokens for p in pieces]), weights)
 
 
 def named(record: Record, error: ValueError) -> ValueError:
@@ -276,8 +278,7 @@ def interleave(record: Record, *, vocab: Vocab, rng: np.random.Generator, level:
     """
     _check(vocab, end, channel)
     _check_interleave(vocab, text_words, speech_words, again, relations)
-    law = bind(spans or dict(name='uniform', text=text_words, speech=speech_words),
-               'jaxsd.layout.spans', 'layout.spans')
+    law = _law(**spans or dict(name='uniform', text=tuple(text_words), speech=tuple(speech_words)))
     try:
         words = spoken_by(record, channel)
         if not words:
@@ -294,22 +295,28 @@ def interleave(record: Record, *, vocab: Vocab, rng: np.random.Generator, level:
         pieces, last = [], ''
         for kind, first, stop in law(len(firsts) - 1, rng):
             first, stop = firsts[first], firsts[stop]
-            said = {'text': _written(words[first:stop], vocab, level),
-                    'speech': merged(parts, borders[first], borders[stop])}
-            other = 'speech' if kind == 'text' else 'text'
-            if not len(said[kind]):
-                kind, other = other, ''
-            follows = bool(again) and rng.random() < again and bool(other) and len(said[other])
-            for i, now in enumerate([kind, other][:1 + bool(follows)]):
+            order = ['text', 'speech'] if kind == 'text' else ['speech', 'text']
+            if not (again and rng.random() < again):
+                del order[1]
+            said = [(now, _written(words[first:stop], vocab, level) if now == 'text' else
+                     merged(parts, borders[first], borders[stop])) for now in order]
+            said = [(now, ids) for now, ids in said if len(ids)] or [
+                ('text', _written(words[first:stop], vocab, level))]
+            for i, (now, ids) in enumerate(said):
                 if relations and (i or last not in ('', now)):
                     pieces.append(mark(vocab, relations[i]))
                 elif not relations and now != last:
                     pieces.append(mark(vocab, MARKERS[now]))
-                pieces.append(Piece(now, '', said[now], 1.0))
+                pieces.append(Piece(now, '', ids, 1.0))
                 last = now
     except ValueError as e:
         raise named(record, e) from None
     return assemble(pieces, vocab, end)
+
+
+@functools.lru_cache
+def _law(**spans):
+    return bind(spans, 'jaxsd.layout.spans', 'layout.spans')
 
 
 def spelled(phone: str) -> str:
