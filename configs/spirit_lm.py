@@ -5,6 +5,7 @@ A text model goes on training on a third each (by tokens) of text, speech, and s
 changing between being written and being spoken; the spans are drawn anew each time.
 
   look     python -m jaxsd show     --config configs/spirit_lm.py:demo --source aligned
+  fits?    python -m jaxsd plan     --config configs/spirit_lm.py --topology v5p:8x8x8 --search
   smoke    python -m jaxsd train    --config configs/spirit_lm.py:tiny --workdir runs/spirit_lm_tiny
   demo     python -m jaxsd train    --config configs/spirit_lm.py:demo --workdir runs/spirit_lm
   train    python -m jaxsd train    --config configs/spirit_lm.py --workdir $WORKDIR
