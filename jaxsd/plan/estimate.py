@@ -112,7 +112,7 @@ def of(config, stage, topology: targets.Topology, devices=None) -> Plan:
     train.check_batch(config, stage, mesh, model.make_vocab(config))
     step, target, _ = train.step_on(config, stage, mesh)
     traced = step.trace(target, train.abstract_batch(config, stage, mesh))
-    executed, unknown = work.count(traced.jaxpr)
+    executed, unknown = work.count(traced.jaxpr, work.seen(config))
     flops, more = work.model_flops(config, stage, devices)
     return Plan(
         topology, stage.name, {k: int(n) for k, n in mesh.shape.items() if n > 1}, stage.batch,
