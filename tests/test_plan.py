@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small import config
@@ -145,6 +147,27 @@ def test_what_each_device_does_is_done_on_all():
                             out_specs=P('fsdp'))
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((16, 4), (4, 6))]
     assert work.count(jax.make_jaxpr(product)(*shapes))[0] == 2 * 16 * 4 * 6
+
+
+def test_kernels_of_attention_skip_what_nobody_sees():
+    """Two products forward; seven backward, where two kernels each compute the scores anew."""
+    T, H, heads = 1024, 64, 2
+    mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * heads)
+    sizes = {f'block_{x}': 512 for x in ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv',
+                                         'kv_dkv_compute', 'q_dq', 'kv_dq')}
+    kernel = kernels.make_splash_mha(mask, block_sizes=kernels.BlockSizes(**sizes), head_shards=1,
+                                     q_seq_shards=1)
+    x = jax.ShapeDtypeStruct((heads, T, H), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q, k, v: kernel(q, k, v).astype(jnp.float32).sum(),
+                                    argnums=(0, 1, 2)))(x, x, x)
+    c = small(window_columns=None)
+    c.columns = T
+    share = work.seen(c)            # three of four blocks
+    assert share == pytest.approx(0.75, rel=0.001)
+    assert work.count(jaxpr, share)[0] == pytest.approx(
+        9 * 2 * heads * T * T * H * share, rel=1e-3)
+    c.backbone.window_columns = 100
+    assert work.seen(c) < 0.5
 
 
 # Traffic, of programs whose traffic is known.
