@@ -77,7 +77,7 @@ def candidates(config, stage: Stage, topology: targets.Topology, batches=()) -> 
         if n % (tensor * slices):
             continue
         rest = n // tensor // slices
-        for groups in (1, 2, 4, 8):
+        for groups in (1, 8):
             if rest % groups or (groups > 1 and rest // groups < 8):
                 continue
             ways = rest * slices
@@ -86,6 +86,8 @@ def candidates(config, stage: Stage, topology: targets.Topology, batches=()) -> 
                 if batch % (ways * stage.accumulate) == 0:
                     out |= {Candidate(slices * groups, rest // groups, tensor, batch, remat, slices)
                             for remat in remats}
+    if topology.chip:
+        out = {c for c in out if 0.7 * least(config, stage, c) < topology.chip.hbm_gib * 2**30}
     return sorted(out, key=lambda c: (guess(config, c, topology), dataclasses.astuple(c)))
 
 
@@ -103,6 +105,18 @@ def guess(config, c: Candidate, topology: targets.Topology) -> float:
     gathered = 8 * weights / c.tensor * (1 - 1 / c.fsdp) / link
     summed = 12 * layers * columns * width * (1 - 1 / c.tensor) / link
     return (max(products, gathered) + summed) / c.batch
+
+
+def least(config, stage: Stage, c: Candidate) -> float:
+    """Bytes that a device needs at least, roughly: weights with their moments, and what the layers
+    keep for the backward pass."""
+    back = config.backbone
+    width, heads = back.width, back.head_dim * (back.heads + 2 * back.kv_heads)
+    weights = back.layers * (4 * width * back.heads * back.head_dim + 3 * width * back.mlp)
+    kept = dict(full=width, dots=3 * width + (heads + 2 * back.mlp) / c.tensor,
+                none=7 * width + 2 * (heads + 2 * back.mlp) / c.tensor)[c.remat]
+    columns = c.batch * config.columns / (c.data * c.fsdp * stage.accumulate)
+    return 12 * weights / (c.fsdp * c.tensor) + 2 * back.layers * columns * kept
 
 
 def best(config, stage: Stage, topology: targets.Topology, *, minutes: float, batches=()
