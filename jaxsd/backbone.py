@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsd import nn
+from jaxsd.attention import ENGINES, attend, causal_attention, visible
 from jaxsd.sharding import Place, anywhere
 from jaxsd.types import Sizes, Where, check, positive
 
@@ -40,10 +41,11 @@ class Block(nnx.Module):
             self.gate_up = nn.Dense((D,), (2, mlp), ('embed', 'stream', 'mlp'), rngs=rngs)
             self.down = nn.Dense((mlp,), (D,), ('mlp', 'embed'), rngs=rngs)
 
-    def feed_forward(self, x_BTD, place: Place):
+    def feed_forward(self, x_BTD, where: Where, place: Place):
+        """Its output, and how columns spread over experts, [2, E], if there are any."""
         if hasattr(self, 'experts'):
-            return self.experts(x_BTD, place)
-        return nn.gated(x_BTD, self.gate_up, self.down)
+            return self.experts.loaded(x_BTD, where.segment > 0, place)
+        return nn.gated(x_BTD, self.gate_up, self.down), None
 
 
 class Decoder(nnx.Module):
@@ -54,7 +56,8 @@ class Decoder(nnx.Module):
     query and key over its head before they are turned, 'none' does not. experts: feed-forwards per
     layer, of which each column uses `experts_per_column`; 0 is one that all use, without a router.
     remat: 'full' recomputes each layer in the backward pass, 'dots' keeps matrix products,
-    'none' keeps everything. block_columns: queries per attention block.
+    'none' keeps everything. attention: the engine, see `attention.choose`. block_columns: queries
+    per block of the engine 'xla'.
     """
 
     def __init__(self, sizes: Sizes, *, rngs, width: int, layers: int, heads: int, kv_heads: int,
@@ -62,7 +65,7 @@ class Decoder(nnx.Module):
                  window_columns: int | None = None, norm_eps: float = 1e-5,
                  norm_gain: str = 'late', qkv_bias: bool = False, qk_norm: str = 'none',
                  rope_scaling: str | dict = 'none', experts: int = 0, experts_per_column: int = 0,
-                 remat: str = 'full', block_columns: int = 512):
+                 remat: str = 'full', attention: str = 'auto', block_columns: int = 512):
         positive('backbone', width=width, layers=layers, heads=heads, kv_heads=kv_heads,
                  head_dim=head_dim, mlp=mlp, block_columns=block_columns,
                  window_columns=1 if window_columns is None else window_columns)
@@ -81,6 +84,9 @@ class Decoder(nnx.Module):
             raise ValueError(f'backbone.experts_per_column {experts_per_column} must lie between 1 '
                              f'and backbone.experts {experts}')
         nn.frequencies(head_dim // 2, theta, rope_scaling)      # raises for what it does not know
+        if attention not in ENGINES:
+            raise ValueError(f'backbone.attention is one of {", ".join(ENGINES)}, got '
+                             f'{attention!r}')
         if remat not in ('full', 'dots', 'none'):
             raise ValueError(f"backbone.remat is 'full', 'dots' or 'none', got {remat!r}")
         self.blocks = nn.stack(
@@ -91,11 +97,11 @@ class Decoder(nnx.Module):
             layers, rngs=rngs)
         self.norm = nn.Norm(width, eps=norm_eps, gain=norm_gain)
         self.layers, self.kv_heads, self.head_dim, self.width = layers, kv_heads, head_dim, width
-        self.heads, self.mlp = heads, mlp
+        self.heads, self.mlp, self.experts = heads, mlp, experts
         self.theta, self.pairs, self.window_columns = theta, pairs, window_columns
         self.rope_scaling = (rope_scaling if isinstance(rope_scaling, str)
                              else tuple(sorted(rope_scaling.items())))
-        self.remat, self.block_columns = remat, block_columns
+        self.remat, self.attention, self.block_columns = remat, attention, block_columns
 
     def _layer(self, block: Block, x_BTD, where: Where, cache, place: Place):
         y = block.norm_attention(x_BTD)
@@ -106,40 +112,51 @@ class Decoder(nnx.Module):
             q, k = block.norm_q(q), block.norm_k(k)
         q, k = turn(q), turn(k)
         if cache is None:
-            o = nn.causal_attention(q, k, v, where, window_columns=self.window_columns,
-                                    block_columns=self.block_columns)
+            o = causal_attention(q, k, v, where, window_columns=self.window_columns,
+                                 block_columns=self.block_columns, engine=self.attention,
+                                 place=place)
         else:
             k_BCGH, v_BCGH, slots, mask_BTC = cache
             k = k_BCGH.at[:, slots].set(k.astype(k_BCGH.dtype))
             v = v_BCGH.at[:, slots].set(v.astype(v_BCGH.dtype))
-            o = nn.attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BTC)
+            o = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BTC)
         x_BTD = place(x_BTD + block.out(o), 'batch', 'column', 'width')
-        x_BTD = x_BTD + block.feed_forward(block.norm_mlp(x_BTD), place)
-        return place(x_BTD, 'batch', 'column', 'width'), (k, v)
+        y, load_2E = block.feed_forward(block.norm_mlp(x_BTD), where, place)
+        return place(x_BTD + y, 'batch', 'column', 'width'), (k, v), load_2E
 
     def __call__(self, x_BTD, where: Where, cache=None, place: Place = anywhere):
-        """h_BTD and the new cache (None without one). Streaming takes T columns at a time."""
+        """h_BTD, and beside it the new cache of a stream, which takes T columns at a time.
+
+        Of a packed batch, instead, terms {name: (sum, weight)} that came up on the way: 'balance'
+        of experts over the columns of all segments, see `nn.balance`.
+        """
         check(x_BTD, 'BTD', D=self.width)
         if cache is None:
             def step(x, block):
-                return self._layer(block, x, where, None, place)[0], None
+                x, _, load_2E = self._layer(block, x, where, None, place)
+                return x, load_2E
             if self.remat != 'none':
                 policy = (jax.checkpoint_policies.dots_with_no_batch_dims_saveable
                           if self.remat == 'dots' else None)
                 step = jax.checkpoint(step, prevent_cse=False, policy=policy)
-            x_BTD, _ = jax.lax.scan(step, x_BTD, self.blocks,
+            x_BTD, load_L2E = jax.lax.scan(step, x_BTD, self.blocks,
                                     unroll=nn.unroll(self.layers, place))
-            return self.norm(x_BTD), None
+            if not self.experts:
+                return self.norm(x_BTD), {}
+            columns = jnp.sum(where.segment > 0).astype(jnp.float32)
+            spread = nn.balance(jnp.sum(load_L2E, 0), self.layers * columns)
+            return self.norm(x_BTD), {'balance': (spread * columns, columns)}
         T = x_BTD.shape[1]
         C = cache['position'].shape[1]
         slots = (cache['written'] + jnp.arange(T)) % C
         keys = Where(cache['position'].at[:, slots].set(where.position),
                      cache['segment'].at[:, slots].set(where.segment))
-        mask = nn.visible(where, keys, self.window_columns)
+        mask = visible(where, keys, self.window_columns)
 
         def step(x, layer):
             block, k, v = layer
-            return self._layer(block, x, where, (k, v, slots, mask), place)
+            x, kv, _ = self._layer(block, x, where, (k, v, slots, mask), place)
+            return x, kv
         x_BTD, (k, v) = jax.lax.scan(step, x_BTD, (self.blocks, cache['k'], cache['v']))
         cache = dict(k=k, v=v, position=keys.position, segment=keys.segment,
                      written=cache['written'] + T)

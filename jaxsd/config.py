@@ -230,7 +230,7 @@ def _unwritten(config, keys: list, at) -> dict[str, Any]:
             return dict.fromkeys(config['data'].get('sources', {}), 0.0)
         case ['mesh']:
             axes = importlib.import_module('jaxsd.sharding').AXES
-            return dict.fromkeys(axes, 1) | {'rules': {}}
+            return dict.fromkeys(axes, 1) | {'slices': 1, 'rules': {}}
         case ['data', 'sources', str()]:
             return {'layout': {}}
         case ['evals', str()] if 'name' in at:

@@ -42,8 +42,8 @@ def _totals(config, stage: stages.Stage):
 
     @jax.jit
     def totals(params, batch):
-        logp, hit = nnx.merge(graph, params)(batch, jax.random.key(0))
-        return objective(logp, hit, batch)
+        logp, hit, beside = nnx.merge(graph, params).forward(batch, jax.random.key(0))
+        return objective(logp, hit, batch, beside)
     return totals
 
 

@@ -71,7 +71,8 @@ class Flat(nnx.Module):
                      for k, (row, logits) in enumerate(self._by_row(self._logits(h, embed_VD)))]
             return tuple(jnp.stack(x, axis=-1) for x in zip(*pairs, strict=True))
 
-        logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, jnp.swapaxes(target_BKT, 1, 2))
+        logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, jnp.swapaxes(target_BKT, 1, 2),
+                                  place=place)
         return jnp.swapaxes(logp, 1, 2), jnp.swapaxes(hit, 1, 2)
 
     def scores(self, h_BTD, target_BKT, embed_VD):
@@ -204,8 +205,11 @@ class Depth(nnx.Module):
         P, slots = self.steps, jnp.asarray(self.slots)
         per_step = jax.vmap(lambda dense, x: dense(x))
         target = jnp.moveaxis(target_BTK, -1, 0)
+
+        def spread(x_PBTD):     # else the compiler has every device take the columns of all
+            return place(x_PBTD, None, 'batch', 'column', 'width')
         x = jax.vmap(lambda dense: dense(h_BTD))(_each(self.inputs, slots))
-        x = x + jnp.stack([self._before(target, p, h_BTD.dtype) for p in range(P)])
+        x = spread(x + jnp.stack([self._before(target, p, h_BTD.dtype) for p in range(P)]))
         causal = jnp.tril(jnp.ones((P, P), bool))
 
         def layer(x, block):
@@ -215,10 +219,10 @@ class Depth(nnx.Module):
             s = jnp.einsum('PBTNH,QBTNH->BTNPQ', q, k, preferred_element_type=jnp.float32)
             s = jnp.where(causal, s / jnp.sqrt(jnp.float32(q.shape[-1])), -1e30)
             o = jnp.einsum('BTNPQ,QBTNH->PBTNH', jax.nn.softmax(s, -1).astype(v.dtype), v)
-            x = x + per_step(_each(block.out, slots), o)
+            x = spread(x + per_step(_each(block.out, slots), o))
             y = block.norm_mlp(x)
-            return x + nn.gated(y, lambda y: per_step(_each(block.gate_up, slots), y),
-                                lambda y: per_step(_each(block.down, slots), y)), None
+            return spread(x + nn.gated(y, lambda y: per_step(_each(block.gate_up, slots), y),
+                                       lambda y: per_step(_each(block.down, slots), y))), None
         x, _ = jax.lax.scan(layer, x, self.blocks, unroll=nn.unroll(self.layers, place))
         return jax.vmap(lambda dense, x: dense(x))(self.outs, x)
 
@@ -236,18 +240,23 @@ class Depth(nnx.Module):
             logp, hit = nn.log_prob(self._logits(h, target, place), local)         # [P, B, T]
             return jnp.moveaxis(logp, 0, -1), jnp.moveaxis(hit, 0, -1)
 
-        logp_text, hit_text = nn.by_columns(text, self.chunk_columns, h_BTD, target_BTK[..., 0])
+        logp_text, hit_text = nn.by_columns(text, self.chunk_columns, h_BTD, target_BTK[..., 0],
+                                            place=place)
         taken = max(1, round(self.fraction * T))
         if taken < T:
             if key is None:
                 raise ValueError('head.fraction < 1 needs a key')
             at = jnp.sort(jax.random.choice(key, T, (taken,), replace=False))
-            logp, hit = nn.by_columns(audio, self.chunk_columns, h_BTD[:, at], target_BTK[:, at])
+            # The last again and again, until every device has as many.
+            even = jnp.concatenate([at, jnp.repeat(at[-1:], -taken % place.ways('column'))])
+            logp, hit = (x[:, :taken] for x in nn.by_columns(
+                audio, self.chunk_columns, place(h_BTD[:, even], 'batch', 'column', 'width'),
+                place(target_BTK[:, even], 'batch', 'column', None), place=place))
             logp = jnp.zeros((B, T, self.steps)).at[:, at].set(logp * (T / taken))
             # A hit counts as much as its column stands for, so accuracies stay unbiased too.
             hit = jnp.zeros((B, T, self.steps)).at[:, at].set(hit * (T / taken))
         else:
-            logp, hit = nn.by_columns(audio, self.chunk_columns, h_BTD, target_BTK)
+            logp, hit = nn.by_columns(audio, self.chunk_columns, h_BTD, target_BTK, place=place)
         silent = jnp.zeros((B, T, K - 1 - self.steps))
         logp = jnp.concatenate([logp_text[..., None], logp, silent], axis=-1)
         hit = jnp.concatenate([hit_text[..., None].astype(jnp.float32), hit.astype(jnp.float32),

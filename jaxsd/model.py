@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsd import backbone, frontend, head, nn, objective, vocab
-from jaxsd.config import bind
+from jaxsd.config import ConfigError, bind
 from jaxsd.sharding import Place, anywhere
 from jaxsd.types import Where
 
@@ -22,10 +22,12 @@ class Model(nnx.Module):
         self.frontend, self.backbone, self.head = frontend, backbone, head
 
     def hidden(self, batch, place: Place = anywhere):
-        """h_BTD: what the backbone makes of every column of a packed batch."""
-        x_BTD = place(self.frontend(batch), 'batch', 'column', 'width')
-        where = Where(batch['position'], batch['segment'])
-        return self.backbone(x_BTD, where, place=place)[0]
+        """h_BTD, what the backbone makes of every column of a packed batch, and its terms."""
+        # A batch comes with all its columns; from here on every device has its own.
+        tokens = place(batch['tokens'], 'batch', 'stream', 'column')
+        x_BTD = place(self.frontend(batch | {'tokens': tokens}), 'batch', 'column', 'width')
+        where = Where(*(place(batch[k], 'batch', 'column') for k in ('position', 'segment')))
+        return self.backbone(x_BTD, where, place=place)
 
     def __call__(self, batch, key=None, place: Place = anywhere):
         """Log-probability and hit of every cell, float32 [B, K, T], aligned with the cell itself.
@@ -33,14 +35,18 @@ class Model(nnx.Module):
         The cell of column t is predicted from columns before t (and earlier rows of t). Column 0 is
         0, as is every row that the head does not predict.
         """
-        h_BTD = self.hidden(batch, place)
-        logp, hit = self.head.log_prob(h_BTD, next_column(batch['tokens']), self.table, key,
-                                       place)
-        return _later(logp), _later(hit)
+        return self.forward(batch, key, place)[:2]
+
+    def forward(self, batch, key=None, place: Place = anywhere):
+        """What an objective takes: log-probabilities, hits, and the backbone's own terms."""
+        h_BTD, beside = self.hidden(batch, place)
+        target = place(next_column(batch['tokens']), 'batch', 'stream', 'column')
+        logp, hit = self.head.log_prob(h_BTD, target, self.table, key, place)
+        return _later(logp), _later(hit), beside
 
     def scores(self, batch):
         """Per row, logits [B, T, V_row] for the column after each column (None: unpredicted)."""
-        return self.head.scores(self.hidden(batch), next_column(batch['tokens']), self.table)
+        return self.head.scores(self.hidden(batch)[0], next_column(batch['tokens']), self.table)
 
     def step(self, tokens_BKT, where: Where, cache, key, pick):
         """Reads T columns, then samples the column after the last: ([B, K], the new cache)."""
@@ -99,6 +105,8 @@ def objective_of(config):
     """The config's objective, given the rows and ranges of its vocabulary."""
     v = make_vocab(config)
     fn = bind(config.objective, 'jaxsd.objective', 'objective', given=('sizes', 'ranges'))
+    if config.objective.get('balance') and not config.backbone.get('experts'):
+        raise ConfigError('objective.balance is about experts, and backbone.experts is 0')
     return functools.partial(fn, sizes=v.sizes(config.backbone.width), ranges=v.ranges)
 
 

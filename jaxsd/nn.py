@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces every model is made of: dense layers, norms, rotary positions, attention, losses.
+"""The pieces every model is made of: dense layers, norms, rotary positions, experts, losses.
 
 Modules follow the small subset of NNX that plain JAX understands: `__init__` makes parameters that
 carry their axis names, `__call__` is pure, stacks are made by `jax.vmap` and run by `jax.lax.scan`.
@@ -16,7 +16,6 @@ import numpy as np
 from flax import nnx
 
 from jaxsd.sharding import Place, anywhere
-from jaxsd.types import Where
 
 
 def truncated(key, shape, fan_in: int, std: float = 1.0):
@@ -154,50 +153,6 @@ def rotate(x_BTNH, position_BT, *, theta: float, pairs: str, scaling='none'):
     return x.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
-def visible(query: Where, key: Where, window_columns: int | None):
-    """bool [B, Tq, Tk]: same segment, not later, and fewer than `window_columns` columns back."""
-    back = query.position[:, :, None] - key.position[:, None, :]
-    same = (query.segment[:, :, None] == key.segment[:, None, :]) & (key.segment[:, None, :] > 0)
-    mask = same & (back >= 0)
-    return mask if window_columns is None else mask & (back < window_columns)
-
-
-def attend(q_BTNH, k_BCGH, v_BCGH, mask_BTC):
-    """Softmax attention with grouped keys and float32 softmax; scale 1 / sqrt(H)."""
-    B, T, N, H = q_BTNH.shape
-    G = k_BCGH.shape[2]
-    q = q_BTNH.reshape(B, T, G, N // G, H)
-    s = jnp.einsum('BTGNH,BCGH->BGNTC', q, k_BCGH, preferred_element_type=jnp.float32)
-    # A finite fill: a row that sees nothing (padding) must give finite numbers and gradients.
-    s = jnp.where(mask_BTC[:, None, None], s / math.sqrt(H), -1e30)
-    p = jax.nn.softmax(s, axis=-1).astype(v_BCGH.dtype)
-    return jnp.einsum('BGNTC,BCGH->BTGNH', p, v_BCGH).reshape(B, T, N, H)
-
-
-def causal_attention(q_BTNH, k_BTGH, v_BTGH, where: Where, *, window_columns: int | None,
-                     block_columns: int):
-    """Attention of packed columns to earlier columns of their segment.
-
-    Queries go by blocks that are recomputed in the backward pass, and each block reads only the
-    columns that it can see, so no [T, T] array outlives its block.
-    """
-    T = q_BTNH.shape[1]
-    out = []
-    for start in range(0, T, block_columns):
-        stop = min(start + block_columns, T)
-        # Positions inside a segment advance with the column, so a window is a column distance.
-        first = 0 if window_columns is None else max(0, start - window_columns + 1)
-
-        @jax.checkpoint
-        def block(q, k, v, wq, wk):
-            return attend(q, k, v, visible(wq, wk, window_columns))
-
-        part = (slice(None), slice(start, stop)), (slice(None), slice(first, stop))
-        out.append(block(q_BTNH[part[0]], k_BTGH[part[1]], v_BTGH[part[1]],
-                         Where(*(w[part[0]] for w in where)), Where(*(w[part[1]] for w in where))))
-    return jnp.concatenate(out, axis=1)
-
-
 def gated(x, gate_up: Callable, down: Callable):
     """down(silu(gate(x)) * up(x)), gate and up being the two halves of one map [.., 2, F]."""
     y = gate_up(x)
@@ -220,18 +175,42 @@ class Experts(nnx.Module):
         self.chosen = chosen
 
     def __call__(self, x_BTD, place: Place = anywhere):
+        return self.loaded(x_BTD, jnp.ones(x_BTD.shape[:2], bool), place)[0]
+
+    def loaded(self, x_BTD, real_BT, place: Place = anywhere):
+        """Also how the columns of `real_BT` spread, float32 [2, E]: how many chose each expert, and
+        the sum of the probabilities that they gave it, which alone has a gradient."""
         with jax.default_matmul_precision('float32'):
-            p = jax.nn.softmax(self.router(x_BTD.astype(jnp.float32)), axis=-1)
-        p, choice = jax.lax.top_k(p, self.chosen)
+            p_BTE = jax.nn.softmax(self.router(x_BTD.astype(jnp.float32)), axis=-1)
+        p, choice = jax.lax.top_k(p_BTE, self.chosen)
+        chose = choice[..., None] == jnp.arange(p_BTE.shape[-1])
+        load = jnp.stack([jnp.sum(chose & real_BT[..., None, None], (0, 1, 2)),
+                          jnp.sum(p_BTE * real_BT[..., None], (0, 1))])
         p = (p / jnp.sum(p, axis=-1, keepdims=True)).astype(x_BTD.dtype)
         columns = ('batch', 'column')
-        # Each device sorts its own columns, and takes those that chose an expert it holds.
-        return place.apart(
-            _through_experts, (x_BTD, *columns, 'width'), (p, *columns, None),
+
+        def here(x, p, choice, *held):
+            # Devices with other experts have other rows: each takes in the rows of all, sorts the
+            # columns, passes those that chose an expert it holds, and gives back what came of them.
+            return _through_experts(*(place.whole(z, 0, 'batch', among='expert')
+                                      for z in (x, p, choice)), *held)
+        y = place.apart(
+            here, (x_BTD, *columns, 'width'), (p, *columns, None),
             (choice, *columns, None), (jnp.arange(len(self.down)), 'expert'),
             (self.gate_up[...].astype(x_BTD.dtype), 'expert', None, None, 'mlp'),
             (self.down[...].astype(x_BTD.dtype), 'expert', 'mlp', None),
             out=(*columns, 'width'), summed=('expert', 'mlp'))
+        return y, load
+
+
+def balance(load_2E, columns):
+    """E sum_e f_e P_e: f_e the share of `columns` that chose expert e, P_e its mean probability.
+
+    As many as a column chooses where all experts are used alike, and up to E times as much (arXiv
+    2101.03961 eq. 4-6; peer code: transformers load_balancing_loss_func, all layers pooled).
+    """
+    share, p = load_2E / jnp.maximum(columns, 1)
+    return load_2E.shape[-1] * jnp.sum(share * p)
 
 
 def _through_experts(x_BTD, p_BTK, choice_BTK, ids_E, gate_up_EDUF, down_EFD):
@@ -324,28 +303,43 @@ def log_prob(logits, target):
     return own - normal, own >= jnp.max(logits, axis=-1)
 
 
-def by_columns(fn, chunk_columns: int, *arrays):
+def by_columns(fn, chunk_columns: int, *arrays, place: Place = anywhere):
     """`fn` over the column axis (1) in chunks, recomputed in the backward pass.
 
     `arrays` are [B, T, ...]; `fn` returns a tree of [B, c, ...]. Nothing larger than one chunk's
     intermediates (logits, say) is alive at once. T that does not divide gets one ragged last chunk.
+    Where devices hold pieces of the columns, a chunk takes `chunk_columns` of every piece.
     """
-    T = arrays[0].shape[1]
-    if chunk_columns >= T:
+    B, T = arrays[0].shape[:2]
+    ways = place.ways('column')
+    piece = T // ways
+    if chunk_columns >= piece:
         return fn(*arrays)
-    whole = T // chunk_columns * chunk_columns
+    chunks, rest = divmod(piece, chunk_columns)
+
+    def run(*xs):
+        return jax.checkpoint(fn)(*(place(x, 'batch', 'column', *[None] * (x.ndim - 2))
+                                    for x in xs))
+
+    def part(x, first, last):       # of every piece, as [B, columns, ...]
+        x = x.reshape(B, ways, piece, *x.shape[2:])[:, :, first:last]
+        return x.reshape(B, -1, *x.shape[3:])
 
     def split(x):
-        x = x[:, :whole].reshape(x.shape[0], -1, chunk_columns, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
+        x = part(x, 0, chunks * chunk_columns)
+        x = x.reshape(B, ways, chunks, chunk_columns, *x.shape[2:])
+        return jnp.moveaxis(x, 2, 0).reshape(chunks, B, ways * chunk_columns, *x.shape[4:])
 
-    out = jax.lax.map(lambda xs: jax.checkpoint(fn)(*xs), tuple(split(x) for x in arrays))
-    out = jax.tree.map(
-        lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], whole, *y.shape[3:]), out)
-    if whole == T:
-        return out
-    rest = jax.checkpoint(fn)(*(x[:, whole:] for x in arrays))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), out, rest)
+    def joined(y):
+        y = y.reshape(chunks, B, ways, chunk_columns, *y.shape[3:])
+        return jnp.moveaxis(y, 0, 2).reshape(B, ways, chunks * chunk_columns, *y.shape[4:])
+
+    out = jax.tree.map(joined, jax.lax.map(lambda xs: run(*xs), tuple(map(split, arrays))))
+    if rest:
+        last = run(*(part(x, chunks * chunk_columns, piece) for x in arrays))
+        out = jax.tree.map(lambda a, b: jnp.concatenate(
+            [a, b.reshape(B, ways, rest, *b.shape[2:])], axis=2), out, last)
+    return jax.tree.map(lambda y: y.reshape(B, T, *y.shape[3:]), out)
 
 
 def stack(make: Callable, layers: int, *, rngs):

@@ -5,30 +5,42 @@ Nothing else decides placement. A parameter carries the names of its axes; `of` 
 in the table and returns a `NamedSharding`. The table is an argument everywhere, never ambient.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ('data', 'fsdp', 'tensor', 'expert')
+AXES = ('data', 'fsdp', 'context', 'tensor', 'expert')
+"""Mesh axes, from the outermost, whose devices may be far apart, to those that talk the most.
+
+data: rows, parameters held whole (with fsdp beside it, replicas of a group that splits them).
+fsdp: rows, parameters split and gathered where they are used. context: columns of a row.
+tensor: heads, feed-forward widths, vocabulary. expert: experts of a mixture, and rows as well.
+"""
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters
     'layer': None, 'stream': None, 'embed': 'fsdp', 'heads': 'tensor', 'kv_heads': 'tensor',
     'head_dim': None, 'mlp': 'tensor', 'expert': 'expert', 'vocab': 'tensor', 'rank': None,
     # activations
-    'batch': ('data', 'fsdp'), 'column': None, 'width': None,
+    'batch': ('data', 'fsdp', 'expert'), 'column': 'context', 'width': None,
 }
 
 
 def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
     """A mesh over `devices` with the axes of AXES; absent ones have size 1, one -1 takes the rest.
 
-    Raises ValueError naming `mesh.<axis>` when the sizes do not multiply to the device count.
+    sizes may also name `slices`: so many pods, each with a fast network of its own, between which
+    only the outermost part of `data` runs. Raises ValueError naming `mesh.<axis>` when the sizes do
+    not multiply to the device count, or `mesh.slices` when the devices lie in other slices.
     """
-    if odd := set(sizes) - set(AXES):
-        raise ValueError(f'mesh names {", ".join(sorted(odd))}; legal: {", ".join(AXES)}, rules')
+    if odd := set(sizes) - {*AXES, 'slices'}:
+        raise ValueError(f'mesh names {", ".join(sorted(odd))}; legal: {", ".join(AXES)}, rules, '
+                         'slices')
     devices = np.asarray(jax.devices() if devices is None else devices)
     shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
     free = [axis for axis, n in shape.items() if n == -1]
@@ -44,8 +56,35 @@ def make_mesh(sizes: Mapping[str, int], devices=None) -> Mesh:
         wanted = ' x '.join(f'{a} {n}' for a, n in shape.items() if n != 1) or '1'
         raise ValueError(f'mesh: {wanted} does not fit {devices.size} {devices.flat[0].platform} '
                          f'device(s); change mesh.{(free or ["fsdp"])[0]} or the device count')
-    return Mesh(devices.reshape(tuple(shape.values())), AXES,
-                axis_types=(AxisType.Auto,) * len(AXES))
+    slices = int(sizes.get('slices', 1))
+    if slices < 1 or shape['data'] % slices:
+        raise ValueError(f'mesh: mesh.data {shape["data"]} must be a multiple of mesh.slices '
+                         f'{slices}: only data runs between slices')
+    shape['data'] //= slices
+    parts = [_arranged(part, tuple(shape.values())) for part in _slices(list(devices.flat), slices)]
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: list, slices: int) -> list[list]:
+    """`devices` by the slice they lie in. A platform that knows no slices has equal parts of them,
+    in the order of its processes, so that the mesh of a pod can be tried on any machine."""
+    by_slice: dict[int, list] = {}
+    for device in devices:
+        by_slice.setdefault(getattr(device, 'slice_index', None) or 0, []).append(device)
+    if devices[0].platform != 'tpu' and len(by_slice) != slices:
+        size = len(devices) // slices
+        by_slice = {i: devices[i * size:(i + 1) * size] for i in range(slices)}
+    if len(by_slice) != slices:
+        raise ValueError(f'mesh: the devices lie in {len(by_slice)} slices; set '
+                         f'mesh.slices={len(by_slice)}, not {slices}')
+    return [part for _, part in sorted(by_slice.items())]
+
+
+def _arranged(devices: list, shape: tuple[int, ...]) -> np.ndarray:
+    """`devices` of one slice as an array of `shape`, neighbors in its last axes where possible."""
+    if devices[0].platform != 'tpu':
+        return np.asarray(devices).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def rules_of(overrides: Mapping[str, str | None]) -> dict:
@@ -123,18 +162,64 @@ class Place:
         return jax.lax.with_sharding_constraint(
             x, NamedSharding(self.mesh, spec(axes, self.rules)))
 
-    def apart(self, fn: Callable, *parts: tuple, out: tuple, summed: tuple):
+    def over(self, *axes: str | None) -> tuple[str, ...]:
+        """The mesh axes of more than one device that split any of these axes."""
+        if self.mesh is None:
+            return ()
+        used = _mesh_axes(axes, self.rules)
+        return tuple(dict.fromkeys(a for a in used if self.mesh.shape[a] > 1))
+
+    def ways(self, axis: str) -> int:
+        """In how many pieces `axis` is held."""
+        return math.prod(self.mesh.shape[a] for a in self.over(axis))
+
+    def nth(self, axis: str):
+        """Inside `apart`: which piece of `axis` this device holds, from 0."""
+        over = self.over(axis)
+        return jax.lax.axis_index(over) if over else 0
+
+    def whole(self, x, at: int, axis: str, among: str | None = None):
+        """Inside `apart`: all of an array that is held in pieces; its dimension `at` is `axis`.
+
+        among: only those of the devices that share pieces of `axis` because they split `among`.
+        """
+        over = self.over(axis)
+        if among is not None:
+            over = tuple(a for a in over if a in self.over(among))
+        return jax.lax.all_gather(x, over, axis=at, tiled=True) if over else x
+
+    def before(self, x, at: int, axis: str, count: int):
+        """Inside `apart`: this device's piece with the `count` entries of dimension `at` before it,
+        which others hold; zeros before the first of all."""
+        over, ways, piece = self.over(axis), self.ways(axis), x.shape[at]
+        found = [x]
+        for n in range(1, -(-count // piece) + 1):      # from n devices before
+            last = min(piece, count - (n - 1) * piece)
+            part = jax.lax.slice_in_dim(x, piece - last, piece, axis=at)
+            found.insert(0, jax.lax.ppermute(part, over, [(i, i + n) for i in range(ways - n)]))
+        return jnp.concatenate(found, axis=at)
+
+    def apart(self, fn: Callable, *parts: tuple, out: tuple, summed: tuple = ()):
         """`fn` of every device's own piece of each of `parts`, (array, *axis names).
 
         What it returns is the piece of an array with axes `out`, once added up over the mesh axes
-        that split the axes `summed`. For what the compiler cannot split by itself: sorting, say.
+        that split the axes `summed`; where such a mesh axis splits one of `out` too, it returns the
+        whole of that. For what the compiler cannot split by itself (sorting, say), and for what
+        must know how it is split.
         """
         arrays = [x for x, *_ in parts]
-        if self.mesh is None:
+        if self.mesh is None or self.mesh.size == 1:
             return fn(*arrays)
-        over = tuple(a for a in AXES if a in _mesh_axes(summed, self.rules))
+
+        def here(*pieces):
+            y = fn(*pieces)
+            for a in self.over(*summed):
+                at = [i for i, axis in enumerate(out) if a in self.over(axis)]
+                y = (jax.lax.psum_scatter(y, a, scatter_dimension=at[0], tiled=True) if at else
+                     jax.lax.psum(y, a))
+            return y
         return jax.shard_map(
-            lambda *xs: jax.lax.psum(fn(*xs), over), mesh=self.mesh, check_vma=False,
+            here, mesh=self.mesh, check_vma=False,
             in_specs=tuple(spec(axes, self.rules) for _, *axes in parts),
             out_specs=spec(out, self.rules))(*arrays)
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import math
 import os
 import signal
 import threading
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxsd import checkpoint, data, journal, model, sharding
+from jaxsd import attention, checkpoint, data, journal, model, sharding
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, plain
@@ -45,8 +44,8 @@ class TrainingError(RuntimeError):
 def scorer(graph, objective, place=sharding.anywhere):
     """scored(params, batch, key) -> (terms, metrics): the forward pass, to the objective's sums."""
     def scored(params, batch, key):
-        logp, hit = nnx.merge(graph, params)(batch, key, place)
-        return objective(logp, hit, batch)
+        logp, hit, beside = nnx.merge(graph, params).forward(batch, key, place)
+        return objective(logp, hit, batch, beside)
     return scored
 
 
@@ -196,13 +195,23 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
 
 
 def check_batch(config, stage: Stage, mesh, v) -> None:
-    """Raises ConfigError for rows that do not divide over devices, ValueError for wrong terms."""
-    ways = math.prod(mesh.shape[a] for a in ('data', 'fsdp'))
-    if stage.batch // stage.accumulate % ways:
+    """Raises ConfigError for rows or columns that do not divide over devices, ValueError for wrong
+    terms and for an engine of attention that these devices do not have."""
+    place = sharding.placer(sharding.rules_of(plain(config.mesh).get('rules', {})), mesh)
+    if stage.batch // stage.accumulate % place.ways('batch'):
         raise ConfigError(f'stage {stage.name}: batch {stage.batch} / accumulate '
-                          f'{stage.accumulate} must divide over {ways} data x fsdp devices')
+                          f'{stage.accumulate} must divide over {place.ways("batch")} '
+                          f'{" x ".join(place.over("batch"))} devices')
+    if config.columns % place.ways('column'):
+        raise ConfigError(f'columns {config.columns} must divide over {place.ways("column")} '
+                          f'{" x ".join(place.over("column"))} devices')
+    if (engine := config.backbone.get('attention', 'auto')) != 'auto':
+        attention.choose(engine, place.platform, columns=config.columns, ways=place.ways('column'),
+                         head_dim=config.backbone.head_dim,
+                         dtype=config.frontend.get('dtype', 'bfloat16'))
     cells = jnp.zeros((1, len(v.rows), 2))
-    model.objective_of(config)(cells, cells, dict(tokens=cells.astype(int), weights=cells))
+    model.objective_of(config)(cells, cells, dict(tokens=cells.astype(int), weights=cells,
+                                                  segment=cells[:, 0]))
 
 
 def _share_of_rows(rows, batch: int) -> tuple[int, int]:

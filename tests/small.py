@@ -24,20 +24,22 @@ BACKBONES = {       # the kinds of decoder, each with what sets it apart
 
 
 def config(system: str, kind: str = 'llama', **head) -> mlc.ConfigDict:
-    """A model of a few thousand parameters: 'flat' (a row) or 'streams' (3 codebooks)."""
+    """A model of a few thousand parameters: 'flat' or 'tied' (a row), 'streams' (3 codebooks, depth
+    loop) or 'parallel' (the same, every row from the hidden state)."""
     c = mlc.ConfigDict()
     c.seed = 0
-    c.codec = dict(codebooks=3, size=12) if system == 'streams' else dict(codebooks=1, size=20)
+    many = system in ('streams', 'parallel')
+    c.codec = dict(codebooks=3, size=12) if many else dict(codebooks=1, size=20)
     c.vocab = (dict(name='streams', text_tokens=14, predicted=('mine',), multiple=8)
-               if system == 'streams' else dict(name='line', text_tokens=14, multiple=8))
+               if many else dict(name='line', text_tokens=14, multiple=8))
     c.columns = 24
     c.frontend = dict(name='summed', dtype='float32')
     c.backbone = dict(name='decoder', width=16, layers=2, heads=4, kv_heads=4, head_dim=4, mlp=24,
                       theta=100.0, remat='none', block_columns=8) | BACKBONES[kind]
     c.head = (dict(name='depth', width=8, layers=2, heads=2, mlp=12) if system == 'streams'
-              else dict(name='flat')) | head
+              else dict(name='tied' if system == 'tied' else 'flat')) | head
     c.objective = dict(name='weighted_ce', terms=(
-        dict(text=('text',), audio=('mine',)) if system == 'streams' else dict(ce=('tokens',))))
+        dict(text=('text',), audio=('mine',)) if many else dict(ce=('tokens',))))
     c.mesh = dict(fsdp=1)
     return c
 

@@ -233,7 +233,7 @@ def test_overrides(refused, corpus, tmp_path, override, says):
      "evals.likelihood: data.sources.mine.select names 'novel'; "),
     ('del c.evals.likelihood["sources"]', "evals.likelihood (name='likelihood') needs sources"),
     ('c.layout["unit_hz"] = 50.0', 'layout.unit_hz is 50.0, but codec.frame_hz is 25.0'),
-    ('c.mesh = dict(fspd=8)', 'mesh names fspd; legal: data, fsdp, tensor, expert'),
+    ('c.mesh = dict(fspd=8)', 'mesh names fspd; legal: data, fsdp, context, tensor, expert'),
     ('c.mesh = dict(data=-1, rules=dict(wdth=None))', "mesh.rules names ['wdth']; legal: layer")])
 def test_config_files(refused, config, tmp_path, edit, says):
     refused(['train', *config(edit), '--workdir', tmp_path / 'run'], says)

@@ -29,6 +29,7 @@ LAYERS = {
     'dataset': (1, (), FILES, {'jax', 'flax', 'optax', 'orbax'}),
     'sharding': (1, (), JAX, set()),
     'nn': (1, ('sharding',), JAX | {'flax'}, set()),
+    'attention': (1, ('sharding',), JAX, set()),
     'objective': (1, (), JAX, set()),
     'data': (2, (), FILES | {'ml_collections'}, {'jax', 'flax', 'optax', 'orbax'}),
     'codec': (2, (), NUMPY | {'safetensors'}, {'jax', 'flax', 'optax', 'orbax', 'grain'}),
@@ -53,12 +54,12 @@ LAYERS = {
 }
 NOT = {  # below, and still forbidden: (from, to): what to do instead
     **{(a, 'config'): 'take keyword arguments' for a in
-       ('sharding', 'nn', 'objective', 'frontend', 'backbone', 'head')},
+       ('sharding', 'nn', 'attention', 'objective', 'frontend', 'backbone', 'head')},
     **{(a, b): 'a grid or a batch is all it may see' for a in ('model', 'stage', 'checkpoint')
        for b in ('data', 'dataset', 'layout', 'codec')},
     **{(a, 'layout'): 'pass the grid' for a in ('frontend', 'backbone', 'head', 'codec')},
     **{(a, b): 'workers must never wake an accelerator' for a in ('data', 'codec')
-       for b in ('sharding', 'nn', 'objective')},
+       for b in ('sharding', 'nn', 'attention', 'objective')},
 }
 SHARED_PART = {0: 'types', 1: 'types', 2: 'nn', 3: 'nn', 4: 'run', 5: 'run'}
 

@@ -11,7 +11,7 @@ import pytest
 from by_hand import slowed as slowed_by_hand
 from flax import nnx
 
-from jaxsd import nn
+from jaxsd import attention, nn
 from jaxsd.types import Where
 
 
@@ -127,6 +127,25 @@ def test_no_column_is_dropped_when_all_choose_one_expert():
     np.testing.assert_allclose(got[0], np.tile(dense_experts(module, x[0])[:1], (64, 1)), atol=1e-5)
 
 
+def test_balance_is_least_where_experts_are_used_alike():
+    """E sum_e f_e P_e is `chosen` for an even spread, E for one expert that always wins alone."""
+    even = jnp.full((2, 4), 10.0) * jnp.array([[2.0], [1.0]])     # 40 columns, two experts each
+    assert float(nn.balance(even, 40)) == pytest.approx(2.0)
+    assert float(nn.balance(jnp.array([[40.0, 0, 0, 0]] * 2), 40)) == pytest.approx(4.0)
+    assert float(nn.balance(jnp.zeros((2, 4)), 0)) == 0.0      # nothing at all
+
+
+def test_the_load_of_experts_is_counted_over_real_columns():
+    module, x = experts(5, 2), jnp.asarray(normal(2, 30, 6))
+    real = np.arange(60).reshape(2, 30) % 7 > 1
+    y, load = jax.jit(module.loaded)(x, jnp.asarray(real))
+    np.testing.assert_array_equal(y, jax.jit(lambda x: module(x))(x))
+    likely = np.asarray(jax.nn.softmax(x @ module.router.kernel[...], -1))[real]
+    best = np.argsort(-likely, -1)[:, :2]
+    np.testing.assert_array_equal(load[0], np.bincount(best.ravel(), minlength=5))
+    np.testing.assert_allclose(load[1], likely.sum(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize('gain', ('late', 'early'))
 def test_norm(gain):
     """float32 against numpy; bfloat16 rounds before ('late') or after ('early') the gain."""
@@ -200,7 +219,7 @@ def test_attention_by_hand(kv_heads, window):
     want, real = by_hand(q, k, v, where, window), np.asarray(where.segment) > 0
     for block_columns in (512, 5, 4 if kv_heads == 2 else T):
         got = np.asarray(jax.jit(functools.partial(
-            nn.causal_attention, window_columns=window, block_columns=block_columns))(
+            attention.causal_attention, window_columns=window, block_columns=block_columns))(
                 q, k, v, where))
         np.testing.assert_allclose(got[real], want[real], atol=2e-6)
         assert np.isfinite(got).all()
@@ -216,7 +235,8 @@ def test_padding_gives_finite_gradients_and_takes_no_part(block_columns):
     @functools.partial(jax.jit, static_argnums=3)
     @functools.partial(jax.grad, argnums=(0, 1, 2))
     def gradients(q, k, v, only_real):
-        o = nn.causal_attention(q, k, v, where, window_columns=4, block_columns=block_columns)
+        o = attention.causal_attention(q, k, v, where, window_columns=4,
+                                       block_columns=block_columns)
         return jnp.sum(o ** 2 * (jnp.asarray(~empty)[..., None, None] if only_real else 1.0))
     for only_real in (False, True):
         grads = gradients(q, k, v, only_real)
@@ -225,7 +245,7 @@ def test_padding_gives_finite_gradients_and_takes_no_part(block_columns):
         assert not np.asarray(g)[empty].any() and np.asarray(g)[~empty].any()
     # A batch of nothing at all, as the last one of an epoch may hold.
     nowhere = Where(jnp.zeros((B, T), jnp.int32), jnp.zeros((B, T), jnp.int32))
-    grad = jax.jit(jax.grad(lambda q: jnp.sum(nn.causal_attention(
+    grad = jax.jit(jax.grad(lambda q: jnp.sum(attention.causal_attention(
         q, k, v, nowhere, window_columns=None, block_columns=block_columns) ** 2)))(q)
     assert np.isfinite(grad).all()
 
@@ -237,7 +257,7 @@ def test_attention_in_blocks_has_the_gradient_of_one_block():
     real = jnp.asarray(np.asarray(where.segment) > 0)[..., None, None]
 
     def grads(block_columns):
-        return jax.jit(jax.grad(lambda *x: jnp.sum(real * jnp.sin(nn.causal_attention(
+        return jax.jit(jax.grad(lambda *x: jnp.sum(real * jnp.sin(attention.causal_attention(
             *x, where, window_columns=5, block_columns=block_columns))), (0, 1, 2)))(q, k, v)
     for a, b in zip(grads(16), grads(3), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -260,7 +280,7 @@ def test_windowed_blocks_never_hold_a_square():
     x, where = jnp.zeros((1, T, 2, 4)), Where(jnp.arange(T)[None], jnp.ones((1, T), int))
 
     def areas(window):
-        made = jax.make_jaxpr(jax.grad(lambda q: jnp.sum(nn.causal_attention(
+        made = jax.make_jaxpr(jax.grad(lambda q: jnp.sum(attention.causal_attention(
             q, x, x, where, window_columns=window, block_columns=block))))(x)
         return max(s[-1] * s[-2] for _, s in shapes_in(made.jaxpr) if len(s) == 5)
     assert areas(window) == block * (block + window - 1)

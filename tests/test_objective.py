@@ -130,3 +130,22 @@ def test_a_term_of_unknown_rows_is_refused():
             ce(logp, hit, batch, terms=dict(text=names))
     with pytest.raises(ValueError, match='objective.terms is empty'):
         ce(logp, hit, batch, terms={})
+
+
+def test_balance_is_a_term_of_its_own_coefficient():
+    """Weighted by the columns of segments, which the batch says; without it only a metric."""
+    logp, hit, batch = random_batch(0)
+    batch['segment'] = jnp.asarray(np.arange(24).reshape(4, 6) % 5 > 0, jnp.int32)
+    columns = float(batch['segment'].sum())
+    beside = {'balance': (2.5 * columns, columns)}
+    given = dict(sizes=SIZES, ranges=RANGES, terms=TERMS)
+    plain, metrics = weighted_ce(logp, hit, batch, beside, **given)
+    assert 'balance' not in plain and metrics['balance'] == beside['balance']
+    out, _ = weighted_ce(logp, hit, batch, beside, **given, balance=0.02)
+    assert float(out['balance'][0] / out['balance'][1]) == pytest.approx(0.02 * 2.5)
+    unseen, _ = weighted_ce(logp, hit, batch, **given, balance=0.02)     # before any forward
+    assert {k: float(w) for k, (_, w) in unseen.items()} == pytest.approx(
+        {k: float(w) for k, (_, w) in out.items()})
+    for terms, balance in ((TERMS, -1.0), (dict(balance=('text',)), 0.1)):
+        with pytest.raises(ValueError, match='objective.balance is a coefficient of at least 0'):
+            weighted_ce(logp, hit, batch, sizes=SIZES, ranges=RANGES, terms=terms, balance=balance)

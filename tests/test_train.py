@@ -384,7 +384,7 @@ writers.close()
     (dict(batch=12), {'fsdp': 8}, 'batch 12 / accumulate 1 must divide over 8'),
     (dict(batch=16, accumulate=4), {'fsdp': 8}, 'batch 16 / accumulate 4 must divide over 8'),
     ({}, {'fsdp': 3}, 'fsdp 3 does not fit 8 cpu'),
-    ({}, {'fdsp': 8}, 'mesh names fdsp; legal: data, fsdp, tensor, expert, rules'),
+    ({}, {'fdsp': 8}, 'mesh names fdsp; legal: data, fsdp, context, tensor, expert, rules, slices'),
     ({}, {'fsdp': 1, 'tensor': 8}, 'of size 4 does not divide over mesh axis tensor'),
     (dict(data=dict(aligend=1.0)), {'fsdp': 8}, "'aligend'; did you mean 'aligned'"),
     (dict(start='nowhere'), {'fsdp': 8}, "starts from 'nowhere', but there is no checkpoint"),
@@ -396,6 +396,19 @@ def test_what_cannot_run_makes_no_directory(corpus, tmp_path, changes, mesh, wor
     with pytest.raises(ValueError, match=words) as e:
         train.run(c, str(tmp_path / 'run'))
     assert '\n' not in str(e.value) and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('columns, mesh, attention, words', [
+    (100, {'context': 8}, 'auto', 'columns 100 must divide over 8 context devices'),
+    (96, {'context': 8}, 'splash', "backbone.attention is 'splash', but that runs on TPU"),
+    (96, {'data': 4, 'fsdp': 2, 'slices': 3}, 'xla', 'mesh.data 4 must be a multiple of mesh.sl')])
+def test_columns_and_engines_are_checked_before_a_directory_is_made(corpus, tmp_path, columns, mesh,
+                                                                    attention, words):
+    c = tiny(corpus)
+    c.columns, c.mesh, c.backbone.attention = columns, mesh, attention
+    with pytest.raises(ValueError, match=words):
+        train.run(c, str(tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
 
 
 def test_rows_of_a_process_follow_its_devices():

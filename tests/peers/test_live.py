@@ -180,6 +180,35 @@ def test_decoder_to_peer(case, torch, show, tmp_path):
                                   continued(torch, peer, tokens))
 
 
+def test_balance_of_experts_as_the_peer_counts_it(torch, peers, show, tmp_path):
+    """The auxiliary loss of a mixture, padding left out, and its gradient in every router."""
+    peer = peers.decoder('mixtral', 31, **SHAPES['mixtral'])
+    peer.save_pretrained(tmp_path)
+    config = our_config(str(tmp_path))
+    params = export.import_params(config, str(tmp_path), 'hf')
+    tokens, real = tokens_for(config, 3), np.ones((2, 40), np.int32)
+    real[0, 29:] = 0
+    with torch.enable_grad():
+        loss = peer(torch.tensor(tokens).long(), attention_mask=torch.tensor(real).long(),
+                    output_router_logits=True).aux_loss
+        loss.backward()
+    theirs = np.stack([p.grad.numpy().T for name, p in peer.named_parameters()
+                       if name.endswith('gate.weight')])
+    batch = dict(tokens=tokens[:, None], segment=real,
+                 position=np.broadcast_to(np.arange(40, dtype=np.int32), real.shape))
+
+    @released.jax.jit
+    @released.jax.value_and_grad
+    def ours(params):
+        total, columns = released.bound(config, params).forward(batch)[2]['balance']
+        return total / columns
+    value, gradient = ours(params)
+    gradient = np.asarray(gradient['backbone']['blocks']['experts']['router']['kernel'])
+    assert float(value) == pytest.approx(float(loss), rel=1e-5)
+    assert theirs.shape == gradient.shape and np.abs(theirs).max() > 1e-3
+    show('the gradient of the balance of experts', far(gradient, theirs, 1e-5))
+
+
 MULTISTREAM = {     # what changes in the peer's config.json, what changes in ours
     'kyutai': ({}, {}),
     'kyutai grouped keys': (dict(kv_repeat=2, depformer_kv_repeat=1), dict(kv_heads=2)),
