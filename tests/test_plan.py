@@ -345,6 +345,18 @@ def test_a_plan_of_a_real_step(env):
     assert work.model_flops(c, twice, DEVICES)[0] == 2 * plan.model_flops
 
 
+def test_what_a_step_holds_is_shared(env):
+    """Eight devices hold about an eighth each: no part of the step is done whole by all of them."""
+    held = {}
+    for n in (1, 8):
+        c = small('streams', 'helium')
+        c.mesh, c.columns = dict(fsdp=n), 64
+        c.stages = (dict(c.stages[0]) | dict(batch=64),)
+        plan = estimate.of(c, stages.stages(c)[0], targets.parse(f'cpu:{n}'))
+        held[n] = plan.compiled.temporaries
+    assert held[8] < held[1] / 4
+
+
 def test_a_search_returns_the_best_of_what_it_tried(env):
     c = small('flat')
     stage = stages.stages(c)[0]

@@ -21,7 +21,7 @@ log = logging.getLogger('jaxsd')
 REMATS = ('none', 'dots', 'full')       # from most memory to least
 RECOMPUTED = dict(none=0.0, dots=0.05, full=1 / 3)      # more work, roughly
 TENSORS = (1, 2, 4, 8)
-GROWTHS = (1, 2, 4, 8)
+GROWTHS = (0.125, 0.25, 0.5, 1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,8 @@ def changed(config, candidate: Candidate, index: int):
 def candidates(config, stage: Stage, topology: targets.Topology, batches=()) -> list[Candidate]:
     """Every legal mesh and batch with every kind of recomputation, the most promising first.
 
-    batches: rows to try; () tries the stage's own, twice, four and eight times as many, and as few
-    as there is one row for every device that takes rows.
+    batches: rows to try; () tries the stage's own, its halves and doubles down to an eighth and up
+    to eight times as many, and one row for every device that takes rows.
     """
     n, slices, out = topology.size, topology.slices, set()
     taken = options_of(resolve(config.backbone.name, 'jaxsd.backbone'))
@@ -82,12 +82,12 @@ def candidates(config, stage: Stage, topology: targets.Topology, batches=()) -> 
                 continue
             ways = rest * slices
             grown = batches or [stage.batch * k for k in GROWTHS] + [ways * stage.accumulate]
-            for batch in grown:
-                if batch % (ways * stage.accumulate) == 0:
+            for batch in map(int, grown):
+                if batch and batch % (ways * stage.accumulate) == 0:
                     out |= {Candidate(slices * groups, rest // groups, tensor, batch, remat, slices)
                             for remat in remats}
     if topology.chip:
-        out = {c for c in out if 0.7 * least(config, stage, c) < topology.chip.hbm_gib * 2**30}
+        out = {c for c in out if 1.1 * least(config, stage, c) < topology.chip.hbm_gib * 2**30}
     return sorted(out, key=lambda c: (guess(config, c, topology), dataclasses.astuple(c)))
 
 
