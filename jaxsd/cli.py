@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--price', type=float, metavar='P', help='of an hour of one chip, for the cost')
     p.add_argument('--search', type=float, nargs='?', const=20.0, metavar='MINUTES',
                    help='try meshes, batches and recomputation for so long (default: 20)')
-    p.add_argument('--batches', help="comma-separated rows that --search tries (default: the stage's, "
+    p.add_argument('--batches', help="comma-separated rows for --search (default: the stage's, "
                                      'from an eighth to eight times as many)')
     p.add_argument('--out', metavar='PLANS.md', help='write all plans as one page')
 
