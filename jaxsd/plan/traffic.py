@@ -261,14 +261,14 @@ def read(text: str, devices: int) -> Traffic:
             return 2 * size(types.get(op.operands[1], ''))
         return sum(operands) + written
 
-    def walk(name: str, times: int, counted: bool) -> None:
+    def walk(name: str, times: int, counted: bool, via: str = '') -> None:
         for op in comps.get(name, ()):
             called = _called(op)
             kind, _, ending = op.op.rpartition('-')
             base = kind if ending in ('start', 'done') else op.op
             if base in COLLECTIVES:
                 if ending != 'done':
-                    _note(op, base, ending == 'start', name, times)
+                    _note(op, base, ending == 'start', f'{via} {name}', times)
                 continue
             if op.op == 'while':
                 turns = _trips(op, comps)
@@ -285,7 +285,7 @@ def read(text: str, devices: int) -> Traffic:
                                op.rest) is not None))
                 bytes_of[product] += times * memory(op, called)
             for inner in called:
-                walk(inner, times, counted and inside)
+                walk(inner, times, counted and inside, op.name)
 
     def _note(op: _Op, kind: str, overlaps: bool, where: str, times: int) -> None:
         out, read_ = size(op.type), sum(size(types.get(n, '')) for n in op.operands)

@@ -8,6 +8,7 @@ recomputation included.
 """
 
 import copy
+import logging
 import math
 
 import jax
@@ -18,6 +19,8 @@ from jaxsd import model, sharding, train
 from jaxsd.config import options_of, plain, resolve
 from jaxsd.stage import join, split
 from jaxsd.state import abstract_state
+
+log = logging.getLogger('jaxsd')
 
 
 class _Count:
@@ -148,14 +151,18 @@ def model_flops(config, stage, devices) -> tuple[float, int]:
     if 'block_columns' not in options:
         return _forward(config, stage, devices)
     window, half = config.backbone.get('window_columns'), (T + 1) // 2
-    plain = {'attention': 'xla'} if 'attention' in options else {}
-    found = []
-    for block in (T, half):
-        c = copy.deepcopy(config)
-        with c.unlocked():
-            c.backbone.update(block_columns=block, **plain)
-        found.append(_forward(c, stage, devices))
-    (whole, unknown), (halved, _) = found
+    blocked = {'attention': 'xla'} if 'attention' in options else {}
+    found, level = [], log.level
+    log.setLevel(logging.WARNING)       # the engine of this count is nobody's choice
+    try:
+        for block in (T, half):
+            c = copy.deepcopy(config)
+            with c.unlocked():
+                c.backbone.update(block_columns=block, **blocked)
+            found.append(_forward(c, stage, devices))
+    finally:
+        log.setLevel(level)
+    (whole, unknown), (halved, _) = found       # blocks of all columns, and of half of them
     first = 0 if window is None else max(0, half - window + 1)
     skipped = T * T - half * half - (T - half) * (T - first)
     return whole - (whole - halved) / skipped * (T * T - pairs(T, window)), unknown
