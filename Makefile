@@ -7,10 +7,11 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 PEERS ?= .peers
+PLANS ?= .plans
 RUNS ?= runs
 TORCH ?= torch==2.13.0
 
-.PHONY: help env quickstart test test-all test-peers test-slurm lint clean
+.PHONY: help env quickstart plans test test-all test-peers test-plans test-slurm lint clean
 
 help:
 	@echo 'make quickstart   speech, two trained models, evaluation, audio and one report'
@@ -18,6 +19,8 @@ help:
 	@echo 'make test-all     also the slow tests'
 	@echo 'make test-peers   compares with the PyTorch implementations, in $(PEERS)'
 	@echo 'make test-slurm   trains, stops, kills and resumes on a Slurm of two nodes made here (root)'
+	@echo 'make plans        PLANS.md: what training takes on TPUs and GPUs, none of which is needed'
+	@echo 'make test-plans   compiles for them, in $(PLANS)'
 	@echo 'make lint         ruff'
 	@echo 'make clean        removes the caches of Python, pytest and ruff; keeps data, runs and $(VENV)'
 
@@ -38,7 +41,7 @@ test: env
 	'$(VENV)/bin/python' -m pytest
 
 test-all: env
-	'$(VENV)/bin/python' -m pytest -m 'not peers and not slurm'
+	'$(VENV)/bin/python' -m pytest -m 'not peers and not plans and not slurm'
 
 # moshi pins older torch and numpy than it needs, jax2onnx an older orbax-checkpoint (which it does
 # not import), hence --no-deps, last, and their needs by hand.
@@ -58,6 +61,23 @@ test-peers: $(PEERS)/.complete
 # Needs Debian's slurmctld, slurmd, slurm-client and munge, and root; cluster.sh says what lacks.
 test-slurm: env
 	bash tests/slurm/cluster.sh '$(VENV)/bin/python' -m pytest -m slurm tests/slurm
+
+# The compilers for TPUs and for GPUs, the latter without the CUDA packages that only running needs.
+$(PLANS)/.complete: setup.py Makefile $(VENV)/.complete
+	@echo 'environment: installing the compilers for TPUs and GPUs into $(PLANS)'
+	@'$(VENV)/bin/python' -m venv '$(PLANS)'
+	@'$(PLANS)/bin/python' -m pip install --quiet --disable-pip-version-check -e '.[test,plan]'
+	@version=$$('$(PLANS)/bin/python' -c 'import jax; print(jax.__version__)') && \
+		'$(PLANS)/bin/python' -m pip install --quiet --disable-pip-version-check --no-deps \
+		"jax-cuda13-pjrt==$$version" "jax-cuda13-plugin==$$version"
+	@touch $@
+
+plans: $(PLANS)/.complete
+	'$(PLANS)/bin/python' -m jaxsd plan --config $(filter-out configs/_%,$(wildcard configs/*.py)) \
+		--topology v5e:16x16 v5p:8x8x8 h200:8 --search 15 --out PLANS.md
+
+test-plans: $(PLANS)/.complete
+	'$(PLANS)/bin/python' -m pytest -m plans tests/plans
 
 lint: env
 	'$(VENV)/bin/ruff' check .

@@ -23,11 +23,12 @@ EXTRAS = {
     'mimi': AUDIO + 'torch>=2.4  transformers>=4.57'.split(),
     'cuda13': ['jax[cuda13]>=0.10.2,<0.12'],
     'tpu': ['jax[tpu]>=0.10.2,<0.12'],
+    'plan': ['jax[tpu]>=0.10.2,<0.12'],     # the compiler for TPUs, which runs anywhere
 }
 
 setup(name='jaxsd', version=VERSION, license='Apache-2.0', python_requires='>=3.11',
       description='Sharded, reproducible pretraining of spoken dialogue models in JAX.',
       packages=find_packages(include=['jaxsd*', 'data_pipelines*']),
-      package_data={'jaxsd': ['*.css']},
+      package_data={'jaxsd': ['*.css', 'plan/gpus/*.txtpb']},
       install_requires=CORE, extras_require=EXTRAS,
       entry_points={'console_scripts': ['jaxsd = jaxsd.cli:main']})

@@ -5,6 +5,7 @@ One column per 80 ms frame: text, then 8 of my codes, then 8 of theirs. A tempor
 over columns and a small depth transformer over the rows of one column.
 
   look     python -m jaxsd show     --config configs/moshi.py:demo --source dialogue
+  fits?    python -m jaxsd plan     --config configs/moshi.py --topology v5p:8x8x8 --search
   smoke    python -m jaxsd train    --config configs/moshi.py:tiny --workdir runs/moshi_tiny
   demo     python -m jaxsd train    --config configs/moshi.py:demo --workdir runs/moshi
   train    python -m jaxsd train    --config configs/moshi.py --stage pretrain --workdir $WORKDIR

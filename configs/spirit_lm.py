@@ -8,6 +8,7 @@ the paper's Base; `expressive` tells pitch (12.5 Hz) and style (1 Hz) beside the
 vary how finely text and speech are aligned, and whether they continue or correspond.
 
   look     python -m jaxsd show     --config configs/spirit_lm.py:demo --source aligned
+  fits?    python -m jaxsd plan     --config configs/spirit_lm.py --topology v5p:8x8x8 --search
   smoke    python -m jaxsd train    --config configs/spirit_lm.py:tiny --workdir runs/spirit_lm_tiny
   demo     python -m jaxsd train    --config configs/spirit_lm.py:demo --workdir runs/spirit_lm
   train    python -m jaxsd train    --config configs/spirit_lm.py --workdir $WORKDIR

@@ -10,6 +10,7 @@ import ctypes
 import dis
 import logging
 import os
+import shlex
 import sys
 import traceback
 
@@ -50,11 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
 
-    def verb(name, text, workdir=True):
+    def verb(name, text, workdir=True, many=False):
         p = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.',
                              epilog=EPILOG, allow_abbrev=False,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
-        p.add_argument('--config', required=True, metavar='FILE.py[:arg]')
+        p.add_argument('--config', required=True, metavar='FILE.py[:arg]',
+                       nargs='+' if many else None)
         if workdir:
             p.add_argument('--workdir', required=True, metavar='DIR', help='the run directory')
         return p
@@ -105,6 +107,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--stage', help='the stage the weights stand for (default: the last)')
     p.add_argument('--format', required=True, choices=IMPORTS)
     p.add_argument('--source', required=True, metavar='DIR')
+
+    p = verb('plan', 'compile the train step for machines that are not here: does it fit, how fast',
+             workdir=False, many=True)
+    p.add_argument('--topology', required=True, nargs='+', metavar='NAME',
+                   help='v5e:16x16 (or v5e-256), v5p:8x8x8, v6e:4x4, v4:4x4x4, v5e:16x16*2 (two '
+                        'slices), h200:8 (h100, b200), cpu:8')
+    p.add_argument('--stage', help='the stage to plan (default: the first)')
+    p.add_argument('--price', type=float, metavar='P', help='of an hour of one chip, for the cost')
+    p.add_argument('--search', type=float, nargs='?', const=20.0, metavar='MINUTES',
+                   help='try meshes, batches and recomputation for so long (default: 20)')
+    p.add_argument('--batches', help="comma-separated rows for --search (default: the stage's, "
+                                     'from an eighth to eight times as many)')
+    p.add_argument('--out', metavar='PLANS.md', help='write all plans as one page')
 
     p = verbs.add_parser('report', help='one HTML page with curves, grids, tables and audio',
                          description='One HTML page with curves, grids, tables and audio.')
@@ -231,6 +246,43 @@ def _import(args, config):
     print(f'{args.workdir}: a run made from {args.source}')
 
 
+def _plan(args, config):
+    from jaxsd import run
+    from jaxsd import stage as stages
+    from jaxsd.plan import estimate, search, table, targets
+    if args.price is not None and not args.price >= 0:
+        raise ConfigError(f'--price is of an hour of one chip, got {args.price}')
+    if not (args.search is None or args.search > 0):
+        raise ConfigError(f'--search takes minutes above 0, got {args.search}')
+    try:
+        batches = tuple(_positive(x) for x in filter(None, (args.batches or '').split(',')))
+    except argparse.ArgumentTypeError as e:
+        raise ConfigError(f'--batches: {e}') from None
+    rows, failed = [], False
+    for spec, c in zip(args.config, config, strict=True):
+        stage = (stages.find(c, args.stage) if args.stage else stages.stages(c)[0])
+        for topology in map(targets.parse, args.topology):
+            print(f'{spec} on {topology}', flush=True)
+            overrides = ''
+            if args.search is None:
+                made = estimate.of(c, stage, topology)
+            else:
+                made, which, _ = search.best(c, stage, topology, minutes=args.search,
+                                             batches=batches)
+                if made is None:
+                    raise ConfigError(f'--search: nothing of what was tried fits {topology}')
+                overrides = search.pasted(which.overrides(search.index_of(c, stage)))
+            print(table.text(made, args.price) + (f'\npaste   {overrides}' if overrides else ''),
+                  flush=True)
+            failed |= not made.fits
+            rows.append((spec, made, overrides))
+    if args.out:
+        run.write_atomic(args.out, table.page(rows, args.command))
+        print(args.out)
+    elif failed:
+        raise ConfigError('not everything fits; --search tries other meshes and batches')
+
+
 def _report(args, _):
     from jaxsd import report
     for workdir in args.workdir:
@@ -241,7 +293,7 @@ def _report(args, _):
 
 
 VERBS = dict(show=_show, train=_train, evaluate=_evaluate, generate=_generate, export=_export,
-             report=_report)
+             plan=_plan, report=_report)
 VERBS['import'] = _import
 
 
@@ -261,6 +313,17 @@ def _end(error: BaseException, trace: str = '') -> int:
     """Exit status 1; as one of several processes this leaves at once, naming those it lost."""
     processes = sys.modules.get('jaxsd.processes')      # jax is not imported only to fail
     return processes.end(error, trace) if processes else 1
+
+
+def _read(spec: str, overrides):
+    """The config that `spec` names, with overrides. Raises ConfigError."""
+    config = configs.read(spec)
+    for path, value in overrides:
+        configs.override(config, path, value)
+    configs.bounded(config)
+    for slot in ('codec', 'vocab'):     # the model's own slots are bound when it is built
+        configs.bind(config[slot], f'jaxsd.{slot}', slot)
+    return config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -283,13 +346,13 @@ def _main(argv: list[str]) -> int:
             parser.prog += f' {args.verb}'
             parser.error(f'unrecognized arguments: {" ".join(odd)}')
         config = None
-        if args.verb != 'report':
-            config = configs.read(args.config)
-            for path, value in overrides:
-                configs.override(config, path, value)
-            configs.bounded(config)
-            for slot in ('codec', 'vocab'):     # the model's own slots are bound when it is built
-                configs.bind(config[slot], f'jaxsd.{slot}', slot)
+        if args.verb == 'plan':
+            from jaxsd.plan import targets
+            targets.prepare(map(targets.parse, args.topology))
+            args.command = shlex.join(['python', '-m', 'jaxsd', *argv])
+            config = [_read(spec, overrides) for spec in args.config]
+        elif args.verb != 'report':
+            config = _read(args.config, overrides)
         elif overrides:
             raise ConfigError('report takes no --config overrides')
         VERBS[args.verb](args, config)

@@ -205,8 +205,11 @@ class Depth(nnx.Module):
         P, slots = self.steps, jnp.asarray(self.slots)
         per_step = jax.vmap(lambda dense, x: dense(x))
         target = jnp.moveaxis(target_BTK, -1, 0)
+
+        def spread(x_PBTD):     # else the compiler has every device take the columns of all
+            return place(x_PBTD, None, 'batch', 'column', 'width')
         x = jax.vmap(lambda dense: dense(h_BTD))(_each(self.inputs, slots))
-        x = x + jnp.stack([self._before(target, p, h_BTD.dtype) for p in range(P)])
+        x = spread(x + jnp.stack([self._before(target, p, h_BTD.dtype) for p in range(P)]))
         causal = jnp.tril(jnp.ones((P, P), bool))
 
         def layer(x, block):
@@ -216,10 +219,10 @@ class Depth(nnx.Module):
             s = jnp.einsum('PBTNH,QBTNH->BTNPQ', q, k, preferred_element_type=jnp.float32)
             s = jnp.where(causal, s / jnp.sqrt(jnp.float32(q.shape[-1])), -1e30)
             o = jnp.einsum('BTNPQ,QBTNH->PBTNH', jax.nn.softmax(s, -1).astype(v.dtype), v)
-            x = x + per_step(_each(block.out, slots), o)
+            x = spread(x + per_step(_each(block.out, slots), o))
             y = block.norm_mlp(x)
-            return x + nn.gated(y, lambda y: per_step(_each(block.gate_up, slots), y),
-                                lambda y: per_step(_each(block.down, slots), y)), None
+            return spread(x + nn.gated(y, lambda y: per_step(_each(block.gate_up, slots), y),
+                                       lambda y: per_step(_each(block.down, slots), y))), None
         x, _ = jax.lax.scan(layer, x, self.blocks, unroll=nn.unroll(self.layers, place))
         return jax.vmap(lambda dense, x: dense(x))(self.outs, x)
 

@@ -15,10 +15,12 @@ from jaxsd.config import ConfigError, plain
 from jaxsd.stage import Stage, flatten
 
 
-def mesh_of(config):
-    """The mesh that `config.mesh` asks for. Raises ConfigError where the devices do not fit it."""
+def mesh_of(config, devices=None):
+    """The mesh that `config.mesh` asks for, of all devices or of these. Raises ConfigError where
+    they do not fit it."""
+    sizes = {k: v for k, v in plain(config.mesh).items() if k != 'rules'}
     try:
-        return sharding.make_mesh({k: v for k, v in plain(config.mesh).items() if k != 'rules'})
+        return sharding.make_mesh(sizes, devices)
     except ValueError as e:
         raise ConfigError(str(e)) from None
 

@@ -41,6 +41,14 @@ class TrainingError(RuntimeError):
 
 # The step.
 
+def scorer(graph, objective, place=sharding.anywhere):
+    """scored(params, batch, key) -> (terms, metrics): the forward pass, to the objective's sums."""
+    def scored(params, batch, key):
+        logp, hit, beside = nnx.merge(graph, params).forward(batch, key, place)
+        return objective(logp, hit, batch, beside)
+    return scored
+
+
 def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anywhere,
               seed: int = 0):
     """step(state, batch) -> (state, sums), pure.
@@ -51,10 +59,7 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
     the counters; the schedule does not move on either.
     """
     tx, rate = stages.optimizer(stage, by_path), stages.learning_rate(stage)
-
-    def sums_of(params, batch, key):
-        logp, hit, beside = nnx.merge(graph, params).forward(batch, key, place)
-        return objective(logp, hit, batch, beside)
+    sums_of = scorer(graph, objective, place)
 
     def step(state, batch):
         trainable, frozen = stages.split(state['params'], by_path)
@@ -98,6 +103,28 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
         return state, dict(terms=terms, metrics=metrics, loss=loss, grad_norm=norm, lr=lr,
                            bad_steps=bad, skipped_steps=skipped)
     return step
+
+
+def step_on(config, stage: Stage, mesh):
+    """(step, state, by_path): the jitted step as it runs on `mesh`, whose devices need not be here,
+    and the state of ShapeDtypeStructs that it takes and gives back, in the same memory."""
+    graph, target, by_path = abstract_state(config, stage, mesh)
+    place = sharding.placer(sharding.rules_of(plain(config.mesh).get('rules', {})), mesh)
+    step = make_step(graph, model.objective_of(config), stage, by_path, place, config.seed)
+    return jax.jit(step, donate_argnums=0,
+                   out_shardings=(jax.tree.map(lambda x: x.sharding, target),
+                                  sharding.replicated(mesh))), target, by_path
+
+
+def abstract_batch(config, stage: Stage, mesh) -> dict:
+    """The batch that a step takes, as ShapeDtypeStructs placed on `mesh`; see `data.batches`."""
+    rows = sharding.batch_sharding(sharding.rules_of(plain(config.mesh).get('rules', {})), mesh)
+    streams = len(model.make_vocab(config).rows)
+    whole, line = (stage.batch, streams, config.columns), (stage.batch, config.columns)
+    kinds = dict(tokens=(whole, jnp.int32), weights=(whole, jnp.float32),
+                 position=(line, jnp.int32), segment=(line, jnp.int32))
+    return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+            for k, (shape, dtype) in kinds.items()}
 
 
 # The loop.
@@ -158,7 +185,7 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
     for i, stage in enumerate(which):   # whatever can be wrong, before a directory is made
         data.check(config, dataclasses.asdict(stage), v)
         target = abstract_state(config, stage, mesh)[1]
-        _check_batch(config, stage, mesh, v)
+        check_batch(config, stage, mesh, v)
         if (stage.start not in [s.name for s in which[:i]]
                 and begin.foreign(config, stage, workdir) is None
                 and (folder := begin.start_folder(config, stage, workdir)) == stage.start):
@@ -174,7 +201,7 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
     return loss
 
 
-def _check_batch(config, stage: Stage, mesh, v) -> None:
+def check_batch(config, stage: Stage, mesh, v) -> None:
     """Raises ConfigError for rows or columns that do not divide over devices, ValueError for wrong
     terms and for an engine of attention that these devices do not have."""
     place = sharding.placer(sharding.rules_of(plain(config.mesh).get('rules', {})), mesh)
@@ -187,7 +214,8 @@ def _check_batch(config, stage: Stage, mesh, v) -> None:
                           f'{" x ".join(place.over("column"))} devices')
     if (engine := config.backbone.get('attention', 'auto')) != 'auto':
         attention.choose(engine, place.platform, columns=config.columns, ways=place.ways('column'),
-                         head_dim=config.backbone.head_dim, dtype=config.frontend.dtype)
+                         head_dim=config.backbone.head_dim,
+                         dtype=config.frontend.get('dtype', 'bfloat16'))
     cells = jnp.zeros((1, len(v.rows), 2))
     model.objective_of(config)(cells, cells, dict(tokens=cells.astype(int), weights=cells,
                                                   segment=cells[:, 0]))
@@ -209,18 +237,12 @@ def _share_of_rows(rows, batch: int) -> tuple[int, int]:
 
 
 def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, stop, began_s):
-    graph, target, by_path = abstract_state(config, stage, mesh)
-    rules = sharding.rules_of(plain(config.mesh).get('rules', {}))
-    rows = sharding.batch_sharding(rules, mesh)
+    step_fn, target, by_path = step_on(config, stage, mesh)
+    rows = sharding.batch_sharding(sharding.rules_of(plain(config.mesh).get('rules', {})), mesh)
     share = sharding.replicated_fraction(target['params'],
                                          jax.tree.map(lambda x: x.sharding, target['params']))
     if share > 0.02:
         log.warning('%.1f %% of parameter bytes are replicated on every device', 100 * share)
-    step_fn = jax.jit(make_step(graph, model.objective_of(config), stage, by_path,
-                                sharding.placer(rules, mesh), config.seed),
-                      donate_argnums=0,
-                      out_shardings=(jax.tree.map(lambda x: x.sharding, target),
-                                     sharding.replicated(mesh)))
     marks = data.fingerprint(config, dataclasses.asdict(stage), v)
     with checkpoint.Checkpoints(workdir, stage.name, config=config, keep=stage.keep) as saved:
         start = time.perf_counter()

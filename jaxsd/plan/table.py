@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans in words: one as lines for a terminal, several as the page PLANS.md."""
+
+from jaxsd.plan import estimate, targets
+
+GIB = 2**30
+
+
+def text(plan: estimate.Plan, price: float | None) -> str:
+    """A plan as lines. price: of an hour of one chip, for the cost."""
+    c, n = plan.compiled, plan.topology.size
+    lines = [('stage', f'{plan.stage}: {plan.batch} rows of {plan.columns} columns, '
+                       f'{plan.parameters / 1e6:,.1f} M parameters'),
+             ('mesh', f'{mesh(plan)} on {n} devices of {plan.topology}, remat {plan.remat}'),
+             ('fits', 'yes' if plan.fits else f'NO: {c.error}')]
+    if c.peak:
+        lines.append(('memory', f'{c.peak / GIB:.2f} GiB a device: {c.arguments / GIB:.2f} '
+                                f'arguments, {c.temporaries / GIB:.2f} temporaries'
+                                + (f', of {plan.topology.chip.hbm_gib:g}' if plan.topology.chip
+                                   else '')))
+    lines.append(('FLOPs', f'{plan.model_flops:.4g} a step, {plan.executed_flops:.4g} with '
+                           'recomputation, causal attention counted as causal'
+                           + (f'; {plan.unknown_loops} loops of unknown length counted once'
+                              if plan.unknown_loops else '')))
+    if c.peak:
+        lines.append(('bytes', f'{(c.multiplied_bytes + c.other_bytes) / 1e9:.2f} GB of memory '
+                               f'traffic a device and step, {c.other_bytes / 1e9:.2f} GB of it '
+                               'outside matrix products'))
+        lines += [('network', f'{kind}: {moved / 1e9:.3f} GB received by each device in {calls} '
+                              f'calls{", overlapping" if overlaps else ""}')
+                  for kind, moved, calls, overlaps, _ in c.collectives]
+    if plan.fits and plan.step_s:
+        parts = ', '.join(f'{name} {s:.3f}' for name, s in plan.parts.items())
+        lines += [('step', f'{plan.step_s:.3f} s ({parts}), MFU {plan.mfu:.1%}'),
+                  ('speed', f'{plan.positions_per_s:,.0f} positions/s, '
+                            f'{plan.audio_hours_per_chip_day:,.1f} audio-hours per chip-day')]
+        if price is not None:
+            lines.append(('cost', f'{plan.cost(price):,.0f} for a million audio-hours at {price:g} '
+                                  'an hour of one chip'))
+    lines.append(('', estimate.assumptions(plan)))
+    return '\n'.join(f'{name:8}{line}' for name, line in lines)
+
+
+def mesh(plan: estimate.Plan) -> str:
+    return ' '.join(f'{k}={n}' for k, n in plan.mesh.items()) or 'one device'
+
+
+HEAD = ('config', 'machine', 'mesh', 'rows', 'remat', 'fits', 'GiB: arguments', 'temporaries',
+        'peak', 'PFLOPs', 'recomputed', 'network GB', 'step s', 'MFU', 'positions/s',
+        'audio-hours per chip-day')
+
+
+def page(rows, command: str) -> str:
+    """PLANS.md from (config, plan, overrides) of every plan; `command` makes the page again."""
+    out = ['# Plans', '',
+           'What training each config at its published size takes, from the programs that the '
+           "machines' own compilers make of the real train step. No machine ran them: what fits, "
+           'bytes and collectives are the compiler\'s, FLOPs are counted, times are estimates.', '',
+           f'Made by `{command}`.', '',
+           '| ' + ' | '.join(HEAD) + ' |', '|' + '---|' * len(HEAD)]
+    out += ['| ' + ' | '.join(_cells(name, plan)) + ' |' for name, plan, _ in rows]
+    out += ['', '## As overrides', '',
+            'What the search found, to paste after `--config`:', '']
+    out += [f'- `{name}` on {plan.topology}: `{overrides}`' for name, plan, overrides in rows
+            if overrides]
+    out += ['', '## Where the time goes', '',
+            '| config | machine | ' + ' | '.join(PARTS) + ' | collectives: kind, GB, calls |',
+            '|' + '---|' * (len(PARTS) + 3)]
+    for name, plan, _ in rows:
+        if plan.fits and plan.step_s:
+            moved = '; '.join(f'{kind} {n / 1e9:.2f}, {calls}{"" if overlaps else " (waited for)"}'
+                              for kind, n, calls, overlaps, _ in plan.compiled.collectives)
+            out.append(f'| {name} | {plan.topology} | ' + ' | '.join(
+                f'{plan.parts[p]:.3f} s' for p in PARTS) + f' | {moved} |')
+    out += ['', '## What is assumed', '']
+    out += [f'- {line}' for line in dict.fromkeys(
+        f'{plan.topology}: {estimate.assumptions(plan)}' for _, plan, _ in rows)]
+    out += ['', targets.SOURCES]
+    return '\n'.join(out) + '\n'
+
+
+PARTS = ('products', 'memory', 'network', 'waiting')
+
+
+def _cells(name: str, plan: estimate.Plan):
+    c = plan.compiled
+    yield from (f'{name}, {plan.stage}', str(plan.topology), mesh(plan), str(plan.batch),
+                plan.remat)
+    if not c.peak:
+        yield from (c.error, *[''] * 3)
+    else:
+        yield 'yes' if plan.fits else c.error
+        yield from (f'{x / GIB:.2f}' for x in (c.arguments, c.temporaries, c.peak))
+    yield f'{plan.model_flops / 1e15:,.1f}'
+    yield f'{plan.executed_flops / plan.model_flops - 1:.0%}'
+    yield f'{sum(x[1] for x in c.collectives) / 1e9:.1f}' if c.peak else ''
+    if plan.fits and plan.step_s:
+        yield from (f'{plan.step_s:.2f}', f'{plan.mfu:.0%}', f'{plan.positions_per_s:,.0f}',
+                    f'{plan.audio_hours_per_chip_day:,.0f}')
+    else:
+        yield from ('', '', '', '')
