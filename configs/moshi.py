@@ -66,8 +66,11 @@ def get_config(arg=None):
         c.vocab.predicted, c.layout.weight_theirs = ('mine',), 0.0
     if arg.demo or arg.tiny:
         demo(c)
+    if not 0.0 < arg.share <= 100.0:
+        raise ValueError(f'share lies above 0 and up to 100, got {arg.share}')
     if arg.share != 1.0:        # a shorter or longer run of every stage
-        c.stages = tuple(dict(s) | dict(steps=max(1, round(arg.share * s['steps'])))
+        c.stages = tuple(dict(s) | dict(steps=max(1 + s.get('warmup_steps', 0),
+                                                  round(arg.share * s['steps'])))
                          for s in c.stages)
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=2, heads=4, mlp=64)

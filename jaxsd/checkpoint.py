@@ -208,6 +208,10 @@ def _load(folder: str, step: int, target, prefix: str, config):
         pathlib.Path(folder, str(step), 'state'), args=ocp.args.PyTreeRestore(
             item=wanted, partial_restore=True,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)))
+    for name, leaf in wanted.items():       # Orbax gives back the wish where it finds no array
+        x = arrays[name]
+        if not isinstance(x, jax.Array) or (x.shape, x.dtype) != (leaf.shape, leaf.dtype):
+            raise CheckpointError(f'{name} is not in it')
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[n] for n in wanted]), meta
 
 
@@ -324,12 +328,13 @@ class Checkpoints:
         try:
             self.wait()
         except CheckpointError as e:
-            if kind is None:
+            if kind is None or issubclass(kind, OSError):   # a full disk: this says what was lost
                 raise
             log.error('%s', e)      # the error that is under way matters more
         finally:
             if self._manager is not None:
                 self._manager.close()
+            self._sweep()           # late writes of a failed save may have come back
 
     def _clear_way(self):
         """Sets aside the steps that `resume` had to skip: a run may come to the same step again."""
@@ -398,6 +403,7 @@ def _hushed():
 def _quiet():
     """Keeps Orbax's own lines off the console: ours name the step and the reason."""
     logging.getLogger('absl').addFilter(_not_orbax)     # adding it twice changes nothing
+    logging.getLogger('asyncio').addFilter(_not_forgotten)
     if not isinstance(sys.unraisablehook, _NotOfClosedLoops):
         sys.unraisablehook = _NotOfClosedLoops(sys.unraisablehook)
 
@@ -415,3 +421,8 @@ class _NotOfClosedLoops:
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     return 'orbax' not in record.pathname
+
+
+def _not_forgotten(record: logging.LogRecord) -> bool:
+    """Of a save's many writes that failed alike the first is told, by us."""
+    return 'exception was never retrieved' not in record.getMessage()

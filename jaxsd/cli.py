@@ -179,7 +179,7 @@ def _devices() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as e:     # jax asserts where it knows no such platform
         raise ConfigError(f'no device for JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: '
-                          f'{e or "jax has no such platform here"}') from None
+                          f'{str(e) or "jax has no such platform here"}') from None
 
 
 def _show(args, config):

@@ -302,6 +302,25 @@ def test_no_flipped_byte_anywhere_is_believed(tmp_path):
     assert fell_back > 10
 
 
+def test_an_array_under_another_name_is_not_there(tmp_path):
+    """Each leaf's name in Orbax's own list, one letter off: an older step serves, at every leaf."""
+    folder = save_steps(tmp_path / 'run', 1, 2)
+    state = make_state(mesh_of(1, 1))
+    path = os.path.join(folder, '2', 'state', '_METADATA')
+    with open(path, 'rb') as f:
+        whole = f.read()
+    names = checkpoint._named(state)
+    for name in names:
+        key = f'"key": "{name}"'.encode()
+        at = whole.index(key) + len(key) - 2
+        flip(path, at)
+        found, meta = checkpoint.restore(folder, target_of(state))
+        flip(path, at)
+        assert meta['step'] == 1, name
+        assert_equal(found, make_state(mesh_of(1, 1), 1))
+    assert len(names) > 5
+
+
 def test_values_silently_wrong_on_disk_are_refused(tmp_path):
     """A file that decodes perfectly well, to other numbers: only the checksum can tell."""
     folder = save_steps(tmp_path / 'run', 1, 2)

@@ -7,6 +7,7 @@ user types, and compares numbers from the same code, data, seed and number of to
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 
@@ -26,6 +27,23 @@ def run(*argv):
 def demo():
     if not os.path.exists(os.path.join(ROOT, 'data/demo/manifest.json')):
         run('data_pipelines.demo', '--out', 'data/demo', '--hours', '16')
+
+
+@pytest.mark.parametrize('spec, stage', [('spirit_lm', 'pretrain'), ('moshi', 'listen'),
+                                         ('moshi', 'duplex')])
+def test_the_host_keeps_up(spec, stage, tmp_path):
+    """Waiting for data and handing steps over take under 2 % of a demo's step on an idle machine."""
+    index = ['listen', 'duplex'].index(stage) if spec == 'moshi' else 0
+    run('jaxsd', 'train', '--config', f'configs/{spec}.py:demo', '--workdir', str(tmp_path / 'run'),
+        '--stage', stage, f'--config.stages[{index}].steps=60',
+        f'--config.stages[{index}].warmup_steps=10', f'--config.stages[{index}].start=init',
+        f'--config.stages[{index}].probe_steps=0')
+    with open(tmp_path / 'run' / 'metrics.jsonl') as f:
+        lines = [json.loads(line) for line in f]
+    shares = [e['data_wait_fraction'] + e['dispatch_fraction'] for e in lines if 'step_s' in e][1:]
+    print(f'{spec} {stage}: {100 * statistics.median(shares):.2f} % of '
+          f'{lines[-1]["step_s"]:.3f} s per step')
+    assert statistics.median(shares) < 0.02
 
 
 def test_interleaving_joins_the_modalities(tmp_path):

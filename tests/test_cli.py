@@ -580,6 +580,30 @@ def test_a_full_disk(corpus, tmp_path, size_kb):
         assert set(left) <= {'filler'}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('total_kb', [300, 600, 900, 1300, 2000])
+def test_a_disk_that_fills_while_training(corpus, tmp_path, total_kb):
+    """Whichever of metrics, ledger and checkpoints meets the end: one line, and no half a step."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if subprocess.run(['unshare', '-rm', 'mount', '-t', 'tmpfs', 'none', str(disk)],
+                      capture_output=True).returncode:
+        return      # mounting is not allowed here: the test above has what a limit can show
+    argv = [sys.executable, '-m', 'jaxsd', 'train', *flags(corpus), '--workdir', f'{disk}/run',
+            '--config.stages[0].steps=12', '--config.stages[0].save_steps=4',
+            '--config.stages[0].log_steps=1']
+    script = (f'mount -t tmpfs -o size={total_kb}k none "$0" && {{ "$@"; code=$?; '
+              'find "$0" -printf "left %P\\n"; exit $code; }')
+    done = subprocess.run(['unshare', '-rm', 'bash', '-c', script, str(disk), *argv],
+                          capture_output=True, text=True, env=os.environ | {'XLA_FLAGS': ''})
+    print(total_kb, done.stderr)
+    assert done.returncode == 1 and 'Traceback' not in done.stdout + done.stderr
+    assert done.stderr.count('\n') == 1 and done.stderr.startswith('jaxsd train: '), done.stderr
+    assert re.search('[Nn]o space left', done.stderr), done.stderr
+    assert str(disk) in done.stderr
+    assert not re.search(r'^left .*(orbax-checkpoint-tmp|\.tmp$)', done.stdout, re.M), done.stdout
+
+
 def test_a_full_disk_names_the_file(refused, file_limit, corpus, spirit, tmp_path):
     out = tmp_path / 'page.html'
     grid = ['show', *flags(corpus, 'moshi'), '--source', 'dialogue', '--png', tmp_path / 'grid.png']

@@ -204,7 +204,7 @@ def test_a_finished_run_does_nothing_and_another_config_is_refused(done, caplog)
 def test_host_overhead(done):
     """Waiting for data and handing over steps; a loose bound, for the machine may be busy.
 
-    The figure that counts is that of a demo: `jaxsd train` writes it with every line.
+    The figure that counts is that of a demo: tests/test_claims.py asserts it.
     """
     _, work, _, _ = done
     entries = [e for e in lines(work) if 'loss' in e][1:]

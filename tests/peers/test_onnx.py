@@ -19,6 +19,11 @@ PROMPT, STEPS, TOLERANCE = 6, 16, 1e-4
 CASES = {
     'llama': released.decoder('llama'),
     'llama3': released.decoder('llama3'),
+    'mistral': released.decoder('mistral'),         # whose window the sixteen steps leave
+    'mixtral': released.decoder('mixtral'),
+    'qwen2': released.decoder('qwen2'),
+    'qwen3': released.decoder('qwen3'),
+    'helium': released.decoder('helium'),
     'kyutai': released.multistream(),
     'kyutai schedule': released.scheduled(),
     'kyutai shared steps': released.multistream(head=dict(step_weights='shared'), layers=5),

@@ -71,3 +71,25 @@ def test_adapter(name, changes, tmp_path):
     assert worst < 1e-5
     wanted = json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())
     assert set(adapted.peft_config['default'].target_modules) == set(wanted['target_modules'])
+
+
+@pytest.mark.parametrize('name, changes', [
+    ('llama', {}), ('llama', dict(kv_heads=4, pairs='interleaved', layers=3)), ('qwen2', {}),
+    ('qwen3', {}), ('qwen3', dict(kv_heads=1, pairs='interleaved'))])
+def test_gguf(name, changes, tmp_path):
+    """transformers reads GGUF files too, by a reader of its own."""
+    import torch
+    import transformers
+    config = released.decoder(name, **changes)
+    params = released.random_params(config, 6)
+    export.save(config, params, str(tmp_path / 'out'), 'gguf', dtype='f32')
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / 'out', gguf_file='model-f32.gguf', dtype=torch.float32)
+    assert type(peer).__name__.lower() == f'{name}forcausallm'
+    tokens = np.random.default_rng(1).integers(0, 96, (2, 20))
+    with torch.no_grad():
+        theirs = peer(torch.tensor(tokens)).logits.numpy()
+    ours, = released.scores(config, params, tokens[:, None])
+    worst = float(np.abs(ours - theirs).max())
+    print(f'{name} by way of GGUF: {worst:.1e}')
+    assert worst <= 1e-4 and theirs.std() > .5
