@@ -32,7 +32,7 @@ def demo():
 @pytest.mark.parametrize('spec, stage', [('spirit_lm', 'pretrain'), ('moshi', 'listen'),
                                          ('moshi', 'duplex')])
 def test_the_host_keeps_up(spec, stage, tmp_path):
-    """Waiting for data and handing steps over take under 2 % of a demo's step on an idle machine."""
+    """Waiting for data and handing over steps: under 2 % of a demo's step on an idle machine."""
     index = ['listen', 'duplex'].index(stage) if spec == 'moshi' else 0
     run('jaxsd', 'train', '--config', f'configs/{spec}.py:demo', '--workdir', str(tmp_path / 'run'),
         '--stage', stage, f'--config.stages[{index}].steps=60',
