@@ -121,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
                                      'from an eighth to eight times as many)')
     p.add_argument('--out', metavar='PLANS.md', help='write all plans as one page')
 
+    p = verb('bench', 'time the train step on the devices that are here', workdir=False)
+    p.add_argument('--stage', help='the stage to time (default: the first)')
+    p.add_argument('--steps', type=_positive, default=20, help='steps to time (default: 20)')
+    p.add_argument('--out', metavar='OUT.json', help='also write the figures here')
+
     p = verbs.add_parser('report', help='one HTML page with curves, grids, tables and audio',
                          description='One HTML page with curves, grids, tables and audio.')
     p.add_argument('--workdir', required=True, action='append', metavar='DIR',
@@ -246,6 +251,21 @@ def _import(args, config):
     print(f'{args.workdir}: a run made from {args.source}')
 
 
+def _bench(args, config):
+    import json
+
+    import jax
+
+    from jaxsd import bench, run
+    _devices()
+    found = bench.run(config, stage_name=args.stage, steps=args.steps)
+    print(f'{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}')
+    for name, x in found.items():
+        print(f'{name:18}{"unknown" if x is None else f"{x:.4g}"}')
+    if args.out:
+        run.write_atomic(args.out, json.dumps(found, indent=1) + '\n')
+
+
 def _plan(args, config):
     from jaxsd import run
     from jaxsd import stage as stages
@@ -293,7 +313,7 @@ def _report(args, _):
 
 
 VERBS = dict(show=_show, train=_train, evaluate=_evaluate, generate=_generate, export=_export,
-             plan=_plan, report=_report)
+             plan=_plan, bench=_bench, report=_report)
 VERBS['import'] = _import
 
 

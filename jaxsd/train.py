@@ -221,7 +221,7 @@ def check_batch(config, stage: Stage, mesh, v) -> None:
                                                   segment=cells[:, 0]))
 
 
-def _share_of_rows(rows, batch: int) -> tuple[int, int]:
+def share_of_rows(rows, batch: int) -> tuple[int, int]:
     """(index, count): which of `count` equal parts of a batch the devices of this process hold.
 
     Processes that split only the tensor axis hold the same rows, so that count may be below the
@@ -277,7 +277,7 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
                  stage.name, first, stage.steps, parameters / 1e6, trained / 1e6,
                  {k: int(n) for k, n in mesh.shape.items() if n > 1} or 'one device',
                  begun.get('start', f'step {first}'))
-        share = _share_of_rows(rows, stage.batch)
+        share = share_of_rows(rows, stage.batch)
         batches = data.batches(config, dataclasses.asdict(stage), v, start_step=first,
                                process_index=share[0], process_count=share[1])
         drawn_from = dict(fingerprint=marks, codec=data.codec(config))

@@ -49,6 +49,7 @@ LAYERS = {
     'speak': (5, ('generate',), ANY, set()),
     'evaluate': (5, ('generate', 'speak'), ANY, set()),
     'plan': (5, ('train',), ANY, set()),
+    'bench': (5, ('train',), ANY, set()),
     'export': (5, (), ANY, set()),
     'draw': (4, (), NUMPY, {'jax', 'flax'}),
     'report': (5, (), NUMPY, {'jax', 'flax', 'optax', 'orbax', 'grain'}),
