@@ -180,7 +180,8 @@ def _check_batch(config, stage: Stage, mesh, v) -> None:
                           f'{" x ".join(place.over("column"))} devices')
     if (engine := config.backbone.get('attention', 'auto')) != 'auto':
         attention.choose(engine, place.platform, columns=config.columns, ways=place.ways('column'),
-                         head_dim=config.backbone.head_dim, dtype=config.frontend.dtype)
+                         head_dim=config.backbone.head_dim,
+                         dtype=config.frontend.get('dtype', 'bfloat16'))
     cells = jnp.zeros((1, len(v.rows), 2))
     model.objective_of(config)(cells, cells, dict(tokens=cells.astype(int), weights=cells,
                                                   segment=cells[:, 0]))
