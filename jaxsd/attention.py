@@ -53,8 +53,11 @@ def causal_attention(q_BTNH, k_BTGH, v_BTGH, where: Where, *, window_columns: in
     the engine 'xla', which is recomputed in the backward pass, so that no [T, T] array outlives it.
     """
     B, T, N, H = q_BTNH.shape
-    engine, why = choose(engine, place.platform, columns=T, ways=place.ways('column'), head_dim=H,
-                         dtype=q_BTNH.dtype)
+    if engine == 'auto' and place.mesh is None:     # kernels must be told how arrays are split
+        engine, why = 'xla', 'no mesh says which devices there are'
+    else:
+        engine, why = choose(engine, place.platform, columns=T, ways=place.ways('column'),
+                             head_dim=H, dtype=q_BTNH.dtype)
     _say(engine, why)
     fn = functools.partial(dict(xla=xla, splash=splash, cudnn=cudnn)[engine],
                            window_columns=window_columns, block_columns=block_columns)

@@ -18,11 +18,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxsd import data, generate, model
+from jaxsd import data, generate, model, sharding
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
 from jaxsd.layout import duplex, flat
+from jaxsd.state import mesh_of
 from jaxsd.types import NOTHING, positive
 
 log = logging.getLogger('jaxsd')
@@ -30,7 +31,7 @@ log = logging.getLogger('jaxsd')
 
 # Likelihood.
 
-def _totals(config, stage: stages.Stage):
+def _totals(config, stage: stages.Stage, place: sharding.Place = sharding.anywhere):
     """A jitted (params, batch) -> (terms, metrics) of sums and weights, of every column.
 
     A head that trains on a random share of the columns scores all of them here.
@@ -42,7 +43,7 @@ def _totals(config, stage: stages.Stage):
 
     @jax.jit
     def totals(params, batch):
-        logp, hit, beside = nnx.merge(graph, params).forward(batch, jax.random.key(0))
+        logp, hit, beside = nnx.merge(graph, params).forward(batch, jax.random.key(0), place)
         return objective(logp, hit, batch, beside)
     return totals
 
@@ -88,7 +89,10 @@ def probe(config, stage: stages.Stage):
         except ConfigError as e:
             raise ConfigError(f'evals.likelihood: {e}; name other sources there, or measure '
                               'nothing with --config.evals={}') from None
-    totals, vocab = _totals(config, stage), model.make_vocab(config)
+    mesh, rules = mesh_of(config), sharding.rules_of(plain(config.mesh).get('rules', {}))
+    place = sharding.placer(rules, mesh)
+    batch = -(-batch // place.ways('batch')) * place.ways('batch')      # rows for every device
+    totals, vocab = _totals(config, stage, place), model.make_vocab(config)
 
     def held_out(step, params):
         del step

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How symbols and sound enter: a Batch becomes x_BTD. One table over the vocabulary's line."""
 
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxsd import nn
+from jaxsd.sharding import Place, anywhere
 from jaxsd.types import Sizes, check
 
 
@@ -22,14 +22,9 @@ class Summed(nnx.Module):
         self.dtype = dtype
         self.rows = len(sizes.rows)
 
-    def __call__(self, batch):
+    def __call__(self, batch, place: Place = anywhere):
         tokens_BKT = check(batch['tokens'], 'BKT', K=self.rows)
-        x_BTD = 0.0
-        for k in range(self.rows):      # one row at a time: [B, K, T, D] never exists
-            token = tokens_BKT[:, k]
-            row = jnp.take(self.table[...], jnp.maximum(token, 0), axis=0)
-            x_BTD = x_BTD + jnp.where((token >= 0)[..., None], row, 0.0)
-        return x_BTD.astype(self.dtype)
+        return nn.embedded(self.table[...], tokens_BKT, place).astype(self.dtype)
 
 
 summed = Summed

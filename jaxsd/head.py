@@ -193,12 +193,12 @@ class Depth(nnx.Module):
         self.outs = nn.stack(lambda *, rngs: nn.Dense((D,), (card,), ('embed', 'vocab'), rngs=rngs),
                              P, rngs=rngs)
 
-    def _before(self, target_K, p: int, dtype):
-        """The embedding of the token before step p; zeros where that cell holds nothing."""
-        token = target_K[p] - self.rows[p].start
+    def _before(self, target_K, p: int, dtype, place: Place = anywhere):
+        """The embedding of the token before step p, of [B, T]; zeros where that cell holds nothing.
+        """
+        token_BT = target_K[p] - self.rows[p].start
         table = self.text_table[...] if p == 0 else self.tables[...][p - 1]
-        x = jnp.take(table, jnp.clip(token, 0, table.shape[0] - 1), axis=0)
-        return jnp.where((token >= 0)[..., None], x, 0.0).astype(dtype)
+        return nn.embedded(table, token_BT[:, None], place, rows='stream').astype(dtype)
 
     def _logits(self, h_BTD, target_BTK, place: Place = anywhere):
         """Logits [P, B, T, V] of the audio rows, all steps at once. P leads: one batched dot."""
@@ -209,7 +209,8 @@ class Depth(nnx.Module):
         def spread(x_PBTD):     # else the compiler has every device take the columns of all
             return place(x_PBTD, None, 'batch', 'column', 'width')
         x = jax.vmap(lambda dense: dense(h_BTD))(_each(self.inputs, slots))
-        x = spread(x + jnp.stack([self._before(target, p, h_BTD.dtype) for p in range(P)]))
+        x = spread(x + jnp.stack([self._before(target, p, h_BTD.dtype, place)
+                                  for p in range(P)]))
         causal = jnp.tril(jnp.ones((P, P), bool))
 
         def layer(x, block):
@@ -278,7 +279,8 @@ class Depth(nnx.Module):
         keys = jnp.zeros((L, P, B, N, H), h_BD.dtype)
         values = jnp.zeros_like(keys)
         for p in range(P):
-            x = _each(self.inputs, self.slots[p])(h_BD) + self._before(column, p, h_BD.dtype)
+            before = self._before([c[:, None] for c in column], p, h_BD.dtype)[:, 0]
+            x = _each(self.inputs, self.slots[p])(h_BD) + before
             seen = jnp.arange(P) <= p
 
             def layer(x, kv, p=p, seen=seen):

@@ -25,7 +25,7 @@ class Model(nnx.Module):
         """h_BTD, what the backbone makes of every column of a packed batch, and its terms."""
         # A batch comes with all its columns; from here on every device has its own.
         tokens = place(batch['tokens'], 'batch', 'stream', 'column')
-        x_BTD = place(self.frontend(batch | {'tokens': tokens}), 'batch', 'column', 'width')
+        x_BTD = place(self.frontend(batch | {'tokens': tokens}, place), 'batch', 'column', 'width')
         where = Where(*(place(batch[k], 'batch', 'column') for k in ('position', 'segment')))
         return self.backbone(x_BTD, where, place=place)
 

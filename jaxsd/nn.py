@@ -192,8 +192,8 @@ class Experts(nnx.Module):
         def here(x, p, choice, *held):
             # Devices with other experts have other rows: each takes in the rows of all, sorts the
             # columns, passes those that chose an expert it holds, and gives back what came of them.
-            return _through_experts(*(place.whole(z, 0, 'batch', among='expert')
-                                      for z in (x, p, choice)), *held)
+            return _through_experts(*(place.meet(z, columns, 'expert') for z in (x, p, choice)),
+                                    *held)
         y = place.apart(
             here, (x_BTD, *columns, 'width'), (p, *columns, None),
             (choice, *columns, None), (jnp.arange(len(self.down)), 'expert'),
@@ -293,6 +293,27 @@ def _grouped_backward(kept, g):
 
 
 grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def embedded(table_VD, token_BKT, place: Place = anywhere, rows: str = 'vocab'):
+    """The sum over K of the table's rows, [B, T, D]; zeros for a token that it does not have.
+
+    Devices hold other slices of the table's width, 'embed', and perhaps of its `rows`: each looks
+    up its slice for the batch rows of all, and they trade. Left to itself, the compiler gathers
+    whole batches.
+    """
+    def here(table_VD, token_BKT):
+        token_BKT = place.meet(token_BKT, ('batch', 'stream', 'column'), 'embed')
+        token_BKT = token_BKT - place.nth(rows) * len(table_VD)
+        x_BTD = 0.0
+        for k in range(token_BKT.shape[1]):     # one at a time: [B, K, T, D] never exists
+            token = token_BKT[:, k]
+            row = jnp.take(table_VD, jnp.clip(token, 0, len(table_VD) - 1), axis=0)
+            has = (token >= 0) & (token < len(table_VD))
+            x_BTD = x_BTD + jnp.where(has[..., None], row, 0.0)
+        return place.part(x_BTD, ('batch', 'column', 'embed'), 'embed')
+    return place.apart(here, (table_VD, rows, 'embed'), (token_BKT, 'batch', 'stream', 'column'),
+                       out=('batch', 'column', 'width'), summed=(rows,))
 
 
 def log_prob(logits, target):

@@ -178,15 +178,33 @@ class Place:
         over = self.over(axis)
         return jax.lax.axis_index(over) if over else 0
 
-    def whole(self, x, at: int, axis: str, among: str | None = None):
-        """Inside `apart`: all of an array that is held in pieces; its dimension `at` is `axis`.
-
-        among: only those of the devices that share pieces of `axis` because they split `among`.
-        """
+    def whole(self, x, at: int, axis: str):
+        """Inside `apart`: all of an array that is held in pieces; its dimension `at` is `axis`."""
         over = self.over(axis)
-        if among is not None:
-            over = tuple(a for a in over if a in self.over(among))
         return jax.lax.all_gather(x, over, axis=at, tiled=True) if over else x
+
+    def meet(self, x, axes: tuple, axis: str):
+        """Inside `apart`: `x` of `axes`, joined with the pieces of the devices that split `axis`.
+
+        They hold other parts of that (other experts, say): each looks at what all of them have.
+        """
+        for a in self.over(axis):
+            if (at := self._split_by(a, axes)) is not None:
+                x = jax.lax.all_gather(x, a, axis=at, tiled=True)
+        return x
+
+    def part(self, x, axes: tuple, axis: str):
+        """After `meet`: all of `axis`, the last of `axes`, of which `x` has a piece, and this
+        device's own piece of the others, which are joined in `x`."""
+        last = axes.index(axis)
+        for a in reversed(self.over(axis)):
+            at = self._split_by(a, axes[:last])
+            x = (jax.lax.all_gather(x, a, axis=last, tiled=True) if at is None else
+                 jax.lax.all_to_all(x, a, at, last, tiled=True))
+        return x
+
+    def _split_by(self, mesh_axis: str, axes: tuple) -> int | None:
+        return next((i for i, axis in enumerate(axes) if mesh_axis in self.over(axis)), None)
 
     def before(self, x, at: int, axis: str, count: int):
         """Inside `apart`: this device's piece with the `count` entries of dimension `at` before it,
@@ -214,9 +232,9 @@ class Place:
         def here(*pieces):
             y = fn(*pieces)
             for a in self.over(*summed):
-                at = [i for i, axis in enumerate(out) if a in self.over(axis)]
-                y = (jax.lax.psum_scatter(y, a, scatter_dimension=at[0], tiled=True) if at else
-                     jax.lax.psum(y, a))
+                at = self._split_by(a, out)
+                y = (jax.lax.psum(y, a) if at is None else
+                     jax.lax.psum_scatter(y, a, scatter_dimension=at, tiled=True))
             return y
         return jax.shard_map(
             here, mesh=self.mesh, check_vma=False,

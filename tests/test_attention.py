@@ -124,17 +124,20 @@ def test_the_engine_follows_from_the_devices_and_says_why(platform, changes, eng
 def test_no_engine_falls_back_silently(caplog):
     x, where = jnp.zeros((1, 8, 16)), Where(jnp.arange(8)[None], jnp.ones((1, 8), int))
 
-    def run(engine):
+    def run(engine, place=sharding.anywhere):
         lm = decoder(Sizes((), 8, 16), rngs=nnx.Rngs(0), width=16, layers=1, heads=2, kv_heads=2,
                      head_dim=8, mlp=8, theta=100.0, attention=engine)
-        return jax.eval_shape(lambda x: lm(x, where)[0], x)
+        return jax.eval_shape(lambda x: lm(x, where, place=place)[0], x)
     for engine, runs_on in (('splash', 'TPU'), ('cudnn', 'GPU')):
         with pytest.raises(ValueError, match=f"is '{engine}', but that runs on {runs_on}; the dev"):
             run(engine)
     with pytest.raises(ValueError, match='backbone.attention is one of auto, xla, splash, cudnn'):
         run('flash')
     attention._say.cache_clear()
+    mesh = sharding.make_mesh(dict(fsdp=1), jax.devices()[:1])
     with caplog.at_level(logging.INFO, 'jaxsd'):
-        run('auto')
-        run('auto')
-    assert caplog.messages == ['attention by xla: the devices are cpu']
+        for _ in range(2):
+            run('auto')
+            run('auto', place=sharding.placer(sharding.RULES, mesh))
+    assert caplog.messages == ['attention by xla: no mesh says which devices there are',
+                               'attention by xla: the devices are cpu']

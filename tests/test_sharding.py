@@ -17,7 +17,7 @@ from small import batch, config
 from test_configs import NAMES, ROOT
 
 from jaxsd import config as configs
-from jaxsd import model, sharding, train
+from jaxsd import model, nn, sharding, train
 from jaxsd import stage as stages
 
 GOLDEN = os.path.join(os.path.dirname(__file__), 'golden', 'collectives.json')
@@ -25,7 +25,7 @@ GOLDEN = os.path.join(os.path.dirname(__file__), 'golden', 'collectives.json')
 SYSTEMS = {     # every kind of head and of layout, with what only some meshes could get wrong
     'flat': lambda: config('flat', chunk_columns=5),            # loss in chunks, the last ragged
     'tied': lambda: config('tied', 'qwen2'),
-    'streams': lambda: config('streams', 'helium', chunk_columns=7),    # a window, a depth loop
+    'streams': lambda: config('streams', 'helium', chunk_columns=6),    # a window, a depth loop
     'parallel': lambda: config('parallel', 'mistral'),
     'some columns': lambda: config('streams', fraction=0.3),    # 7 of 24
     'experts': lambda: balanced(config('flat', 'mixtral')),
@@ -100,6 +100,31 @@ def test_every_mesh_equals_one_device(system, mesh):
                                    atol=2e-6 * most + 2e-5 * np.abs(g).max())
 
 
+@pytest.mark.parametrize('sizes, rules', (
+    (dict(data=2, fsdp=2, tensor=2), {}), (dict(fsdp=2, context=2, expert=2), {}),
+    (dict(fsdp=2, context=2, tensor=2), dict(embed=('fsdp', 'context'))),
+    (dict(fsdp=2, context=2, expert=2), dict(embed=('expert', 'context', 'fsdp'))),
+    (dict(data=2, fsdp=2, tensor=2), dict(vocab=None, embed=('tensor', 'fsdp')))), ids=str)
+def test_a_table_held_in_slices(sizes, rules):
+    """Rows and width of the table split in several ways: the same sums, the same gradient."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.standard_normal((10, 16)), jnp.float32)
+    token = jnp.asarray(rng.integers(-1, 10, (8, 3, 4)), jnp.int32)
+
+    def sums(place):
+        def loss(table):
+            x = nn.embedded(table, token, place)
+            return jnp.sum(jnp.sin(x)), x
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(table)
+    (_, want), gradient = sums(sharding.anywhere)
+    by_hand = np.where((token >= 0)[..., None], np.asarray(table)[np.maximum(token, 0)], 0).sum(1)
+    np.testing.assert_allclose(want, by_hand, atol=1e-6)
+    place = sharding.placer(sharding.rules_of(rules), sharding.make_mesh(sizes))
+    (_, got), other = sums(place)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    np.testing.assert_allclose(other, gradient, atol=1e-5)
+
+
 def test_experts_on_their_own_devices():
     """Half of the experts here, half there, each halved again."""
     _, target, _, _, _ = prepared(SYSTEMS['experts'](), dict(fsdp=2, tensor=2, expert=2))
@@ -140,14 +165,22 @@ def collectives(c, mesh) -> list[tuple[str, list]]:
 
 def groups_in(text: str) -> list:
     """The groups of devices that a line of HLO names, in any of the three ways it has."""
+    def ids(shape, order):
+        shape = [int(n) for n in shape.split(',')]
+        made = np.arange(math.prod(shape)).reshape(shape)
+        return made.transpose([int(n) for n in order.split(',')]) if order else made
     if m := re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
-        ids = np.arange(math.prod(map(int, m[3].split(',')))).reshape(
-            tuple(map(int, m[3].split(','))))
-        ids = ids.transpose(tuple(map(int, m[4].split(',')))) if m[4] else ids
-        return ids.reshape(int(m[1]), int(m[2])).tolist()
-    found = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[^=]*?\})\}', text)
-    return [[int(n) for n in group.split(',')]
-            for group in re.findall(r'\{([\d,]+)\}', found[1] if found else '{0,1,2,3,4,5,6,7}')]
+        return ids(m[3], m[4]).reshape(int(m[1]), int(m[2])).tolist()
+    if m := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]"
+                      r"(?:T\(([\d,]+)\))?\))? \{([^}]*)\}", text):
+        axes = dict(re.findall(r"('\w+')=(\d+)", m[1]))
+        sizes = [int(n) for n in axes.values()]
+        mesh = ids(m[2] or str(math.prod(sizes)), m[3]).reshape(sizes)
+        over = [list(axes).index(name) for name in m[4].split(',')]
+        return np.moveaxis(mesh, over, range(-len(over), 0)).reshape(
+            -1, math.prod(sizes[i] for i in over)).tolist()
+    m = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[^=]*?\})\}', text)
+    return [[int(n) for n in group.split(',')] for group in re.findall(r'\{([\d,]+)\}', m[1])]
 
 
 def test_hybrid_sharding_gathers_only_within_a_replica():
