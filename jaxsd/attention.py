@@ -81,10 +81,6 @@ def spread(fn: Callable, q_BTNH, k_BTGH, v_BTGH, where: Where, window_columns: i
         T - T // ways, -(-(window_columns - 1) // LANES) * LANES)
 
     def piece(q, k, v, position, segment):
-        if k.shape[2] * N != q.shape[2] * groups:       # all groups are here, few of the heads
-            own = place.nth('heads') * q.shape[2] + jnp.arange(q.shape[2])
-            group = own // (N // groups) - place.nth('kv_heads') * k.shape[2]
-            k, v = k[:, :, group], v[:, :, group]
         query, heard, at = Where(position, segment), (k, v, position, segment), Part(0, 0, 1)
         if ways > 1 and reach is None:
             heard = (place.whole(x, 1, 'column') for x in heard)
@@ -93,6 +89,10 @@ def spread(fn: Callable, q_BTNH, k_BTGH, v_BTGH, where: Where, window_columns: i
             heard = (place.before(x, 1, 'column', reach) for x in heard)
             at = Part(reach, 0, 1)
         k, v, *key = heard
+        if k.shape[2] * N != q.shape[2] * groups:       # all groups are here, few of the heads
+            own = place.nth('heads') * q.shape[2] + jnp.arange(q.shape[2])
+            group = own // (N // groups) - place.nth('kv_heads') * k.shape[2]
+            k, v = k[:, :, group], v[:, :, group]
         return fn(q, k, v, query, Where(*key), at)
     columns = ('batch', 'column')
     return place.apart(piece, (q_BTNH, *columns, 'heads', 'head_dim'),
