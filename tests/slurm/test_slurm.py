@@ -113,7 +113,7 @@ def test_two_nodes_stop_die_and_finish(corpus, tmp_path):
     assert sum(seconds.values()) == pytest.approx(told[-1]['time_s'] - told[0]['began_s'], abs=0.01)
     assert seconds['lost'] > 0 and seconds['idle'] > 0
     print(f'job {number}: stopped after step {stopped}, process 1 killed, {STEPS} losses as of one '
-          f'process\nseconds: {journal.rounded(seconds)}, goodput {goodput.share(seconds):.3f}; at a '
+          f'process\n{journal.rounded(seconds)}, goodput {goodput.share(seconds):.3f}; at a '
           'failure every 3 h (goodput, seconds between checkpoints): '
           f'{goodput.forecast(told, failure_every_s=10_800, idle_s=40.0)}')
     print([{k: v for k, v in e.items() if k.endswith('_s') or k in ('spent', 'saves')}
