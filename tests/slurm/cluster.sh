@@ -46,7 +46,7 @@ NodeName=jaxsd-1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((port + 1)) CP
 NodeName=jaxsd-2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=4
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 EOF
-printf '127.0.0.1 %s\n' localhost jaxsd-1 jaxsd-2 > "$home/hosts"
+{ cat /etc/hosts; printf '127.0.0.1 %s\n' jaxsd-1 jaxsd-2 "$(hostname)"; } > "$home/hosts"
 head -c 1024 /dev/urandom > "$home/munge/key"; chmod 600 "$home/munge/key"
 export SLURM_CONF=$home/slurm.conf
 named=(unshare --mount sh -c 'mount --bind "$0" /etc/hosts && exec "$@"' "$home/hosts")
