@@ -287,11 +287,15 @@ def _plan(args, config):
             if args.search is None:
                 made = estimate.of(c, stage, topology)
             else:
-                made, which, _ = search.best(c, stage, topology, minutes=args.search,
-                                             batches=batches)
-                if made is None:
-                    raise ConfigError(f'--search: nothing of what was tried fits {topology}')
-                overrides = search.pasted(which.overrides(search.index_of(c, stage)))
+                made, which, tried = search.best(c, stage, topology, minutes=args.search,
+                                                 batches=batches)
+                if which:
+                    overrides = search.pasted(which.overrides(search.index_of(c, stage)))
+                elif refused := [p for _, p in tried if not isinstance(p, str)]:
+                    made = refused[-1]      # the page says by how much it does not fit
+                else:
+                    raise ConfigError(f'--search: nothing could be compiled for {topology}: '
+                                      f'{tried[-1][1] if tried else "no time"}')
             print(table.text(made, args.price) + (f'\npaste   {overrides}' if overrides else ''),
                   flush=True)
             failed |= not made.fits

@@ -349,8 +349,8 @@ def test_what_a_step_holds_is_shared(env):
     """Eight devices hold about an eighth each: no part of the step is done whole by all of them."""
     held = {}
     for n in (1, 8):
-        c = small('streams', 'helium')
-        c.mesh, c.columns = dict(fsdp=n), 64
+        c = small('streams', 'helium', layers=1)
+        c.mesh, c.columns, c.head.layers = dict(fsdp=n), 64, 1
         c.stages = (dict(c.stages[0]) | dict(batch=64),)
         plan = estimate.of(c, stages.stages(c)[0], targets.parse(f'cpu:{n}'))
         held[n] = plan.compiled.temporaries
