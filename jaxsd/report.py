@@ -31,7 +31,7 @@ JSON_BYTES = 1 << 24
 GRIDS, GRID_BYTES = 8, 3 << 20
 CLIPS, CLIP_S = 16, 30.0
 AUDIO_BYTES = 16 << 20      # of sound in one page
-FAILURE_EVERY_S, NOTICED_S = 3 * 3600.0, 40.0       # of the forecast: how often, how soon seen
+FAILURE_EVERY_S, NOTICED_S = 3 * 3600.0, 10.0       # of the forecast: how often, how soon seen
 
 
 def write(workdirs: list[str], out_path: str) -> str:

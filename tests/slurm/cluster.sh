@@ -58,7 +58,8 @@ stop() {
   if [ -n "${KEEP:-}" ]; then echo "kept: $home" >&2; else rm -rf "$home"; fi
 }
 trap stop EXIT
-start() { "$@" > "$home/log/$1-${#started[@]}.out" 2>&1 & started+=($!); }
+trap 'exit 143' INT TERM
+start() { setsid "$@" > "$home/log/$1-${#started[@]}.out" 2>&1 & started+=($!); }
 start munged --foreground --force --key-file="$home/munge/key" --socket="$home/munge/socket" \
   --pid-file="$home/munge/pid" --log-file="$home/munge/log" --seed-file="$home/munge/seed"
 for ((i = 0; i < 50; i++)); do [ ! -S "$home/munge/socket" ] || break; sleep 0.1; done
