@@ -449,7 +449,7 @@ def test_a_checkpoint_of_another_config(refused, corpus, spirit, tmp_path):
     ('evaluate', ['--tasks', 'asr', '--config.evals.asr.source=arsa'], "has no option 'arsa'"),
     ('export', ['--format', 'hf', '--out', '{full}'], 'is not an empty folder; name a new one'),
     ('export', ['--format', 'hf', '--out', '{out}', '--stage', 'x'], "--stage has no option 'x'"),
-    ('export', ['--format', 'hf', '--out', '{out}', '--dtype', 'f16'], "has no option 'dtype'"),
+    ('export', ['--format', 'hf', '--out', '{out}', '--dtype', 'f16'], "--dtype has no option 'f16'; did you mean 'bf16'?"),
     ('export', ['--format', 'peft', '--out', '{out}'], "this stage has none; use format 'hf'"),
     ('import', ['--format', 'hf', '--source', '{full}/none'], 'no file or folder'),
     ('generate', ['--task', 'duplex'], '--task duplex does not fit this config: it has one stream'),

@@ -189,7 +189,7 @@ def test_what_a_file_leaves_out_can_be_overridden(path, text, value):
     ('stages[0].accumulate', '1.5', "takes int, got '1.5'"),
     ('stages[0].clip', 'much', "takes float, got 'much'"),
     ('stages[0].data.c', '1', 'legal: a, b'), ('mesh.fspd', '2', "did you mean 'fsdp'? (legal: "),
-    ('backbone.windw_columns', '2', "did you mean 'window_columns'? (legal: block_columns, "),
+    ('backbone.windw_columns', '2', "did you mean 'window_columns'? (legal: attention, "),
     ('backbone.rngs', '2', "backbone has no option 'rngs'"),        # not the user's to give
     ('layout.rng', '2', "layout has no option 'rng'"),
     ('mesh.rules.column', 'data', 'no mesh.rules yet; give all of it, as in --config.mesh.rules='),
