@@ -191,7 +191,7 @@ def test_the_grid_of_a_fixed_record_is_unchanged(name):
     assert found == path.read_text(encoding='utf-8')
 
 
-# One of each kind at once: an interleaved row, streams with low-rank terms, typed parts. The others'
+# One of each kind at once: an interleaved row, streams and low-rank terms, typed parts. The others'
 # code is the same and their compilations take minutes: they are slow tests.
 AT_ONCE = ('spirit_lm', 'moshi', 'usdm')
 
