@@ -428,6 +428,14 @@ def grid(config, source: str, vocab: Vocab, *, split: str = 'train', index: int 
     return opened.draw(index, int(config['seed']), 'show')[1]
 
 
+def drawn(config, source: str, vocab: Vocab, record: Record) -> Grid:
+    """A record that lies in no dataset, as `source` would draw it."""
+    options, where = _source_options(config, source)
+    draw = config_lib.bind(options['layout'], 'jaxsd.layout', where, given=('vocab', 'rng'))
+    return draw(_tokenizer(vocab)(record, options.get('fields', {})), vocab=vocab,
+                rng=packing.generator('drawn', record.id))
+
+
 # -------------------------------------------------------------------------------------- identity
 
 def _digest(value) -> str:

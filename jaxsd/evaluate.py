@@ -7,6 +7,7 @@ and a `histogram`. Results go to WORKDIR/evaluation.json, one entry per task and
 """
 
 import copy
+import csv
 import json
 import logging
 import math
@@ -19,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsd import data, generate, model, sharding
+from jaxsd import data, generate, model, sharding, speak
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
 from jaxsd.layout import duplex, flat, template
 from jaxsd.state import mesh_of
-from jaxsd.types import NOTHING, positive
+from jaxsd.types import NOTHING, Record, positive
 
 log = logging.getLogger('jaxsd')
 
@@ -314,6 +315,66 @@ def pair_scores(lm: generate.LM, rows, *, norm: str, scope: str, legal=None, bat
         logp = np.asarray(logp_of(lm.params, arrays))
         out += [sequence_score(x, w, norm) for x, w in zip(logp, weights, strict=True)][:len(part)]
     return np.array(out)
+
+
+def gold_pairs(path: str) -> dict[str, list[tuple[str, str]]]:
+    """{item: [(right file, wrong file) in each voice]} of a ZeroSpeech 2021 gold.csv.
+
+    Its columns id, voice, filename and correct are read; a pair is what one voice says of one item.
+    Raises ConfigError for another file and for a pair that is none.
+    """
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    try:
+        with open(path, newline='', encoding='utf-8') as f:
+            for row in csv.DictReader(f):
+                one = found.setdefault((row['id'], row['voice']), {})
+                if row['correct'] not in ('0', '1') or row['correct'] in one:
+                    raise ValueError(f'item {row["id"]} of voice {row["voice"]} is no pair of '
+                                     'correct 1 and 0')
+                one[row['correct']] = row['filename']
+        lone = [key for key, one in found.items() if len(one) != 2]
+        if lone or not found:
+            raise ValueError(f'item {lone[0][0]} of voice {lone[0][1]} has no pair' if lone else
+                             'it lists nothing')
+    except (OSError, KeyError, ValueError, csv.Error) as e:
+        said = f'it has no column {e}' if isinstance(e, KeyError) else e
+        raise ConfigError(f'{path} lists no pairs: {said}') from None
+    out: dict[str, list[tuple[str, str]]] = {}
+    for (item, _), one in found.items():
+        out.setdefault(item, []).append((one['1'], one['0']))
+    return out
+
+
+def pairs(lm: generate.LM, *, split: str, limit: int | None, path: str, source: str,
+          norm: str = 'mean', alone: bool = False) -> dict:
+    """Which of two recordings is likelier: words and non-words, grammatical and not (ZeroSpeech).
+
+    path: a directory with gold.csv and the wav files that it names. Each file is written as
+    `source` is drawn, and all of the row but BOS is scored. right: per item the mean over voices,
+    then over items, ties counting half. norm and alone: see `stories`. `split` means nothing here.
+    """
+    del split
+    codec = bind(lm.config.codec, 'jaxsd.codec', 'codec')()
+    gold = gold_pairs(os.path.join(path, 'gold.csv'))
+    items = dict(list(gold.items())[:limit])
+    rows = []
+    for files in items.values():
+        for name in (name for pair in files for name in pair):
+            file = os.path.join(path, name if name.endswith('.wav') else f'{name}.wav')
+            wav = speak.read_wav(file, codec.identity['sample_rate_hz'])
+            ids = data.drawn(lm.config, source, lm.vocab, Record(
+                name, 'pair', '', wav.shape[-1] / codec.identity['sample_rate_hz'],
+                units=(codec.encode(wav.mean(0))[0],))).tokens[0]
+            rows.append((ids[:1], ids[1:]))
+    legal = generate.allowed_ids(lm.vocab, 'speech') if alone else None
+    scores = pair_scores(lm, rows, norm=norm, scope='full', legal=legal)
+    by_item, at = [], 0
+    for files in items.values():
+        mine = scores[at:at + 2 * len(files)]
+        by_item.append(preferred(mine[0::2], mine[1::2]))
+        at += 2 * len(files)
+    return dict(metrics={'right %': 100 * float(np.mean(by_item))}, items=len(items),
+                note=f'{norm} over the whole row; voices averaged first, ties count half')
 
 
 # Conversation.

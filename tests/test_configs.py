@@ -191,9 +191,9 @@ def test_the_grid_of_a_fixed_record_is_unchanged(name):
     assert found == path.read_text(encoding='utf-8')
 
 
-# One of each kind at once: two modalities, streams, low-rank terms, two speakers. The others' code
-# is the same and their compilations take minutes: they are slow tests.
-AT_ONCE = ('spirit_lm', 'moshi', 'speechgpt', 'syncllm')
+# One of each kind at once: an interleaved row, streams and low-rank terms, typed parts. The others'
+# code is the same and their compilations take minutes: they are slow tests.
+AT_ONCE = ('spirit_lm', 'moshi', 'usdm')
 
 
 @pytest.mark.parametrize('name', [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow)

@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 from test_configs import on, read
 
-from jaxsd import checkpoint, data, evaluate, generate, model
+from jaxsd import checkpoint, data, evaluate, generate, model, speak
 from jaxsd import run as rundir
 from jaxsd import stage as stages
-from jaxsd.config import ConfigError
+from jaxsd.config import ConfigError, bind
 from jaxsd.generate import words_at
 from jaxsd.layout import flat
 from jaxsd.types import NOTHING
@@ -277,6 +277,46 @@ def test_pair_scores_by_reading_each_alone(flat_lm, norm, scope, only):
         assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
     with pytest.raises(ConfigError, match="scope is 'continuation' or 'full', got 'half'"):
         evaluate.pair_scores(lm, rows, norm=norm, scope='half')
+
+
+def test_pairs_are_read_from_their_public_list(tmp_path):
+    """ZeroSpeech's gold.csv, whatever the order and the other columns; one mistake is named."""
+    file = tmp_path / 'gold.csv'
+    head = 'id,filename,voice,type,correct'
+    lines = ['0,a1,A,x,1', '1,c0,A,x,0', '0,a0,A,x,0', '0,b0,B,x,0', '1,c1,A,x,1', '0,b1,B,x,1']
+    file.write_text('\n'.join([head, *lines]))
+    assert evaluate.gold_pairs(str(file)) == {'0': [('a1', 'a0'), ('b1', 'b0')],
+                                              '1': [('c1', 'c0')]}
+    for text, says in (('\n'.join([head, *lines[:-1]]), 'item 0 of voice B has no pair'),
+                       ('\n'.join([head, *lines, lines[0]]), 'item 0 of voice A is no pair'),
+                       (head, 'it lists nothing'), ('id,voice\n0,A', "no column 'correct'")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=says):
+            evaluate.gold_pairs(str(file))
+    with pytest.raises(ConfigError, match='lists no pairs: .*No such file'):
+        evaluate.gold_pairs(str(tmp_path / 'none.csv'))
+
+
+def test_the_likelier_of_two_recordings(flat_lm, tmp_path):
+    """Against the same files scored one by one; voices are averaged before items."""
+    lm, v = flat_lm, flat_lm.vocab
+    codec = bind(lm.config.codec, 'jaxsd.codec', 'codec')()
+    rng, lines, score = np.random.default_rng(0), ['id,filename,voice,correct'], {}
+    for item, voice, right in ((0, 'A', 1), (0, 'A', 0), (0, 'B', 1), (0, 'B', 0), (1, 'A', 1),
+                               (1, 'A', 0)):
+        name = f'{item}{voice}{right}'
+        lines.append(f'{item},{name},{voice},{right}')
+        speak.write_wav(str(tmp_path / f'{name}.wav'),
+                        codec.decode(rng.integers(0, 500, (1, 20))), 16_000)
+        units = codec.encode(speak.read_wav(str(tmp_path / f'{name}.wav'), 16_000).mean(0))[0]
+        ids = generate.prompt(v, '[Speech]', flat.speech_tokens(units, v), [v.specials['eos']])
+        logp = alone(lm, ids[None].astype(np.int32))[0]
+        score[item, voice, right] = np.mean([logp[t - 1, ids[t]] for t in range(1, len(ids))])
+    (tmp_path / 'gold.csv').write_text('\n'.join(lines))
+    found = evaluate.pairs(lm, split='', limit=None, path=str(tmp_path), source='speech')
+    a, b, c = (float(score[i, w, 1] > score[i, w, 0]) for i, w in ((0, 'A'), (0, 'B'), (1, 'A')))
+    assert found['items'] == 2
+    assert found['metrics']['right %'] == pytest.approx(100 * np.mean([(a + b) / 2, c]))
 
 
 # Answers by a template.
