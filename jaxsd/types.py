@@ -48,6 +48,7 @@ class Record:
     units: one int16 [U] per channel at the unit rate, not deduplicated.
     words, phones, turns: sorted by start; a text-only record has words whose times are all 0.
     wav: FLAC bytes of all channels, or b''.
+    feats: one float32 [S, M] per channel for an encoder, filled in by `data` where one listens.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Record:
     turns: tuple[Turn, ...] = ()
     style: tuple[str, ...] = ()
     wav: bytes = b''
+    feats: tuple[np.ndarray, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

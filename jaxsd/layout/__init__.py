@@ -2,6 +2,7 @@
 """How time is written down: pure numpy functions from a stored record to a grid with loss weights.
 
 `flat` writes one row (chains and interleavings), `duplex` writes one row per stream on a common
-clock, `show` draws any grid for eyes and for goldens. A layout receives ids and a generator; it
-never reads files, never tokenizes, never pads to a batch and never cuts anything short.
+clock, `parallel` sets text beside speech that it is not aligned with, `show` draws any grid for
+eyes and for goldens. A layout receives ids and a generator; it never reads files, never tokenizes,
+never pads to a batch and never cuts anything short.
 """
