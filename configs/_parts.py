@@ -18,6 +18,35 @@ def helium_7b(**options) -> dict:
                 norm_gain='early') | options
 
 
+def qwen2_05b() -> dict:
+    """Qwen2-0.5B (its config.json): 24 layers, two kv heads, biases on queries, keys and values."""
+    return dict(name='decoder', width=896, layers=24, heads=14, kv_heads=2, head_dim=64, mlp=4864,
+                theta=1_000_000.0, norm_eps=1e-6, qkv_bias=True)
+
+
+def qwen2_7b() -> dict:
+    """Qwen2-7B (its config.json)."""
+    return dict(name='decoder', width=3584, layers=28, heads=28, kv_heads=4, head_dim=128,
+                mlp=18944, theta=1_000_000.0, norm_eps=1e-6, qkv_bias=True)
+
+
+def llama31_8b() -> dict:
+    """Llama-3.1-8B (its config.json)."""
+    return dict(name='decoder', width=4096, layers=32, heads=32, kv_heads=8, head_dim=128,
+                mlp=14336, theta=500_000.0, norm_eps=1e-5, rope_scaling=llama3_scaling(8.0))
+
+
+def llama3_scaling(factor: float) -> dict:
+    """How Llama 3.1 (factor 8) and 3.2 (factor 32) slow their rotary positions (config.json)."""
+    return dict(name='llama3', factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_columns=8192)
+
+
+def rows(count: int) -> tuple[str, ...]:
+    """Names of rows of speech."""
+    return tuple(f'audio {k}' for k in range(count))
+
+
 def small(like: dict, *, width: int, layers: int, heads: int, mlp: int, **options) -> dict:
     """A backbone of the same kind as `like` at another size, in one piece for a small machine."""
     return dict(like) | dict(width=width, layers=layers, heads=heads, kv_heads=heads,
@@ -41,6 +70,23 @@ def demo_codec() -> dict:
 
 DEMO_TEXT = dict(text_tokens=320, tokenizer=f'{DEMO}/text.model')
 """The demo corpus' sentencepiece model: every word of its closed vocabulary is one piece."""
+
+
+def demo_answers(c, *, stages, evals=('voice',)) -> None:
+    """The demo corpus and usual demo training for `c`: stages are (name, data, options)."""
+    c.data.path = DEMO
+    start, made = 'init', []
+    for name, data, options in stages:
+        made.append(dict(name=name, batch=16, schedule='cosine', warmup_steps=40, final_lr=0.05,
+                         weight_decay=0.05, save_steps=200, log_steps=20, probe_steps=200,
+                         start=start, data=data) | options)
+        start = name
+    c.stages = tuple(made)
+    c.evals = dict(likelihood=dict(name='likelihood', sources=evals))
+
+
+DEMO_EAR = dict(name='listener', features=640, inside=96, layers=2, heads=4, mlp=256)
+"""A small encoder of 8 log-mel frames (80 ms) a column, trained with the rest."""
 
 
 def tiny(c, *, columns: int, steps: int = 2, batch: int = 8) -> None:

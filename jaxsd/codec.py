@@ -126,6 +126,34 @@ def _log_mel(wav: np.ndarray, mel: np.ndarray, samples: int) -> np.ndarray:
     return out.reshape(columns, samples // _HOP * _MELS)
 
 
+@functools.lru_cache
+def _mel(sample_rate_hz: int) -> np.ndarray:
+    try:
+        import librosa
+    except ImportError as e:
+        raise ValueError(f'log-mel frames need librosa ({e}); install jaxsd[audio]') from e
+    return librosa.filters.mel(sr=sample_rate_hz, n_fft=_FFT, n_mels=_MELS).astype(np.float32)
+
+
+def log_mel(flac: bytes) -> tuple[np.ndarray, ...]:
+    """Of each channel of a record's audio, float32 [S, 80]: log-mel magnitudes every 10 ms.
+
+    Divided by 4 and moved by 1/2, which leaves them near -1..1. Raises ValueError for audio that
+    cannot be read, and for any rate but 16 kHz.
+    """
+    import io
+
+    import soundfile
+    try:
+        wav, rate_hz = soundfile.read(io.BytesIO(flac), dtype='float32', always_2d=True)
+    except (OSError, RuntimeError) as e:
+        raise ValueError(f'the audio of a record cannot be read: {e}') from None
+    if rate_hz != SAMPLE_RATE_HZ:
+        raise ValueError(f'log-mel frames are of {SAMPLE_RATE_HZ} Hz, this audio of {rate_hz}')
+    with _one_thread():
+        return tuple(_log_mel(channel, _mel(rate_hz), _HOP) / 4 + 0.5 for channel in wav.T)
+
+
 def _overlap_add(windows: np.ndarray) -> np.ndarray:
     """float32 [(T - 1) * hop + 1024]: the sum of windows [T, 1024] laid a hop apart."""
     frames, hops = len(windows), -(-_FFT // _HOP)

@@ -86,7 +86,8 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
                                  jax.eval_shape(grad, trainable, *first))
             ((loss, (terms, metrics)), grads), _ = jax.lax.scan(add, empty, parts)
         norm = optax.tree.norm(grads)
-        updates, opt = tx.update(grads, state['opt'], trainable)
+        which = {'apart': batch['apart'][0]} if stage.apart else {}     # the same in every row
+        updates, opt = tx.update(grads, state['opt'], trainable, **which)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = (optax.apply_updates(trainable, updates), opt)
         trainable, opt = jax.tree.map(lambda a, b: jnp.where(good, a, b), new,

@@ -122,7 +122,7 @@ def streams(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: 
 
 def parallel(codec, *, text_tokens: int, rows: Sequence[str], tokenizer: str = '', bos: int = 1,
              eos: int = 2, pad: int = 3, text_marks: Sequence[str] = (),
-             marks: Sequence[str] = (), room: int = 1, shared: bool = False, multiple: int = 1
+             marks: Sequence[str] = (), room: int = 1, turns: int = 0, multiple: int = 1
              ) -> Vocab:
     """One text row, then `rows`: each the codec's ids, marks of its own, and an initial token.
 
@@ -130,7 +130,8 @@ def parallel(codec, *, text_tokens: int, rows: Sequence[str], tokenizer: str = '
     end of a stretch, padding): `text_marks` are specials under their own names, after the text, and
     replace bos, eos and pad where they are called so; `marks` are specials as 'audio 0 end'. room:
     how many ids a row keeps for marks and its initial token, which is always the last; released
-    tables keep more than they use. shared: `rows` are all written in one range, `units`.
+    tables keep more than they use. turns: how many ranges the rows take turns in, `units 0` and so
+    on, as when several frames of as many codebooks stand in a column; 0 gives each row its own.
     """
     if len({*rows, 'text'}) <= len(rows):
         raise ValueError(f'vocab.rows must be names of their own, none of them text, got '
@@ -141,14 +142,16 @@ def parallel(codec, *, text_tokens: int, rows: Sequence[str], tokenizer: str = '
         specials |= {m: text_tokens + i for i, m in enumerate(text_marks)}
         size = text_tokens + max(room, len(text_marks) + 1)
         made, ranges = [Row('text', 0, size, text_tokens + len(text_marks))], {'text': (0, size)}
-    start, units = made[0].size if made else 0, codec['size']
+    if turns < 0 or turns and len(rows) % turns:
+        raise ValueError(f'vocab.turns {turns} must divide the {len(rows)} rows')
+    first, units = made[0].size if made else 0, codec['size']
     size = units + max(room, len(marks) + 1)
-    for name in rows:
+    for r, name in enumerate(rows):
+        start = first + (r % turns if turns else r) * size
         made.append(Row(name, start, size, units + len(marks)))
-        ranges['units' if shared else name] = (start, size)
+        ranges[f'units {r % turns}' if turns else name] = (start, size)
         specials |= {f'{name} {m}': start + units + i for i, m in enumerate(marks)}
-        start += 0 if shared else size
-    end = made[-1].start + made[-1].size
+    end = first + (turns or len(rows)) * size
     return Vocab(ranges, tuple(made), specials, _round_up(end, multiple), tokenizer)
 
 

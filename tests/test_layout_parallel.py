@@ -42,8 +42,8 @@ UNITS = Record('call', 'toy', 'en', .4, words=WORDS,
                turns=(Turn(1, 0., .4, ''), Turn(0, 0., .4, '')),
                units=tuple(np.arange(start, start + 10, dtype=np.int16) for start in (10, 20)),
                feats=(np.ones((40, 5), np.float32),) * 2)
-GROUP = voc(marks=('pad',), text_marks=('eos', 'open', 'speech', 'close'), shared=True)
-SPREAD = voc(text_marks=('eos', 'answer'), shared=True)
+GROUP = voc(marks=('pad',), text_marks=('eos', 'open', 'speech', 'close'), turns=1)
+SPREAD = voc(text_marks=('eos', 'answer'), turns=1)
 DRAWN = {
     'grows': (parallel.prefixed, voc(), coded(), dict(late=(0, 1, 2))),
     'crops': (parallel.prefixed, voc(text_tokens=0), coded(), dict(late=(0, 1, 2), tail='crop')),
@@ -210,5 +210,9 @@ def test_the_vocabulary_keeps_room_and_shares_ranges():
     assert GROUP.size == 25 + 202 and {row.start for row in GROUP.rows[1:]} == {25}
     joint = vocabs.patches(CODEC, text_tokens=20, rows=2)
     assert joint.size == 20 + 600 + 1 and [r.predicted for r in joint.rows] == [620, 620]
+    two = voc(('audio 0', 'audio 1', 'audio 2', 'audio 3'), turns=2)       # two frames of two books
+    assert [r.start for r in two.rows[1:]] == [21, 222, 21, 222] and two.size == 21 + 402
+    with pytest.raises(ValueError, match='vocab.turns 2 must divide the 3 rows'):
+        voc(turns=2)
     with pytest.raises(ValueError, match='vocab.rows must be names of their own'):
         voc(('audio 0', 'audio 0'))

@@ -167,8 +167,8 @@ def _ended(vocab: Vocab, codes: np.ndarray) -> np.ndarray:
     return np.concatenate([codes, np.full((len(codes), 1), end, codes.dtype)], axis=1)
 
 
-def _beside(vocab: Vocab, text: list[int], codes: np.ndarray | None, late: Sequence[int], *,
-            weight_text: float, weight_audio: float) -> tuple[np.ndarray, np.ndarray]:
+def _beside(vocab: Vocab, text: list[int], codes: np.ndarray | None, late: Sequence[int]
+            ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and weights [K, n] of a stretch: text with EOS beside codes with their ends.
 
     The text row is padded, unscored, after EOS; the rows of speech are padded before their delay
@@ -190,8 +190,8 @@ def _beside(vocab: Vocab, text: list[int], codes: np.ndarray | None, late: Seque
     tokens[1:] = [[vocab.specials[f'{row.name} pad']] for row in rows]
     tokens[1:, :spoken.shape[1]] = spoken
     weights = np.zeros(tokens.shape, np.float32)
-    weights[0, :len(text)] = weight_text
-    weights[1:, :spoken.shape[1]] = weight_audio
+    weights[0, :len(text)] = 1.0
+    weights[1:, :spoken.shape[1]] = 1.0
     return tokens, weights
 
 
@@ -274,8 +274,7 @@ def prefixed(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz
 
 def answered(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 12.5,
              heard: str = 'feats', said: str = 'both', task: str = 'reply',
-             late: Sequence[int] = (1, 2, 3, 4, 5, 6, 7), stack_frames: int = 1,
-             weight_text: float = 1.0, weight_audio: float = 1.0) -> Grid:
+             late: Sequence[int] = (1, 2, 3, 4, 5, 6, 7), stack_frames: int = 1) -> Grid:
     """A question between marks, then its answer written and spoken at once (arXiv 2408.16725 §3.2).
 
     ::
@@ -314,14 +313,14 @@ def answered(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz
     if not written:
         prompt[1:, -1] = [vocab.specials[f'{row.name} answer'] for row in rows]
     tokens, weights = _beside(vocab, _ids(vocab, reply.words), None if written else reply.codes,
-                              late, weight_text=weight_text, weight_audio=weight_audio)
+                              late)
     grid = Grid.of(np.concatenate([prompt, tokens], axis=1),
                    np.concatenate([np.zeros(prompt.shape), weights], axis=1))
     return grid if feats is None else _with_feats(grid, feats, 1)
 
 
-def together(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 25.0,
-             weight_text: float = 1.0, weight_audio: float = 1.0) -> Grid:
+def together(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 25.0
+             ) -> Grid:
     """Question and answer, each written and spoken side by side, units dealt out over the rows.
 
     ::
@@ -336,8 +335,8 @@ def together(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz
     _check(vocab, '+end', '+pad')
     asked, reply = exchange(record, rng, frame_hz)
     late = (0,) * (len(vocab.rows) - 1)
-    parts = [_beside(vocab, _ids(vocab, x.words), x.codes if x.codes.shape[1] else None, late,
-                     weight_text=weight_text, weight_audio=weight_audio) for x in (asked, reply)]
+    parts = [_beside(vocab, _ids(vocab, x.words), x.codes if x.codes.shape[1] else None, late)
+             for x in (asked, reply)]
     start = np.array([[initial(row)] for row in vocab.rows], np.int32)
     return Grid.of(np.concatenate([start, parts[0][0], parts[1][0]], axis=1),
                    np.concatenate([np.zeros(start.shape), 0 * parts[0][1], parts[1][1]], axis=1))
@@ -345,7 +344,7 @@ def together(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz
 
 def grouped(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 25.0,
             fields: Sequence[str] = ('speech', 'speech'), task: str = 'reply',
-            score: str = 'answer', weight_audio: float = 1.0) -> Grid:
+            score: str = 'answer') -> Grid:
     """Text and speech in one row of a language model, where one position stands for G frames.
 
     ::
@@ -385,15 +384,13 @@ def grouped(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz:
         stretch[0] = top
         stretch[1:, first:first + groups.shape[1]] = groups
         tokens.append(stretch)
-        weight = np.full(stretch.shape, float(n == 1 or score == 'all'), np.float32)
-        weight[1:] *= weight_audio
-        weights.append(weight)
+        weights.append(np.full(stretch.shape, float(n == 1 or score == 'all'), np.float32))
     return Grid.of(np.concatenate(tokens, axis=1), np.concatenate(weights, axis=1))
 
 
 def upsampled(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 25.0,
-              heard: str = 'feats', task: str = 'reply', stack_frames: int = 1,
-              weight_text: float = 1.0, weight_audio: float = 1.0) -> Grid:
+              heard: str = 'feats', said: str = 'both', task: str = 'reply',
+              stack_frames: int = 1) -> Grid:
     """A question, then its answer in text; the units that say the answer ride along, unaligned.
 
     ::
@@ -407,12 +404,13 @@ def upsampled(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_h
     With R rows of speech every column of the answer has R frames to speak in (upsampling by R);
     connectionist temporal classification finds which units they say, so that where a unit is
     written means nothing, and an initial token says that the column has a frame that holds none.
-    Units that repeat are written once. What does not fit in R units a column is lost, from the end
-    (arXiv 2409.06666 §3).
+    Units that repeat are written once; said='text' leaves them out. What does not fit in R units
+    a column is lost, from the end (arXiv 2409.06666 §3).
     """
     _check(vocab, 'answer')
-    if heard not in ('feats', 'text'):
-        raise ValueError(f"layout.heard is 'feats' or 'text', got {heard!r}")
+    if heard not in ('feats', 'text') or said not in ('both', 'text'):
+        raise ValueError("layout.heard is 'feats' or 'text' and layout.said 'both' or 'text', got "
+                         f'{heard!r} and {said!r}')
     asked, reply = _stretches(record, rng, frame_hz, task)
     rows = vocab.rows[1:]
     feats = _heard(record, asked, stack_frames) if heard == 'feats' else None
@@ -422,13 +420,13 @@ def upsampled(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_h
     tokens = np.full((len(vocab.rows), len(top)), NOTHING, np.int32)
     tokens[0] = top
     weights = np.zeros(tokens.shape, np.float32)
-    weights[0, -len(answer):] = weight_text
+    weights[0, -len(answer):] = 1.0
     units = runs(reply.codes[0])[0][:len(rows) * len(answer)]
-    if len(units):
+    if said == 'both' and len(units):
         tokens[1:, -len(answer):] = initial(rows[0])
         column = np.arange(len(units)) * len(answer) // len(units)
         row = np.arange(len(units)) - np.searchsorted(column, column)
         at = (1 + row, len(top) - len(answer) + column)
-        tokens[at], weights[at] = units + rows[0].start, weight_audio
+        tokens[at], weights[at] = units + rows[0].start, 1.0
     grid = Grid.of(tokens, weights)
     return grid if feats is None else _with_feats(grid, feats, 1)
