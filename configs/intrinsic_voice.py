@@ -57,6 +57,8 @@ def get_config(arg=None):
             ('align', dict(asr=0.4, tts=0.6), dict(steps=800, lr=3e-3)),
             ('converse', dict(s2s=0.3, s2t=0.15, t2s=0.2, t2t=0.1, asr=0.1, tts=0.15),
              dict(steps=800, lr=2e-3))])
+        c.evals.replies = dict(name='replies', source='s2t')
+        c.evals.tts = dict(name='replies', source='tts')
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=1, heads=4, mlp=64)
         c.head = dict(name='group', width=32, layers=1, heads=4, mlp=64)

@@ -10,7 +10,7 @@ seven. `:version=2` trains as Mini-Omni2 does (arXiv 2410.11190), without its pi
   demo     python -m jaxsd train    --config configs/mini_omni.py:demo --workdir runs/mini_omni
   train    python -m jaxsd train    --config configs/mini_omni.py --workdir $WORKDIR
 Evidence   the grid of the released code, cell by cell (tests/golden/layout/parallel_answer.txt);
-           batch-parallel decoding equals the training forward (tests/test_generate_answers.py).
+           batch-parallel decoding equals the training forward (tests/test_reply.py).
            Trained here on the tiny size only. The released Whisper encoder is not part of this yet:
            the published size begins at its states. The paper's six layers between the language
            model and the heads are not in its released weights and not here.
@@ -110,4 +110,6 @@ def demo(c, version: int) -> None:
                   (3e-3, 2e-3, 1e-3))
     c.stages = tuple(s | dict(steps=steps) | (dict(train=(('.*', 1.0),)) if i == 0 else {})
                      for i, (s, steps) in enumerate(zip(made, (600, 400, 800), strict=True)))
-    c.evals = dict(likelihood=dict(name='likelihood', sources=('voice', 'asr')))
+    c.evals = dict(likelihood=dict(name='likelihood', sources=('voice', 'asr')),
+                   replies=dict(name='replies', source='voice'),
+                   asr=dict(name='replies', source='asr'))

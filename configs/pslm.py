@@ -54,6 +54,7 @@ def get_config(arg=None):
         parts.demo_answers(c, evals=('dialogue',), stages=[
             ('learn', dict(stories=0.5, dialogue=0.3, written=0.2), dict(steps=600, lr=3e-3)),
             ('finetune', dict(dialogue=0.8, written=0.2), dict(steps=1_000, lr=2e-3))])
+        c.evals.replies = dict(name='replies', source='dialogue')
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=1, heads=4, mlp=64)
         parts.tiny(c, columns=192)

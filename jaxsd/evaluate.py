@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxsd import data, generate, model
+from jaxsd import data, generate, model, reply
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
@@ -138,6 +138,45 @@ def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener
     return dict(metrics={'round-trip WER %': error_rates(said, heard)['WER %'],
                          'wrong-sentence WER %': error_rates(others, heard)['WER %']},
                 items=len(records), note='greedy synthesis, transcribed by the same model')
+
+
+# Answers written and spoken side by side.
+
+def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
+            most_columns: int = 128) -> dict:
+    """Questions as `source` draws them: are they answered in the right words, and units?
+
+    WER: of the written answer against the true one. UER: the same of what is spoken, its codes of
+    the first codebook with repeats merged. The floors score the answers against those to other
+    questions.
+    """
+    positive('evals.replies', most_columns=most_columns)
+    records = reply.examples(lm, source, split=split, limit=limit)
+    grids, layout = reply.drawn(lm, source, records)
+    text, v = lm.text(), lm.vocab
+    found = reply.replies(lm, grids, layout, most_columns=most_columns)
+    said, wanted, heard, true = [], [], [], []
+    for grid, (ids, codes) in zip(grids, found, strict=True):
+        n = int(np.flatnonzero(grid.weights.any(0))[0])
+        said.append(text.decode(ids))
+        wanted.append(text.decode(reply.written(v, grid.tokens[:, n:])))
+        heard.append(' '.join(map(str, flat.runs(codes[0])[0])))
+        # A CTC target is written in order and not in time, and has no repeats.
+        whole = (reply.collapse(grid.tokens[1:, n:].T.reshape(-1), NOTHING) - v.rows[1].start
+                 if lm.config.head.name == 'ctc' else
+                 flat.runs(reply.spoken(lm.config, layout, v, grid.tokens[:, n:])[0])[0])
+        true.append(' '.join(str(x) for x in whole if 0 <= x < lm.config.codec['size']))
+    metrics = {}
+    for kind, a, b in (('', wanted, said), ('UER', true, heard)):
+        kept = [i for i, x in enumerate(a) if x]
+        if kept:
+            rates = error_rates([a[i] for i in kept], [b[i] for i in kept])
+            other = error_rates([a[i] for i in kept], [b[i] for i in kept[1:] + kept[:1]])
+            if kind:
+                metrics |= {'UER %': rates['WER %'], 'UER %/floor': other['WER %']}
+            else:
+                metrics |= rates | {'WER %/floor': other['WER %']}
+    return dict(metrics=metrics, items=len(records), note='greedy; floors: another one\'s answer')
 
 
 # Continuations across modalities.

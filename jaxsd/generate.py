@@ -11,7 +11,6 @@ loop with different plans.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -253,109 +252,6 @@ def continue_prompts(speaker: Speaker, prompts: list[np.ndarray], vocab: Vocab, 
         out.append(np.asarray(stream.more(plan, allowed)))
     tokens = np.concatenate(out)[:most_tokens, :, 0].T[:rows]
     return [t[:np.argmax(t == eos)] if (t == eos).any() else t for t in tokens]
-
-
-# Several rows: a question, then an answer whose rows end when they end.
-
-def manners_of(vocab: Vocab, *, pairs: bool = False) -> Manners:
-    """How answers of the layouts of `layout.parallel` go on, read from the vocabulary's marks."""
-    rows, special = vocab.rows, vocab.specials
-    ends = (special['eos'], *(special.get(f'{row.name} end', NOTHING) for row in rows[1:]))
-    if 'speech' in special:
-        return Manners(mark=special['speech'])
-    if ends[1:] == (NOTHING,) * (len(rows) - 1):
-        return Manners()
-    return Manners(ends, (special['pad'], *(special[f'{row.name} pad'] for row in rows[1:])),
-                   pairs=pairs)
-
-
-def answer(speaker: Speaker, prompts: list[np.ndarray], *, stop: Callable, most_columns: int,
-           heard=None, key=None, chunk: int = 16, plan: np.ndarray | None = None
-           ) -> list[np.ndarray]:
-    """What follows each prompt [K, T_i]: columns [K, n] up to the first where `stop` says so.
-
-    stop: columns [K, n] -> how many of them the answer has, or None while it goes on. plan: [B, K],
-    what every column of a sequence is given (FREE where it chooses).
-    """
-    key = jax.random.key(0) if key is None else key
-    rows = len(speaker.rows)
-    plan = np.full((len(prompts), rows), FREE, np.int32) if plan is None else plan
-    longest = max(p.shape[1] for p in prompts)
-    stream = Stream(speaker, rows=len(prompts), columns=longest + most_columns + chunk, key=key)
-    out = [np.asarray(stream.first(prompts, plan, heard=heard))[None]]
-    while True:
-        said = np.moveaxis(np.concatenate(out), 0, 2)           # [B, K, n]
-        lengths = [stop(x) for x in said]
-        if said.shape[2] >= most_columns or None not in lengths:
-            return [x[:, :most_columns if n is None else min(n, most_columns)]
-                    for x, n in zip(said, lengths, strict=True)]
-        out.append(np.asarray(stream.more(np.tile(plan, (chunk, 1, 1)))))
-
-
-def ended(vocab: Vocab) -> Callable:
-    """A `stop` for `answer`: every row that can end has, and its column counts."""
-    ends = manners_of(vocab).ends or (vocab.specials['eos'],)
-
-    def stop(columns_KT):
-        said = [np.flatnonzero(columns_KT[k] == end) for k, end in enumerate(ends)
-                if end != NOTHING]
-        return 1 + max(int(x[0]) for x in said) if all(map(len, said)) else None
-    return stop
-
-
-def in_pairs(speaker: Speaker, vocab: Vocab, both: list[np.ndarray], written: list[np.ndarray], *,
-             most_columns: int, heard=None, key=None) -> list[np.ndarray]:
-    """Answers [K, n] spoken and written at once, each guided by one that is only written.
-
-    A request stands in the batch twice: asked for both (`both`) and for text alone (`written`, the
-    same prompt but for its last column). Both read the text of the second and each its own rows of
-    speech, which are padding in the second; text is what models of this kind are surest of (arXiv
-    2408.16725 §3.3). heard: features of each request.
-    """
-    speaker = speaker._replace(manners=manners_of(vocab, pairs=True))
-    prompts = [p for pair in zip(both, written, strict=True) for p in pair]
-    plan = np.full((len(prompts), len(vocab.rows)), FREE, np.int32)
-    plan[1::2, 1:] = speaker.manners.pads[1:]
-    stop, found = ended(vocab), []
-
-    def either(columns_KT):         # the second of a pair never speaks: it ends with the first
-        quiet = (columns_KT[1:] == np.array(speaker.manners.pads[1:])[:, None]).all()
-        return 1 if quiet and columns_KT.shape[1] > 1 else stop(columns_KT)
-    found = answer(speaker, prompts, stop=either, most_columns=most_columns, plan=plan, key=key,
-                   heard=None if heard is None else [x for x in heard for _ in range(2)])
-    return found[0::2]
-
-
-def collapse(frames, blank: int) -> np.ndarray:
-    """Frames as the units they say: repeats merged, then blanks dropped.
-
-    What a longer stretch says begins with what any prefix of it says, so it can be heard while it
-    is still being said.
-    """
-    frames = np.asarray(frames)
-    return frames[np.append(True, frames[1:] != frames[:-1])[:frames.size] & (frames != blank)]
-
-
-def spoken_units(vocab: Vocab, columns_KT: np.ndarray) -> np.ndarray:
-    """Local units that the columns of a CTC head say, one frame per row of speech."""
-    row = vocab.rows[1]
-    return collapse(columns_KT[1:].T.reshape(-1), initial(row)) - row.start
-
-
-def as_they_come(parts, vocab: Vocab, least: int):
-    """Yields units of a CTC head's columns as soon as there are `least` new ones, then the rest.
-
-    parts: stretches [K, n] of one answer's columns, in order.
-    """
-    said, given = None, 0
-    for part in parts:
-        said = part if said is None else np.concatenate([said, part], axis=1)
-        units = spoken_units(vocab, said)
-        if len(units) - given >= least:
-            yield units[given:]
-            given = len(units)
-    if said is not None and given < len(units):
-        yield units[given:]
 
 
 # Many rows: a conversation on one clock.

@@ -3,21 +3,25 @@
 
 import functools
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
 import ml_collections as mlc
 import numpy as np
 import pytest
+import test_layout_parallel as drawn
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsd import generate, model
+from jaxsd import config as configs
+from jaxsd import evaluate, generate, model, reply, train
 from jaxsd.generate import FREE
 from jaxsd.types import NOTHING
 from jaxsd.vocab import initial
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ROWS = ('audio 0', 'audio 1', 'audio 2')
 MARKS = dict(marks=('end', 'pad', 'input', 'answer'),
              text_marks=('eos', 'pad', 'input', 'answer', 'asr'))
@@ -54,7 +58,7 @@ def made(kind: str):
 
 def speaker_of(kind: str, **options):
     v, graph, params = made(kind)
-    return v, generate.ready(graph, params, v, {}, manners=generate.manners_of(v, **options))
+    return v, generate.ready(graph, params, v, {}, manners=reply.manners_of(v, **options))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -103,8 +107,8 @@ def test_an_answer_is_the_training_forward_until_its_rows_end():
     before it, until its row has ended; padding from there on; over when all rows are."""
     v, speaker = speaker_of('rows')
     questions = [asked(v, 'rows', n, seed) for n, seed in ((3, 0), (7, 1), (1, 2), (4, 3))]
-    manners, stops = speaker.manners, generate.ended(v)
-    answers = generate.answer(speaker, [p for p, _ in questions], stop=stops, most_columns=24,
+    manners, stops = speaker.manners, reply.ended(v)
+    answers = reply.answer(speaker, [p for p, _ in questions], stop=stops, most_columns=24,
                               heard=[h for _, h in questions], chunk=5)
     padded = free = 0
     for (prompt, heard), answer in zip(questions, answers, strict=True):
@@ -125,7 +129,7 @@ def test_an_answer_is_the_training_forward_until_its_rows_end():
         assert stops(answer[:, :-1]) is None
     assert free > 20 and padded > 5
     # What is heard matters.
-    deaf = generate.answer(speaker, [p for p, _ in questions], stop=stops, most_columns=24,
+    deaf = reply.answer(speaker, [p for p, _ in questions], stop=stops, most_columns=24,
                            heard=[(0 * f, s) for _, (f, s) in questions])
     assert any(a.shape != b.shape or (a != b).any() for a, b in zip(answers, deaf, strict=True))
 
@@ -136,9 +140,9 @@ def test_of_two_of_a_request_the_written_one_guides_the_spoken_one():
     v, speaker = speaker_of('rows')
     both = [asked(v, 'rows', n, seed) for n, seed in ((3, 0), (6, 5), (4, 3))]
     written = [asked(v, 'rows', n, seed, 'text') for n, seed in ((3, 0), (6, 5), (4, 3))]
-    answers = generate.in_pairs(speaker, v, [p for p, _ in both], [p for p, _ in written],
+    answers = reply.in_pairs(speaker, v, [p for p, _ in both], [p for p, _ in written],
                                 most_columns=16, heard=[h for _, h in both])
-    alone = generate.answer(speaker, [p for p, _ in both], stop=generate.ended(v), most_columns=16,
+    alone = reply.answer(speaker, [p for p, _ in both], stop=reply.ended(v), most_columns=16,
                             heard=[h for _, h in both])
     manners, pads = speaker.manners, np.array(speaker.manners.pads)[:, None]
     assert any(a.shape != b.shape or (a != b).any() for a, b in zip(answers, alone, strict=True))
@@ -164,7 +168,7 @@ def test_groups_stand_only_where_there_is_speech():
         prompt = np.full((4, n + 2), NOTHING, np.int32)
         prompt[0] = [s['bos'], *rng.integers(4, 8, n), s['open']]
         prompts.append(prompt)
-    answers = generate.answer(speaker, prompts, stop=lambda x: None, most_columns=20)
+    answers = reply.answer(speaker, prompts, stop=lambda x: None, most_columns=20)
     spoke = 0
     for prompt, answer in zip(prompts, answers, strict=True):
         whole = np.concatenate([prompt, answer], axis=1)
@@ -184,7 +188,7 @@ def test_patches_are_the_training_forward():
     v, speaker = speaker_of('patches')
     rng = np.random.default_rng(0)
     prompts = [np.tile(rng.integers(3, 8, n), (3, 1)).astype(np.int32) for n in (2, 6)]
-    for prompt, answer in zip(prompts, generate.answer(
+    for prompt, answer in zip(prompts, reply.answer(
             speaker, prompts, stop=lambda x: None, most_columns=20), strict=True):
         whole = np.concatenate([prompt, answer], axis=1)
         scores = teacher(speaker, whole)
@@ -197,7 +201,7 @@ def test_repeats_that_speak_are_those_of_training():
     them, for questions of different lengths, chunk by chunk."""
     v, speaker = speaker_of('ctc')
     questions = [asked(v, 'ctc', n, seed) for n, seed in ((3, 0), (7, 1))]
-    answers = generate.answer(speaker, [p for p, _ in questions], stop=lambda x: None,
+    answers = reply.answer(speaker, [p for p, _ in questions], stop=lambda x: None,
                               most_columns=12, heard=[h for _, h in questions], chunk=5)
     for (prompt, heard), answer in zip(questions, answers, strict=True):
         n = prompt.shape[1]
@@ -205,24 +209,48 @@ def test_repeats_that_speak_are_those_of_training():
         for k, s in enumerate(teacher(speaker, whole, heard)):
             for t in range(n, whole.shape[1]):
                 assert best(s, t, whole[k, t] - v.rows[k].start), (k, t)
-        units = generate.spoken_units(v, answer)
+        units = reply.spoken_units(v, answer)
         assert ((units >= 0) & (units < 6)).all()
-    assert len({tuple(generate.spoken_units(v, a)) for a in answers}) > 1
+    assert len({tuple(reply.spoken_units(v, a)) for a in answers}) > 1
+
+
+# What columns say.
+
+@pytest.mark.parametrize('name, kind', [('answer', 'flat'), ('answer_to_text', 'flat'),
+                                        ('dealt', 'flat'), ('groups_from_text', 'group'),
+                                        ('unaligned', 'ctc')])
+def test_what_a_layout_has_written_is_read_back(name, kind):
+    """The question is what comes before the first scored column, and the answer's words and codes
+    are those of the record's turn: delays, dealing and groups undone."""
+    _, v, record, options = drawn.DRAWN[name]
+    grid = drawn.draw(*drawn.DRAWN[name])
+    prompt, heard = reply.asked(grid)
+    n = prompt.shape[1]
+    assert grid.weights[:, :n].max() == 0 < grid.weights[:, n].max()
+    assert (heard is None) == (not grid.extra)
+    if heard:
+        assert len(heard[0]) == len(heard[1]) == n and heard[1].sum() == grid.extra['slot'].sum()
+    columns = grid.tokens[:, n:]
+    assert reply.written(v, columns) == ([] if name == 'groups_from_text' else [7, 8, 9])
+    books = 1 if record.codes is None else 3
+    c = mlc.ConfigDict(dict(head=dict(name=kind), codec=dict(codebooks=books, size=200)))
+    true = record.units[0][None] if books == 1 else record.codes[0, :, 2:]
+    np.testing.assert_array_equal(reply.spoken(c, options, v, columns), true)
 
 
 # Units of repeats.
 
 def test_collapse_by_hand():
-    assert generate.collapse([9, 1, 1, 9, 1, 2, 2, 9, 9, 3], 9).tolist() == [1, 1, 2, 3]
-    assert generate.collapse([9, 9], 9).tolist() == generate.collapse([], 9).tolist() == []
+    assert reply.collapse([9, 1, 1, 9, 1, 2, 2, 9, 9, 3], 9).tolist() == [1, 1, 2, 3]
+    assert reply.collapse([9, 9], 9).tolist() == reply.collapse([], 9).tolist() == []
 
 
 @settings(derandomize=True, max_examples=80, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(0, 30))
 def test_what_is_said_so_far_stays_said(frames, cut):
     """A prefix says a prefix; and merging by the definition, symbol by symbol."""
-    whole = generate.collapse(frames, 3).tolist()
-    assert whole[:len(part := generate.collapse(frames[:cut], 3).tolist())] == part
+    whole = reply.collapse(frames, 3).tolist()
+    assert whole[:len(part := reply.collapse(frames[:cut], 3).tolist())] == part
     assert whole == [x for x, _ in itertools.groupby(frames) if x != 3]
 
 
@@ -233,11 +261,11 @@ def test_units_come_in_chunks_as_soon_as_there_are_enough():
     columns = np.concatenate([np.full((1, 5), 4), frames])
     assert initial(row) == row.start + 6
     parts = [columns[:, t:t + 1] for t in range(5)]
-    got = [x.tolist() for x in generate.as_they_come(parts, v, least=3)]
+    got = [x.tolist() for x in reply.as_they_come(parts, v, least=3)]
     assert got == [[0, 1, 2], [3, 3, 4, 5]]
-    assert [x.tolist() for x in generate.as_they_come(parts, v, least=100)] == [
+    assert [x.tolist() for x in reply.as_they_come(parts, v, least=100)] == [
         [0, 1, 2, 3, 3, 4, 5]]
-    assert list(generate.as_they_come([], v, least=1)) == []
+    assert list(reply.as_they_come([], v, least=1)) == []
 
 
 @pytest.mark.parametrize('kind, want', [
@@ -245,5 +273,21 @@ def test_units_come_in_chunks_as_soon_as_there_are_enough():
     ('groups', generate.Manners(mark=10)), ('ctc', generate.Manners()),
     ('patches', generate.Manners())])
 def test_manners_are_read_from_the_marks(kind, want):
-    assert generate.manners_of(made(kind)[0]) == want
+    assert reply.manners_of(made(kind)[0]) == want
     assert FREE not in want.pads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['mini_omni', 'pslm', 'llama_omni', 'intrinsic_voice'])
+def test_a_trained_stage_replies(name, corpus, tmp_path):
+    """By the task of the config itself: errors in words and units, each beside its floor."""
+    c = configs.read(f'{ROOT}/configs/{name}.py:tiny')
+    c.data.path = str(corpus)
+    c.codec.path = str(corpus / os.path.basename(c.codec.path))
+    c.vocab.tokenizer = str(corpus / 'text.model')
+    train.run(c, str(tmp_path / 'run'))
+    entry, = evaluate.run(c, str(tmp_path / 'run'), tasks=('replies',), limit=3)
+    assert {'WER %', 'exact %', 'WER %/floor'} <= set(entry['metrics'])
+    spoken = 'UER %' in entry['metrics']
+    assert spoken == (name != 'intrinsic_voice')        # whose task of that name is written
+    assert entry['items'] == 3 and all(x >= 0 for x in entry['metrics'].values())
