@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from data_pipelines import augment
 from jaxsd import config as configs
 from jaxsd import evaluate, model, train
 from jaxsd import stage as stages
@@ -231,6 +232,26 @@ def test_tiny_learns(name, corpus, tmp_path):
     held_out = [x['held_out'] for x in lines if 'held_out' in x][-1]
     assert held_out.keys() == first.keys()
     assert sum(held_out.values()) < 0.97 * sum(first.values())
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_paper_follow_one_another(corpus, tmp_path):
+    """One command trains all five, each from the one before, the first with two optimizer states
+    and the last with low-rank terms, on a corpus with users over a bad line."""
+    noisy = tmp_path / 'noisy'
+    assert augment.main(['--source', str(corpus), '--out', str(noisy)]) == 0
+    c, work = on(noisy, read('moshi', 'tiny,course=paper')), str(tmp_path / 'run')
+    assert np.isfinite(train.run(c, work))
+    with open(f'{work}/ledger.jsonl') as f:
+        lines = [json.loads(line) for line in f]
+    begun = [x for x in lines if x['event'] == 'start']
+    names = ['pretrain', 'posttrain', 'duplex', 'instruct', 'adapt']
+    assert [x['stage'] for x in begun] == names
+    for before, after in zip(names[:-1], begun[1:], strict=True):
+        assert before in after['start']
+    read_by = {x['stage']: set(x['consumed']) for x in lines if x['event'] == 'consumed'}
+    assert read_by == dict(pretrain={'mono', 'text'}, posttrain={'simulated'}, duplex={'fisher'},
+                           instruct={'instruct'}, adapt={'instruct'})
 
 
 @pytest.mark.slow
