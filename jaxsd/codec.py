@@ -135,23 +135,57 @@ def _mel(sample_rate_hz: int) -> np.ndarray:
     return librosa.filters.mel(sr=sample_rate_hz, n_fft=_FFT, n_mels=_MELS).astype(np.float32)
 
 
-def log_mel(flac: bytes) -> tuple[np.ndarray, ...]:
-    """Of each channel of a record's audio, float32 [S, 80]: log-mel magnitudes every 10 ms.
+class LogMel:
+    """One channel of a record's audio as [S, 80]: log-mel magnitudes every 10 ms, made when sliced.
 
-    Divided by 4 and moved by 1/2, which leaves them near -1..1. Raises ValueError for audio that
-    cannot be read, and for any rate but 16 kHz.
+    Divided by 4 and moved by 1/2, which leaves them near -1..1. A slice reads no more of the audio
+    than it shows, so that one question of a long dialogue costs what it lasts.
     """
+
+    def __init__(self, flac: bytes, channel: int, samples: int):
+        self._flac, self._channel = flac, channel
+        self._samples, self.shape = samples, (-(-samples // _HOP), _MELS)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, frames: slice) -> np.ndarray:
+        """float32 [frames, 80]. Raises ValueError for audio that cannot be read."""
+        import io
+
+        import soundfile
+        first, stop, step = frames.indices(len(self))
+        if step != 1:
+            raise ValueError('log-mel frames are sliced in order')
+        if stop <= first:
+            return np.zeros((0, _MELS), np.float32)
+        begin, end = first * _HOP - _EDGE, stop * _HOP + _EDGE
+        heard = slice(max(0, begin), min(self._samples, end))
+        try:
+            wav = soundfile.read(io.BytesIO(self._flac), dtype='float32', always_2d=True,
+                                 start=heard.start, stop=heard.stop)[0]
+        except (OSError, RuntimeError) as e:
+            raise ValueError(f'the audio of a record cannot be read: {e}') from None
+        x = np.zeros(end - begin, np.float32)
+        x[heard.start - begin:heard.stop - begin] = wav[:, self._channel]
+        with _one_thread():
+            mel = np.abs(_stft(x, stop - first)) @ _mel(SAMPLE_RATE_HZ).T
+        return (np.log(np.maximum(mel, _FLOOR)) / 4 + 0.5).astype(np.float32)
+
+
+def log_mel(flac: bytes) -> tuple[LogMel, ...]:
+    """The log-mel frames of each channel. Raises ValueError for anything but audio of 16 kHz."""
     import io
 
     import soundfile
     try:
-        wav, rate_hz = soundfile.read(io.BytesIO(flac), dtype='float32', always_2d=True)
+        about = soundfile.info(io.BytesIO(flac))
     except (OSError, RuntimeError) as e:
         raise ValueError(f'the audio of a record cannot be read: {e}') from None
-    if rate_hz != SAMPLE_RATE_HZ:
-        raise ValueError(f'log-mel frames are of {SAMPLE_RATE_HZ} Hz, this audio of {rate_hz}')
-    with _one_thread():
-        return tuple(_log_mel(channel, _mel(rate_hz), _HOP) / 4 + 0.5 for channel in wav.T)
+    if about.samplerate != SAMPLE_RATE_HZ:
+        raise ValueError(f'log-mel frames are of {SAMPLE_RATE_HZ} Hz, this audio of '
+                         f'{about.samplerate}')
+    return tuple(LogMel(flac, c, about.frames) for c in range(about.channels))
 
 
 def _overlap_add(windows: np.ndarray) -> np.ndarray:

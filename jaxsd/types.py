@@ -48,7 +48,7 @@ class Record:
     units: one int16 [U] per channel at the unit rate, not deduplicated.
     words, phones, turns: sorted by start; a text-only record has words whose times are all 0.
     wav: FLAC bytes of all channels, or b''.
-    feats: one float32 [S, M] per channel for an encoder, filled in by `data` where one listens.
+    feats: float32 [S, M] per channel, or what slices like it; filled in by `data` for an encoder.
     """
 
     id: str
@@ -62,7 +62,7 @@ class Record:
     turns: tuple[Turn, ...] = ()
     style: tuple[str, ...] = ()
     wav: bytes = b''
-    feats: tuple[np.ndarray, ...] = ()
+    feats: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches that hold more than tokens: features of what is heard, and steps apart."""
 
+import io
 import os
 
+import librosa
 import numpy as np
 import pytest
+import soundfile
 
 from jaxsd import codec, data, model
 from jaxsd import config as configs
@@ -34,7 +37,16 @@ def test_log_mel_frames_of_a_record(corpus):
     c, v = made(corpus, 'mini_omni')
     record = next(data.examples(c, 'train', 'voice', vocab=v))
     assert len(record.feats) == 2
-    for channel, feats in enumerate(record.feats):
+    for channel, lazy in enumerate(record.feats):
+        feats = lazy[:]
+        wav = soundfile.read(io.BytesIO(record.wav), dtype='float32')[0][:, channel]
+        mel = librosa.filters.mel(sr=16_000, n_fft=1024, n_mels=80)
+        power = np.abs(librosa.stft(np.pad(wav, 432), n_fft=1024, hop_length=160, center=False))
+        want = np.log(np.maximum(mel @ power, 1e-3)).T / 4 + 0.5
+        np.testing.assert_allclose(feats[:len(want)], want, atol=1e-4)
+        for cut in (slice(0, 9), slice(17, 60), slice(len(lazy) - 5, None), slice(7, 7)):
+            np.testing.assert_allclose(lazy[cut], feats[cut], atol=1e-5)    # only as much is read
+        assert len(lazy) == len(feats) and lazy.shape == feats.shape
         assert feats.dtype == np.float32 and feats.shape[1] == 80
         assert abs(len(feats) - 100 * record.duration_s) < 2 and np.abs(feats).max() < 3
         loud = np.zeros(len(feats), bool)
