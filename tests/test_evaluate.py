@@ -284,7 +284,7 @@ def test_pair_scores_by_reading_each_alone(flat_lm, norm, scope, only):
 def test_every_question_is_answered_through_the_template(corpus):
     """As many items as there are questions with an answer; each answer by the training forward."""
     lm = made(corpus, 'usdm')
-    found = evaluate.replies(lm, split='train', limit=2, source='dialogue')
+    found = evaluate.exchanges(lm, split='train', limit=2, source='dialogue')
     with open(corpus / 'grammar.json', encoding='utf-8') as f:
         asked = {q['text'] for part in json.load(f)['questions'].values() for q in part}
     records = list(data.examples(lm.config, 'train', 'dialogue', vocab=lm.vocab, limit=2))
@@ -292,7 +292,7 @@ def test_every_question_is_answered_through_the_template(corpus):
     assert 1 <= found['items'] <= len(questions)
     assert 0 <= found['metrics']['correct %'] <= 100
     with pytest.raises(ConfigError, match='must be drawn by template.chain over exchanges'):
-        evaluate.replies(lm, split='train', limit=2, source='aligned')
+        evaluate.exchanges(lm, split='train', limit=2, source='aligned')
 
 
 # Conversation.
