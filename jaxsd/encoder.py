@@ -4,14 +4,13 @@
 A batch carries `feats` [B, T, F], the features of the columns in which something is heard, and
 `slot` [B, T], 0 where nothing is. What they are is the choice of the encoder: log-mel frames for
 one that is trained here, the states of a frozen encoder for an adaptor. An encoder is made by
-`(width, *, rngs, <options>)` and called as `(feats, slot, where, place) -> [B, T, width]`.
+`(width, *, rngs, <options>)` and called as `(feats, slot, where) -> [B, T, width]`.
 """
 
 import jax
 from flax import nnx
 
 from jaxsd import nn
-from jaxsd.sharding import Place, anywhere
 from jaxsd.types import check, positive
 from jaxsd.within import Within
 
@@ -28,8 +27,8 @@ class Mlp(nnx.Module):
         self.down = nn.Dense((hidden,), (width,), ('mlp', 'embed'), rngs=rngs, bias=True)
         self.features = features
 
-    def __call__(self, feats_BTF, slot_BT, where, place: Place = anywhere):
-        del slot_BT, where, place
+    def __call__(self, feats_BTF, slot_BT, where):
+        del slot_BT, where
         return self.down(jax.nn.relu(self.up(check(feats_BTF, 'BTF', F=self.features))))
 
 
@@ -42,8 +41,8 @@ class Gated(nnx.Module):
         self.down = nn.Dense((hidden,), (width,), ('mlp', 'embed'), rngs=rngs)
         self.features = features
 
-    def __call__(self, feats_BTF, slot_BT, where, place: Place = anywhere):
-        del slot_BT, where, place
+    def __call__(self, feats_BTF, slot_BT, where):
+        del slot_BT, where
         return nn.gated(check(feats_BTF, 'BTF', F=self.features), self.gate_up, self.down)
 
 
@@ -62,11 +61,11 @@ class Listener(nnx.Module):
         self.down = nn.Dense((inside,), (width,), ('mlp', 'embed'), rngs=rngs)
         self.features = features
 
-    def __call__(self, feats_BTF, slot_BT, where, place: Place = anywhere):
+    def __call__(self, feats_BTF, slot_BT, where):
         x = self.up(check(feats_BTF, 'BTF', F=self.features))
         sound = where.segment * 1024 + slot_BT      # 1024 sounds in a segment are more than any
         mask = (sound[:, :, None] == sound[:, None, :]) & (slot_BT[:, None, :] > 0)
-        return self.down(self.within(x, mask, where.position, place))
+        return self.down(self.within(x, mask, where.position))
 
 
 mlp, gated, listener = Mlp, Gated, Listener

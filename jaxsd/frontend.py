@@ -29,7 +29,7 @@ def _features(encoder, batch, dtype, place: Place):
     """What an encoder makes of the columns in which something is heard, zeros elsewhere."""
     where = Where(batch['position'], batch['segment'])
     feats = place(batch['feats'].astype(dtype), 'batch', 'column', None)
-    x_BTD = encoder(feats, place(batch['slot'], 'batch', 'column'), where, place)
+    x_BTD = encoder(feats, place(batch['slot'], 'batch', 'column'), where)
     return jnp.where((batch['slot'] > 0)[..., None], x_BTD, 0.0)
 
 
@@ -138,7 +138,7 @@ class Grouped(nnx.Module):
         x = jnp.stack(parts, axis=-2).astype(self.dtype)            # [B, T, steps, inside]
         if self.layers:
             mask = jnp.ones((self.steps, self.steps), bool)
-            x = self.within(x + self.place[...].astype(self.dtype), mask, place=place)
+            x = self.within(x + self.place[...].astype(self.dtype), mask)
         x_BTD = jnp.where(here, self.out(x), 0.0)
         if self.text:
             words = nn.embedded(self.words[...], tokens_BKT[:, :1], place)

@@ -341,12 +341,12 @@ class Group(_Beside):
                              len(starts), rngs=rngs)
         self.maps = tuple(starts.index(row.start) for row in cells)
 
-    def _logits(self, h, place: Place = anywhere):
+    def _logits(self, h):
         """Logits [G, ..., V] of the cells of columns whose hidden state is h [..., D]."""
         queries = jnp.broadcast_to(self.queries[...].astype(h.dtype),
                                    (*h.shape[:-1], *self.queries.shape))
         x = jnp.concatenate([self.inputs(h)[..., None, :], queries], axis=-2)
-        x = self.within(x, jnp.ones((self.cells + 1,) * 2, bool), place=place)
+        x = self.within(x, jnp.ones((self.cells + 1,) * 2, bool))
         return jnp.stack([_each(self.outs, m)(x[..., 1 + g, :]) for g, m in enumerate(self.maps)])
 
     def log_prob(self, h_BTD, target_BKT, embed_VD, key=None, place: Place = anywhere):
@@ -355,7 +355,7 @@ class Group(_Beside):
 
         def chunk(h, target_BTK):
             pairs = [nn.log_prob(logits, _local(target_BTK[..., k], row)) for k, (row, logits)
-                     in enumerate(zip(self.rows, [self.text_out(h), *self._logits(h, place)],
+                     in enumerate(zip(self.rows, [self.text_out(h), *self._logits(h)],
                                       strict=True))]
             return tuple(jnp.stack(x, axis=-1) for x in zip(*pairs, strict=True))
         logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, jnp.swapaxes(target_BKT, 1, 2),
@@ -414,8 +414,7 @@ class Local(nnx.Module):
         """Logits [B, T, P, V] of all steps at once."""
         x = jnp.stack([self._input(h, target_BTK[..., p - 1] if p else None, p, place)
                        for p in range(self.steps)], axis=-2)
-        causal = jnp.tril(jnp.ones((self.steps,) * 2, bool))
-        return self.out(self.within(x, causal, place=place))
+        return self.out(self.within(x, jnp.tril(jnp.ones((self.steps,) * 2, bool))))
 
     def log_prob(self, h_BTD, target_BKT, embed_VD, key=None, place: Place = anywhere):
         del embed_VD, key

@@ -91,7 +91,7 @@ NESTED = {'encoder': 'encoder', 'decoder': 'backbone'}
 """Options that are mechanisms themselves, and the slot they are looked up in."""
 
 
-def _nested(options, slot: str) -> dict:
+def nested(options, slot: str) -> dict:
     """`options` with every mechanism inside them bound, so that slots need not know each other."""
     return {key: bind(value, f'jaxsd.{NESTED[key]}', f'{slot}.{key}', given=('rngs',))
             if key in NESTED else value for key, value in plain(options).items()}
@@ -100,7 +100,7 @@ def _nested(options, slot: str) -> dict:
 def build(config, *, rngs, lora: dict | None = None) -> Model:
     """The model of a config. `lora` is a stage's dict(rank, scale) or None. Call it in a trace."""
     sizes = make_vocab(config).sizes(config.backbone.width)
-    parts = [bind(_nested(config[slot], slot), f'jaxsd.{slot}', slot, given=('rngs',))(
+    parts = [bind(nested(config[slot], slot), f'jaxsd.{slot}', slot, given=('rngs',))(
         sizes, rngs=rngs) for slot in ('frontend', 'backbone', 'head')]
     model = Model(*parts)
     if lora:

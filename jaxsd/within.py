@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsd import nn
-from jaxsd.sharding import Place, anywhere
 from jaxsd.types import positive
 
 
@@ -55,10 +54,10 @@ class Within(nnx.Module):
         x = x + block.out(o)
         return x + nn.gated(block.norm_mlp(x), block.gate_up, block.down)
 
-    def __call__(self, x, mask, position=None, place: Place = anywhere):
+    def __call__(self, x, mask, position=None):
         def layer(x, block):
             return self._mix(block, x, *self._qkv(block, x, position), mask), None
-        x, _ = jax.lax.scan(layer, x, self.blocks, unroll=nn.unroll(self.layers, place))
+        x, _ = jax.lax.scan(layer, x, self.blocks, unroll=True)     # few and small
         return self.norm(x)
 
     def empty(self, rows: int, cells: int, dtype):

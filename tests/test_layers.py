@@ -31,7 +31,7 @@ LAYERS = {
     'nn': (1, ('sharding',), JAX | {'flax'}, set()),
     'attention': (1, ('sharding',), JAX, set()),
     'objective': (1, (), JAX, set()),
-    'within': (1, ('nn', 'sharding'), JAX | {'flax'}, set()),
+    'within': (1, ('nn',), JAX | {'flax'}, set()),
     'data': (2, ('codec',), FILES | {'ml_collections'}, {'jax', 'flax', 'optax', 'orbax'}),
     'codec': (2, (), NUMPY | {'safetensors'}, {'jax', 'flax', 'optax', 'orbax', 'grain'}),
     'goodput': (1, (), NUMPY, {'jax', 'flax', 'optax', 'orbax', 'grain'}),
