@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsd import nn
+from jaxsd.sharding import Place, anywhere
 from jaxsd.types import Sizes, Where, check, positive
 from jaxsd.within import Within
 
@@ -59,7 +60,8 @@ class Summed(nnx.Module):
         self.rows = len(sizes.rows)
         self.heard = tuple(k for k, kind in enumerate(kinds) if not heard or kind in heard)
 
-    def __call__(self, batch):
+    def __call__(self, batch, place: Place = anywhere):
+        del place
         tokens_BKT = check(batch['tokens'], 'BKT', K=self.rows)
         x_BTD = 0.0
         for k in self.heard:        # one row at a time: [B, K, T, D] never exists
@@ -84,7 +86,8 @@ class Averaged(nnx.Module):
             self.encoder = encoder(sizes.width, rngs=rngs)
         self.rows = len(sizes.rows)
 
-    def __call__(self, batch):
+    def __call__(self, batch, place: Place = anywhere):
+        del place
         tokens_BKT = check(batch['tokens'], 'BKT', K=self.rows)
         text = _embedded(self.table[...], tokens_BKT[:, 0])
         rest = 0.0
@@ -133,7 +136,8 @@ class Grouped(nnx.Module):
     def table(self):
         return self.words if self.text else self.inside
 
-    def __call__(self, batch):
+    def __call__(self, batch, place: Place = anywhere):
+        del place
         tokens_BKT = check(batch['tokens'], 'BKT', K=self.rows)
         group = tokens_BKT[:, self.text:]
         here = (group >= 0).any(1)[..., None]
