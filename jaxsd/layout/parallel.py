@@ -272,6 +272,87 @@ def prefixed(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz
     return Grid.of(tokens, scores)
 
 
+GAPS = ('gap0', 'gap1', 'gap2')
+"""Marks of the places that spans were taken from, in order."""
+APART_FRAMES = 5
+"""At least so many frames stay between two spans, and before the first and behind the last."""
+
+
+def spans(frames: int, rng: np.random.Generator, longest_frames: int) -> list[tuple[int, int]]:
+    """(first, the one after the last) of one to three spans of at most `longest_frames` each.
+
+    How many is a draw from a Poisson distribution of mean 1 between those bounds, fewer where they
+    would not fit; none where not even one frame would.
+    """
+    count = int(np.clip(rng.poisson(1.0), 1, len(GAPS)))
+    while count and frames < count * (1 + APART_FRAMES) + APART_FRAMES:
+        count -= 1
+    room = frames - (count + 1) * APART_FRAMES
+    lengths = [int(rng.integers(1, min(longest_frames, room // count) + 1)) for _ in range(count)]
+    slack = np.sort(rng.integers(0, room - sum(lengths) + 1, count)) if count else []
+    out, before = [], 0
+    for n, (length, free) in enumerate(zip(lengths, slack, strict=True)):
+        first = int(free) + before + (n + 1) * APART_FRAMES
+        out.append((first, first + length))
+        before += length
+    return out
+
+
+def infilled(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 12.5,
+             late: Sequence[int] = (0, 1, 2, 3), longest_frames: int = 600,
+             weights: Sequence[float] = (1.0,)) -> Grid:
+    """As `prefixed`, with spans taken out of the sound and said at the end: editing is continuing.
+
+    ::
+
+        text     BOS  the  .  .  .   .   .    .   .   .   .   .    .   .    .
+        audio 0   .    .   *  a0 a1  *  gap0  a4  a5 END  *  gap0  a2  a3 OVER  *
+        audio 1   .    .   *  *  b0  b1 gap0  *   b4  b5 END gap0  *   b2  b3 OVER
+
+    Every stretch is delayed on its own. A gap's mark stands where a span was and again before it;
+    'over' closes a span and 'end' what stayed (arXiv 2403.16973 §3.1, from where the spans are).
+    """
+    _check(vocab, '+end', '+over', *(f'+{gap}' for gap in GAPS))
+    rows = vocab.rows[1:]
+    if len(weights) not in (1, len(rows)):
+        raise ValueError(f'layout.weights needs one number, or one for each of {len(rows)} rows')
+    said = whole(record, 0, frame_hz)
+    codes = said.codes
+    if not codes.shape[1]:
+        raise ValueError(f'record {record.id} has no sound')
+    text = [vocab.specials['bos'], *_ids(vocab, said.words)]
+
+    def column(mark: str) -> np.ndarray:
+        return np.array([[vocab.specials.get(f'{row.name} {mark}', initial(row))] for row in rows])
+
+    def stretch(first: int, stop: int, mark: str = '') -> tuple[np.ndarray, np.ndarray]:
+        part = codes[:, first:stop]
+        if mark:
+            part = np.concatenate([part, np.full((len(part), 1), column(mark)[0, 0]
+                                                 - rows[0].start)], axis=1)
+        at = pattern(len(part), part.shape[1], late)
+        return _codes(vocab, part, at, 'initial'), at >= 0
+    taken = spans(codes.shape[1], rng, longest_frames)
+    borders = [0, *(x for span in taken for x in span), codes.shape[1]]
+    pieces = [(column('initial'), False)]
+    for n in range(len(taken) + 1):
+        pieces.append(stretch(borders[2 * n], borders[2 * n + 1],
+                              'end' if n == len(taken) else ''))
+        if n < len(taken):
+            pieces.append((column(GAPS[n]), False))
+    for gap, (first, stop) in zip(GAPS, taken, strict=False):
+        pieces += [(column(gap), False), stretch(first, stop, 'over')]
+    sound = np.concatenate([tokens for tokens, _ in pieces], axis=1)
+    tokens = np.full((len(vocab.rows), len(text) + sound.shape[1]), NOTHING, np.int32)
+    tokens[0, :len(text)] = text
+    tokens[1:, len(text):] = sound
+    scores = np.zeros(tokens.shape, np.float32)
+    scores[1:, len(text):] = np.concatenate(
+        [np.broadcast_to(where, cells.shape) for cells, where in pieces], axis=1
+    ) * np.reshape(weights, (-1, 1))
+    return Grid.of(tokens, scores)
+
+
 def answered(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 12.5,
              heard: str = 'feats', said: str = 'both', task: str = 'reply',
              late: Sequence[int] = (1, 2, 3, 4, 5, 6, 7), stack_frames: int = 1) -> Grid:
