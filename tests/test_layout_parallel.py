@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do text and speech stand side by side as the papers draw them, and can it be undone?"""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -213,13 +214,34 @@ def test_what_was_taken_out_is_said_last():
     (parallel.answered, voc(**ASKED), asked(), dict(heard='sound'), "layout.heard is 'feats'"),
     (parallel.answered, voc(**ASKED), asked(), dict(task='any'), "layout.task is 'reply'"),
     (parallel.answered, voc(**ASKED), coded(turns=(Turn(0, 0., .2, ''),) * 2), {}, 'no features'),
-    (parallel.together, voc(AUDIO, marks=('end', 'pad')), coded(), {}, 'no turn that another one'),
+    (parallel.together, voc(AUDIO, marks=('end', 'pad')), coded(units=UNITS.units), {},
+     'no turn that another one'),
     (parallel.grouped, GROUP, UNITS, dict(fields=('speech',)), 'layout.fields names two'),
+    (parallel.grouped, GROUP, UNITS, dict(kind='words'), "layout.kind is 'units' or 'codes'"),
+    (parallel.grouped, GROUP, UNITS, dict(kind='codes'), 'has audio but no codes'),
     (parallel.upsampled, SPREAD, UNITS, dict(heard='units'), "layout.heard is 'feats' or 'text'"),
 ])
 def test_what_cannot_be_drawn_is_said(layout, vocab, record, options, message):
     with pytest.raises(ValueError, match=message):
         draw(layout, vocab, record, options)
+
+
+def test_a_record_with_codes_and_units_is_told_in_those_that_the_layout_writes():
+    """Dealing, groups and CTC write units, delays and patches codes, whatever else there is."""
+    both = dataclasses.replace(UNITS, codes=(30 + np.arange(2 * 3 * 5)).reshape(2, 3, 5).astype(
+        np.int16))
+    for name in ('dealt', 'groups', 'unaligned'):
+        layout, v, _, options = DRAWN[name]
+        np.testing.assert_array_equal(draw(layout, v, both, options).tokens,
+                                      draw(layout, v, UNITS, options).tokens)
+    one = dataclasses.replace(coded(), units=UNITS.units[:1])
+    layout, v, _, options = DRAWN['grows']
+    np.testing.assert_array_equal(draw(layout, v, one, options).tokens,
+                                  draw(layout, v, coded(), options).tokens)
+    patch = draw(parallel.grouped, GROUP, both, dict(kind='codes', frame_hz=12.5,
+                                                     fields=('text', 'speech')))
+    start = GROUP.rows[1].start
+    assert (patch.tokens[1:, 4] - start).tolist() == [30, 35, 40]       # frame 0 of three books
 
 
 def test_text_alone_is_drawn_from_its_turns():
