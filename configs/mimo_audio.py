@@ -73,7 +73,7 @@ def get_config(arg=None):
 
 
 def grouped(hz: float, *fields, **options) -> dict:
-    return dict(name='parallel.grouped', frame_hz=hz, fields=fields) | options
+    return dict(name='parallel.grouped', kind='codes', frame_hz=hz, fields=fields) | options
 
 
 def sources(hz: float, read, talk) -> dict:

@@ -32,12 +32,13 @@ def manners_of(vocab: Vocab, *, pairs: bool = False) -> Manners:
 
 
 def answer(speaker: Speaker, prompts: list[np.ndarray], *, stop: Callable, most_columns: int,
-           heard=None, key=None, chunk: int = 16, plan: np.ndarray | None = None
-           ) -> list[np.ndarray]:
-    """What follows each prompt [K, T_i]: columns [K, n] up to the first where `stop` says so.
+           heard=None, key=None, chunk: int = 16, plan: np.ndarray | None = None,
+           wanted: slice = slice(None)) -> list[np.ndarray]:
+    """What follows each prompt [K, T_i]: columns [K, n] up to where `stop` says.
 
     stop: columns [K, n] -> how many of them the answer has, or None while it goes on. plan: [B, K],
-    what every column of a sequence is given (FREE where it chooses).
+    what every column of a sequence is given (FREE where it chooses). wanted: the sequences whose
+    answers are waited for and returned.
     """
     key = jax.random.key(0) if key is None else key
     rows = len(speaker.rows)
@@ -46,7 +47,7 @@ def answer(speaker: Speaker, prompts: list[np.ndarray], *, stop: Callable, most_
     stream = Stream(speaker, rows=len(prompts), columns=longest + most_columns + chunk, key=key)
     out = [np.asarray(stream.first(prompts, plan, heard=heard))[None]]
     while True:
-        said = np.moveaxis(np.concatenate(out), 0, 2)           # [B, K, n]
+        said = np.moveaxis(np.concatenate(out), 0, 2)[wanted]       # [B, K, n]
         lengths = [stop(x) for x in said]
         if said.shape[2] >= most_columns or None not in lengths:
             return [x[:, :most_columns if n is None else min(n, most_columns)]
@@ -78,14 +79,9 @@ def in_pairs(speaker: Speaker, vocab: Vocab, both: list[np.ndarray], written: li
     prompts = [p for pair in zip(both, written, strict=True) for p in pair]
     plan = np.full((len(prompts), len(vocab.rows)), FREE, np.int32)
     plan[1::2, 1:] = speaker.manners.pads[1:]
-    stop, found = ended(vocab), []
-
-    def either(columns_KT):         # the second of a pair never speaks: it ends with the first
-        quiet = (columns_KT[1:] == np.array(speaker.manners.pads[1:])[:, None]).all()
-        return 1 if quiet and columns_KT.shape[1] > 1 else stop(columns_KT)
-    found = answer(speaker, prompts, stop=either, most_columns=most_columns, plan=plan, key=key,
-                   heard=None if heard is None else [x for x in heard for _ in range(2)])
-    return found[0::2]
+    return answer(speaker, prompts, stop=ended(vocab), most_columns=most_columns, plan=plan,
+                  heard=None if heard is None else [x for x in heard for _ in range(2)], key=key,
+                  wanted=slice(0, None, 2))
 
 
 def collapse(frames, blank: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do text and speech stand side by side as the papers draw them, and can it be undone?"""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -147,6 +148,57 @@ def test_the_delay_pattern_of_the_papers():
     assert cells.tolist() == [[1, 2, 3, 4, 0, 0], [0, 1, 2, 3, 4, 0], [0, 0, 1, 2, 3, 4]]
 
 
+# Spans that are said last.
+
+def test_spans_lie_apart_inside_and_are_as_many_as_the_paper_says():
+    rng, counts = np.random.default_rng(0), []
+    for _ in range(600):
+        frames = int(rng.integers(1, 200))
+        found = parallel.spans(frames, rng, 40)
+        edges = [0, *(x for span in found for x in span), frames]
+        assert all(b - a >= parallel.APART_FRAMES for a, b in zip(edges[::2], edges[1::2],
+                                                                  strict=True)) or not found
+        assert all(1 <= b - a <= 40 for a, b in found)
+        assert (not found) == (frames < 11)
+        if frames > 100:
+            counts.append(len(found))
+    share = np.bincount(counts, minlength=4) / len(counts)      # Poisson(1), 0 told as 1, 4.. as 3
+    np.testing.assert_allclose(share[1:], [0.736, 0.184, 0.080], atol=0.06)
+
+
+def test_what_was_taken_out_is_said_last():
+    """Read back piece by piece: stretches delayed each on its own, what stayed first, then what was
+    taken, every frame once; marks where the paper has them, which are never scored but at ends."""
+    v = voc(marks=('end', 'over', *parallel.GAPS))
+    codes = np.arange(3 * 30).reshape(1, 3, 30).astype(np.int16)
+    example = Record('r', 'toy', 'en', 2.4, codes, words=WORDS[1:])
+    grid = parallel.infilled(example, vocab=v, rng=np.random.default_rng(1), longest_frames=6,
+                             late=(0, 1, 2), weights=(5., 1., .5))
+    taken = parallel.spans(30, np.random.default_rng(1), 6)
+    assert len(taken) == 2
+    sound = grid.tokens[1:, 4:] - np.array([[row.start] for row in v.rows[1:]])
+    assert (sound[:, 0] == 205).all() and grid.tokens[0, :4].tolist() == [1, 7, 8, 9]
+    edges = [0, *(x for span in taken for x in span), 30]
+    kept = [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    order = [(kept[0], None), ('gap', 202), (kept[1], None), ('gap', 203), (kept[2], 200),
+             ('gap', 202), (range(*taken[0]), 201), ('gap', 203), (range(*taken[1]), 201)]
+    at, scored = 1, grid.weights[1:, 4:] > 0
+    for what, mark in order:
+        if what == 'gap':
+            assert (sound[:, at] == mark).all() and not scored[:, at].any()
+            at += 1
+            continue
+        n = len(what) + (mark is not None)
+        p = parallel.pattern(3, n, (0, 1, 2))
+        back = parallel.undo(sound[:, at:at + p.shape[1]], p, 3, n)
+        np.testing.assert_array_equal(back[:, :len(what)], codes[0][:, list(what)])
+        assert mark is None or (back[:, -1] == mark).all()
+        np.testing.assert_array_equal(scored[:, at:at + p.shape[1]], p >= 0)
+        at += p.shape[1]
+    assert at == sound.shape[1]
+    assert [set(w[w > 0]) for w in grid.weights[1:]] == [{5.0}, {1.0}, {0.5}]
+
+
 # Options and errors.
 
 @pytest.mark.parametrize('layout, vocab, record, options, message', [
@@ -162,13 +214,34 @@ def test_the_delay_pattern_of_the_papers():
     (parallel.answered, voc(**ASKED), asked(), dict(heard='sound'), "layout.heard is 'feats'"),
     (parallel.answered, voc(**ASKED), asked(), dict(task='any'), "layout.task is 'reply'"),
     (parallel.answered, voc(**ASKED), coded(turns=(Turn(0, 0., .2, ''),) * 2), {}, 'no features'),
-    (parallel.together, voc(AUDIO, marks=('end', 'pad')), coded(), {}, 'no turn that another one'),
+    (parallel.together, voc(AUDIO, marks=('end', 'pad')), coded(units=UNITS.units), {},
+     'no turn that another one'),
     (parallel.grouped, GROUP, UNITS, dict(fields=('speech',)), 'layout.fields names two'),
+    (parallel.grouped, GROUP, UNITS, dict(kind='words'), "layout.kind is 'units' or 'codes'"),
+    (parallel.grouped, GROUP, UNITS, dict(kind='codes'), 'has audio but no codes'),
     (parallel.upsampled, SPREAD, UNITS, dict(heard='units'), "layout.heard is 'feats' or 'text'"),
 ])
 def test_what_cannot_be_drawn_is_said(layout, vocab, record, options, message):
     with pytest.raises(ValueError, match=message):
         draw(layout, vocab, record, options)
+
+
+def test_a_record_with_codes_and_units_is_told_in_those_that_the_layout_writes():
+    """Dealing, groups and CTC write units, delays and patches codes, whatever else there is."""
+    both = dataclasses.replace(UNITS, codes=(30 + np.arange(2 * 3 * 5)).reshape(2, 3, 5).astype(
+        np.int16))
+    for name in ('dealt', 'groups', 'unaligned'):
+        layout, v, _, options = DRAWN[name]
+        np.testing.assert_array_equal(draw(layout, v, both, options).tokens,
+                                      draw(layout, v, UNITS, options).tokens)
+    one = dataclasses.replace(coded(), units=UNITS.units[:1])
+    layout, v, _, options = DRAWN['grows']
+    np.testing.assert_array_equal(draw(layout, v, one, options).tokens,
+                                  draw(layout, v, coded(), options).tokens)
+    patch = draw(parallel.grouped, GROUP, both, dict(kind='codes', frame_hz=12.5,
+                                                     fields=('text', 'speech')))
+    start = GROUP.rows[1].start
+    assert (patch.tokens[1:, 4] - start).tolist() == [30, 35, 40]       # frame 0 of three books
 
 
 def test_text_alone_is_drawn_from_its_turns():

@@ -69,12 +69,13 @@ class Said(NamedTuple):
     feats: np.ndarray
 
 
-def _between(record: Record, channel: int, start_s: float, end_s: float, frame_hz: float) -> Said:
-    """What `channel` says from start_s to end_s."""
-    if record.codes is not None:
-        codes = record.codes[min(channel, len(record.codes) - 1)]
-    else:
-        codes = record.units[min(channel, len(record.units) - 1)][None]
+def _between(record: Record, channel: int, start_s: float, end_s: float, frame_hz: float,
+             kind: str) -> Said:
+    """What `channel` says from start_s to end_s, in 'codes' or 'units'."""
+    told = record.codes if kind == 'codes' else record.units
+    if told is None or not len(told):
+        raise ValueError(f'record {record.id} has audio but no {kind}')
+    codes = np.atleast_2d(told[min(channel, len(told) - 1)])
     words = tuple(w for w in spoken_by(record, channel) if start_s <= w.start_s < end_s)
     # Rounding: times are stored in single precision, and 0.24 s must not become frame 2.9999.
     first, stop = (int(np.round(x * frame_hz, 4)) for x in (start_s, end_s))
@@ -86,15 +87,16 @@ def _between(record: Record, channel: int, start_s: float, end_s: float, frame_h
     return Said(words, codes[:, first:max(stop, first + 1)].astype(np.int32), feats)
 
 
-def whole(record: Record, channel: int, frame_hz: float) -> Said:
-    """All that one channel says."""
+def whole(record: Record, channel: int, frame_hz: float, kind: str) -> Said:
+    """All that one channel says, its sound in 'codes' or 'units'."""
     if record.codes is None and not record.units:
         return Said(spoken_by(record, channel), np.zeros((1, 0), np.int32),
                     np.zeros((0, 0), np.float32))
-    return _between(record, channel, 0.0, record.duration_s + 1.0, frame_hz)
+    return _between(record, channel, 0.0, record.duration_s + 1.0, frame_hz, kind)
 
 
-def exchange(record: Record, rng: np.random.Generator, frame_hz: float) -> tuple[Said, Said]:
+def exchange(record: Record, rng: np.random.Generator, frame_hz: float, kind: str
+             ) -> tuple[Said, Said]:
     """A turn and the one that follows it: of a dialogue, a user's (channel 1) and mine (channel 0).
 
     Which, of a record with several, is drawn. A record of one voice goes on where it paused, and
@@ -115,16 +117,16 @@ def exchange(record: Record, rng: np.random.Generator, frame_hz: float) -> tuple
         none = np.zeros((1, 0), np.int32), np.zeros((0, 0), np.float32)
         return (Said(words[first:cut], *none),
                 Said(words[cut:cut + len(turns[i + 1].text.split())], *none))
-    return tuple(_between(record, turn.channel, turn.start_s, turn.end_s, frame_hz)
+    return tuple(_between(record, turn.channel, turn.start_s, turn.end_s, frame_hz, kind)
                  for turn in turns[i:i + 2])
 
 
-def _stretches(record: Record, rng, frame_hz: float, task: str) -> tuple[Said, Said]:
+def _stretches(record: Record, rng, frame_hz: float, task: str, kind: str) -> tuple[Said, Said]:
     if task not in ('reply', 'same'):
         raise ValueError(f"layout.task is 'reply' or 'same', got {task!r}")
     if task == 'reply':
-        return exchange(record, rng, frame_hz)
-    return (whole(record, 0, frame_hz),) * 2
+        return exchange(record, rng, frame_hz, kind)
+    return (whole(record, 0, frame_hz, kind),) * 2
 
 
 def _check(vocab: Vocab, *marks: str, text: bool = True):
@@ -250,7 +252,7 @@ def prefixed(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz
                          f'{end!r}')
     if len(weights) not in (1, len(rows)):
         raise ValueError(f'layout.weights needs one number, or one for each of {len(rows)} rows')
-    said = whole(record, 0, frame_hz)
+    said = whole(record, 0, frame_hz, 'codes')
     text = [vocab.specials['bos'], *_ids(vocab, said.words)] if 'text' in vocab.ranges else []
     codes = said.codes
     at = pattern(len(codes), codes.shape[1] + (end == 'mark'), late, tail)
@@ -269,6 +271,87 @@ def prefixed(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz
     tokens[extra:, len(text):] = sound
     if codes.shape[1]:
         scores[extra:, len(text) + 1:] = np.where(at < 0, 0.0, np.reshape(weights, (-1, 1)))
+    return Grid.of(tokens, scores)
+
+
+GAPS = ('gap0', 'gap1', 'gap2')
+"""Marks of the places that spans were taken from, in order."""
+APART_FRAMES = 5
+"""At least so many frames stay between two spans, and before the first and behind the last."""
+
+
+def spans(frames: int, rng: np.random.Generator, longest_frames: int) -> list[tuple[int, int]]:
+    """(first, the one after the last) of one to three spans of at most `longest_frames` each.
+
+    How many is a draw from a Poisson distribution of mean 1 between those bounds, fewer where they
+    would not fit; none where not even one frame would.
+    """
+    count = int(np.clip(rng.poisson(1.0), 1, len(GAPS)))
+    while count and frames < count * (1 + APART_FRAMES) + APART_FRAMES:
+        count -= 1
+    room = frames - (count + 1) * APART_FRAMES
+    lengths = [int(rng.integers(1, min(longest_frames, room // count) + 1)) for _ in range(count)]
+    slack = np.sort(rng.integers(0, room - sum(lengths) + 1, count)) if count else []
+    out, before = [], 0
+    for n, (length, free) in enumerate(zip(lengths, slack, strict=True)):
+        first = int(free) + before + (n + 1) * APART_FRAMES
+        out.append((first, first + length))
+        before += length
+    return out
+
+
+def infilled(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 12.5,
+             late: Sequence[int] = (0, 1, 2, 3), longest_frames: int = 600,
+             weights: Sequence[float] = (1.0,)) -> Grid:
+    """As `prefixed`, with spans taken out of the sound and said at the end: editing is continuing.
+
+    ::
+
+        text     BOS  the  .  .  .   .   .    .   .   .   .   .    .   .    .
+        audio 0   .    .   *  a0 a1  *  gap0  a4  a5 END  *  gap0  a2  a3 OVER  *
+        audio 1   .    .   *  *  b0  b1 gap0  *   b4  b5 END gap0  *   b2  b3 OVER
+
+    Every stretch is delayed on its own. A gap's mark stands where a span was and again before it;
+    'over' closes a span and 'end' what stayed (arXiv 2403.16973 §3.1, from where the spans are).
+    """
+    _check(vocab, '+end', '+over', *(f'+{gap}' for gap in GAPS))
+    rows = vocab.rows[1:]
+    if len(weights) not in (1, len(rows)):
+        raise ValueError(f'layout.weights needs one number, or one for each of {len(rows)} rows')
+    said = whole(record, 0, frame_hz, 'codes')
+    codes = said.codes
+    if not codes.shape[1]:
+        raise ValueError(f'record {record.id} has no sound')
+    text = [vocab.specials['bos'], *_ids(vocab, said.words)]
+
+    def column(mark: str) -> np.ndarray:
+        return np.array([[vocab.specials.get(f'{row.name} {mark}', initial(row))] for row in rows])
+
+    def stretch(first: int, stop: int, mark: str = '') -> tuple[np.ndarray, np.ndarray]:
+        part = codes[:, first:stop]
+        if mark:
+            part = np.concatenate([part, np.full((len(part), 1), column(mark)[0, 0]
+                                                 - rows[0].start)], axis=1)
+        at = pattern(len(part), part.shape[1], late)
+        return _codes(vocab, part, at, 'initial'), at >= 0
+    taken = spans(codes.shape[1], rng, longest_frames)
+    borders = [0, *(x for span in taken for x in span), codes.shape[1]]
+    pieces = [(column('initial'), False)]
+    for n in range(len(taken) + 1):
+        pieces.append(stretch(borders[2 * n], borders[2 * n + 1],
+                              'end' if n == len(taken) else ''))
+        if n < len(taken):
+            pieces.append((column(GAPS[n]), False))
+    for gap, (first, stop) in zip(GAPS, taken, strict=False):
+        pieces += [(column(gap), False), stretch(first, stop, 'over')]
+    sound = np.concatenate([tokens for tokens, _ in pieces], axis=1)
+    tokens = np.full((len(vocab.rows), len(text) + sound.shape[1]), NOTHING, np.int32)
+    tokens[0, :len(text)] = text
+    tokens[1:, len(text):] = sound
+    scores = np.zeros(tokens.shape, np.float32)
+    scores[1:, len(text):] = np.concatenate(
+        [np.broadcast_to(where, cells.shape) for cells, where in pieces], axis=1
+    ) * np.reshape(weights, (-1, 1))
     return Grid.of(tokens, scores)
 
 
@@ -295,7 +378,7 @@ def answered(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz
     if heard not in ('feats', 'text') or said not in ('both', 'text'):
         raise ValueError("layout.heard is 'feats' or 'text' and layout.said 'both' or 'text', got "
                          f'{heard!r} and {said!r}')
-    asked, reply = _stretches(record, rng, frame_hz, task)
+    asked, reply = _stretches(record, rng, frame_hz, task, 'codes')
     rows = [row for row in vocab.rows if row.name != 'text']
     feats = _heard(record, asked, stack_frames) if heard == 'feats' else None
     if said == 'both' and not reply.codes.shape[1]:
@@ -333,7 +416,7 @@ def together(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz
     end mark is dealt like a unit (arXiv 2406.12428 §3). Only the answer is scored.
     """
     _check(vocab, '+end', '+pad')
-    asked, reply = exchange(record, rng, frame_hz)
+    asked, reply = exchange(record, rng, frame_hz, 'units')
     late = (0,) * (len(vocab.rows) - 1)
     parts = [_beside(vocab, _ids(vocab, x.words), x.codes if x.codes.shape[1] else None, late)
              for x in (asked, reply)]
@@ -344,7 +427,7 @@ def together(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz
 
 def grouped(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 25.0,
             fields: Sequence[str] = ('speech', 'speech'), task: str = 'reply',
-            score: str = 'answer') -> Grid:
+            score: str = 'answer', kind: str = 'units') -> Grid:
     """Text and speech in one row of a language model, where one position stands for G frames.
 
     ::
@@ -355,18 +438,20 @@ def grouped(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz:
         audio 2            u2     _                    v2     _
 
     A position with the mark `speech` carries a group: it is entered as one vector and predicted in
-    one step from the position before (arXiv 2410.08035 §3). With several codebooks a group is a
-    patch of frames. `fields` says how the two stretches are told, 'text' or 'speech'; task as in
-    `answered`. score 'all' scores both stretches, 'answer' the second.
+    one step from the position before (arXiv 2410.08035 §3). kind 'codes' groups frames of several
+    codebooks, patches, instead of units. `fields` says how the two stretches are told, 'text' or
+    'speech'; task as in `answered`. score 'all' scores both stretches, 'answer' the second.
     """
     _check(vocab, 'open', 'speech', 'close', '+pad')
+    if kind not in ('units', 'codes'):
+        raise ValueError(f"layout.kind is 'units' or 'codes', got {kind!r}")
     if len(fields) != 2 or not set(fields) <= {'text', 'speech'} or score not in ('all', 'answer'):
         raise ValueError("layout.fields names two of 'text', 'speech' and layout.score is 'all' or "
                          f"'answer', got {tuple(fields)} and {score!r}")
     rows = len(vocab.rows) - 1
     tokens = [np.array([[vocab.specials['bos']]] + [[NOTHING]] * rows, np.int32)]
     weights = [np.zeros((1 + rows, 1), np.float32)]
-    for n, (field, part) in enumerate(zip(fields, _stretches(record, rng, frame_hz, task),
+    for n, (field, part) in enumerate(zip(fields, _stretches(record, rng, frame_hz, task, kind),
                                           strict=True)):
         if field == 'text':
             top, groups = _ids(vocab, part.words), np.zeros((rows, 0), np.int32)
@@ -411,7 +496,7 @@ def upsampled(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_h
     if heard not in ('feats', 'text') or said not in ('both', 'text'):
         raise ValueError("layout.heard is 'feats' or 'text' and layout.said 'both' or 'text', got "
                          f'{heard!r} and {said!r}')
-    asked, reply = _stretches(record, rng, frame_hz, task)
+    asked, reply = _stretches(record, rng, frame_hz, task, 'units')
     rows = vocab.rows[1:]
     feats = _heard(record, asked, stack_frames) if heard == 'feats' else None
     inside = [NOTHING] * len(feats) if feats is not None else _ids(vocab, asked.words)
