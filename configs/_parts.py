@@ -42,6 +42,22 @@ def qwen2_7b(**options) -> dict:
                 mlp=18944, theta=1_000_000.0, qkv_bias=True, norm_eps=1e-6) | options
 
 
+def llama31_8b(**options) -> dict:
+    """Llama 3.1 8B (its config.json): Llama 3's sizes with slower positions."""
+    return llama3_8b(rope_scaling=llama3_scaling(8.0)) | options
+
+
+def llama3_scaling(factor: float) -> dict:
+    """How Llama 3.1 (factor 8) and 3.2 (factor 32) slow their rotary positions (config.json)."""
+    return dict(name='llama3', factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_columns=8192)
+
+
+def rows(count: int) -> tuple[str, ...]:
+    """Names of rows of speech."""
+    return tuple(f'audio {k}' for k in range(count))
+
+
 def small(like: dict, *, width: int, layers: int, heads: int, mlp: int, **options) -> dict:
     """A backbone of the same kind as `like` at another size, in one piece for a small machine."""
     return dict(like) | dict(width=width, layers=layers, heads=heads, kv_heads=heads,
@@ -71,6 +87,23 @@ DEMO_PHONES = tuple(f'/{phone}/' for phone in (
     'b d f h i j k l m n p s t tʃ v w z æ ð ŋ ɡ ɹ θ ə ɐ ɑː ɑːɹ ɒ ɔ ɔː ɔːɹ ɔɪ ɚ ɛ ɛə ɛɹ ɜː ɪ ʊ ʌ uː '
     'iː iə eə eɪ aɪ aʊ oʊ əl əɪ əʊ').split())
 """The phones of the demo corpus without their stress, as markers."""
+
+
+def demo_answers(c, *, stages, evals=('voice',)) -> None:
+    """The demo corpus and usual demo training for `c`: stages are (name, data, options)."""
+    c.data.path = DEMO
+    start, made = 'init', []
+    for name, data, options in stages:
+        made.append(dict(name=name, batch=16, schedule='cosine', warmup_steps=40, final_lr=0.05,
+                         weight_decay=0.05, save_steps=200, log_steps=20, probe_steps=200,
+                         start=start, data=data) | options)
+        start = name
+    c.stages = tuple(made)
+    c.evals = dict(likelihood=dict(name='likelihood', sources=evals))
+
+
+DEMO_EAR = dict(name='listener', features=640, inside=96, layers=2, heads=4, mlp=256)
+"""A small encoder of 8 log-mel frames (80 ms) a column, trained with the rest."""
 
 
 def tiny(c, *, columns: int, steps: int = 2, batch: int = 8) -> None:

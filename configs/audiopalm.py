@@ -96,4 +96,4 @@ def demo(c) -> None:
     c.stages = (parts.demo_stage('finetune', 700, dict(asr=0.3, tts=0.3, answer=0.35,
                                                        written=0.05)),)
     c.evals = dict(likelihood=dict(name='likelihood', sources=('asr', 'tts', 'answer')),
-                   replies=dict(name='replies', source='answer'))
+                   exchanges=dict(name='exchanges', source='answer'))

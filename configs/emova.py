@@ -123,4 +123,4 @@ def demo(c) -> None:
     c.stages = (parts.demo_stage('align', 500, dict(asr=0.5, tts=0.5)),
                 parts.demo_stage('instruct', 400, dict(dialogue=1.0), start='align', lr=2e-3))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('asr', 'dialogue')),
-                   replies=dict(name='replies', source='dialogue'))
+                   exchanges=dict(name='exchanges', source='dialogue'))

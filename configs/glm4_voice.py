@@ -108,4 +108,4 @@ def demo(c) -> None:
         parts.demo_stage('chat', 400, dict(written=4.0, spoken=20.0), start='pretrain', batch=8,
                          lr=2e-3))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('interleaved', 'written', 'spoken')),
-                   replies=dict(name='replies', source='spoken'))
+                   exchanges=dict(name='exchanges', source='spoken'))

@@ -8,6 +8,7 @@ over columns and a small depth transformer over the rows of one column.
   fits?    python -m jaxsd plan     --config configs/moshi.py --topology v5p:8x8x8 --search
   smoke    python -m jaxsd train    --config configs/moshi.py:tiny --workdir runs/moshi_tiny
   demo     python -m jaxsd train    --config configs/moshi.py:demo --workdir runs/moshi
+  stages   python -m jaxsd train    --config configs/moshi.py:demo,course=paper --workdir runs/all
   train    python -m jaxsd train    --config configs/moshi.py --stage pretrain --workdir $WORKDIR
   warm     the same with --config configs/moshi.py:text=hf:path/to/helium, as in the paper
   released python -m jaxsd import   --config configs/moshi.py:mine --stage instruct --format kyutai
@@ -25,7 +26,7 @@ from jaxsd.config import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, tiny=False, demo=False, share=1.0, text='', mine=False)
+    arg = parse_arg(arg, tiny=False, demo=False, share=1.0, text='', mine=False, course='short')
     c = mlc.ConfigDict()
     c.seed = 0
     c.codec = dict(name='mimi', path='', codebooks=8, frame_hz=12.5, size=2048)
@@ -43,18 +44,26 @@ def get_config(arg=None):
         fisher=dict(select=('fisher',)), instruct=dict(select=('instruct',)),
         text=dict(select=('text',))))
     mono = dict(name='duplex.columns', acoustic_delay_columns=2, weight_pad=0.5, theirs='none',
-                drop_text=0.3)
+                text_shift_s=0.6, drop_text=0.3)
+    # Whose turn it is to be me is drawn, but for the dialogues written for me (§4.3, 4.4).
+    drawn = dict(c.layout) | dict(mine='random')
+    written = dict(data=dict(text=1.0))
     speeds = ('head/(inputs|tables|text_table|blocks|outs)/?.*',)
 
-    def at(temporal, depth):        # (regex, multiplier) pairs for rates given per part (Table 1)
-        return dict(lr=temporal, train=((speeds[0], depth / temporal), ('.*', 1.0)))
+    def at(temporal, depth, text=1.0):      # multipliers, for rates that Table 1 gives by part
+        slower = (('head/text_out/.*', text),) if text != 1.0 else ()
+        return dict(lr=temporal, train=(*slower, (speeds[0], depth / temporal), ('.*', 1.0)))
     c.stages = (
-        dict(name='pretrain', steps=1_000_000, batch=192, data=dict(mono=1.0, text=1.0),
-             layout=mono, schedule='cosine', **at(3e-5, 2e-4)),
-        dict(name='posttrain', steps=100_000, batch=96, data=dict(simulated=0.9, text=0.1),
-             start='pretrain', **at(3e-6, 5e-5)),
-        dict(name='duplex', steps=10_000, batch=8, data=dict(fisher=1.0), start='posttrain',
-             **at(2e-6, 4e-6)),
+        # Half the steps read text alone, with moments of their own; the rate of the text head is
+        # 0.75 of the others' where there is sound. (So is that of the text's embeddings; here one
+        # table holds all embeddings and keeps its rate.) Warm-up: not stated by the source.
+        dict(name='pretrain', steps=1_000_000, batch=192, data=dict(mono=1.0),
+             apart=written | dict(share=0.5, train=at(3e-5, 2e-4)['train']), layout=mono,
+             schedule='cosine', warmup_steps=10_000, **at(3e-5, 2e-4, text=0.75)),
+        dict(name='posttrain', steps=100_000, batch=96, data=dict(simulated=1.0), layout=drawn,
+             apart=written | dict(share=0.1), start='pretrain', **at(3e-6, 5e-5)),
+        dict(name='duplex', steps=10_000, batch=8, data=dict(fisher=1.0), layout=drawn,
+             start='posttrain', **at(2e-6, 4e-6)),
         dict(name='instruct', steps=30_000, batch=32, data=dict(instruct=1.0), start='duplex',
              **at(2e-6, 2e-6)),
         dict(name='adapt', steps=2_000, batch=16, data=dict(instruct=1.0), start='instruct',
@@ -64,8 +73,13 @@ def get_config(arg=None):
     c.evals = dict()
     if arg.mine:        # speaks for one, as the released checkpoints do
         c.vocab.predicted, c.layout.weight_theirs = ('mine',), 0.0
+    if arg.course not in ('short', 'paper'):
+        raise ValueError(f'course is short or paper, got {arg.course!r}')
     if arg.demo or arg.tiny:
+        published = c.stages
         demo(c)
+        if arg.course == 'paper':
+            paper_course(c, published)
     if not 0.0 < arg.share <= 100.0:
         raise ValueError(f'share lies above 0 and up to 100, got {arg.share}')
     if arg.share != 1.0:        # a shorter or longer run of every stage
@@ -122,3 +136,27 @@ def demo(c) -> None:
              **common | dict(batch=16)))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('dialogue', 'users')),
                    answers=dict(name='answers', source='dialogue'))
+
+
+def paper_course(c, published) -> None:
+    """The paper's own stages, one after another, on the demo corpus: single stream beside text with
+    moments apart, simulated and real two streams, instruction with a user over a bad line, LoRA.
+
+    The corpus needs the copies that data_pipelines.augment adds (source `noisy`); its dialogues
+    stand for simulated and real ones alike, its exchanges for text.
+    """
+    c.vocab.predicted = ('mine', 'theirs')
+    c.data = dict(path=parts.DEMO, sources=dict(
+        mono=dict(select=('story',)), simulated=dict(select=('dialogue',)),
+        fisher=dict(select=('dialogue',)), instruct=dict(select=('noisy',)),
+        text=dict(select=('exchange',))))
+    c.objective.terms = dict(text=('text',), audio=('mine', 'theirs'))
+    c.layout = dict(name='duplex.columns', weight_theirs=1.0)
+    sizes = dict(pretrain=(600, 1e-3), posttrain=(200, 5e-4), duplex=(400, 5e-4),
+                 instruct=(400, 5e-4), adapt=(100, 5e-4))
+    c.stages = tuple(
+        dict(s) | dict(steps=sizes[s['name']][0], lr=sizes[s['name']][1], batch=8, save_steps=200,
+                       log_steps=20, warmup_steps=20)
+        | (dict(lora=dict(rank=8, scale=2.0)) if s['name'] == 'adapt' else {}) for s in published)
+    c.evals = dict(likelihood=dict(name='likelihood', sources=('instruct',)),
+                   answers=dict(name='answers', source='instruct'))

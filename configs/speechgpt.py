@@ -130,4 +130,4 @@ def demo(c) -> None:
                          start='cross', lora=dict(rank=32, scale=2.0),
                          train=(('.*/(q|v)/lora_[ab]', 1.0), ('.*', None))))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('asr', 's2s')),
-                   replies=dict(name='replies', source='s2s'))
+                   exchanges=dict(name='exchanges', source='s2s'))

@@ -89,4 +89,4 @@ def demo(c) -> None:
     c.stages = (parts.demo_stage('pretrain', 500, dict(aligned=1.0)),
                 parts.demo_stage('dialogue', 300, dict(dialogue=1.0), start='pretrain', lr=2e-3))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('aligned', 'dialogue')),
-                   replies=dict(name='replies', source='dialogue'))
+                   exchanges=dict(name='exchanges', source='dialogue'))

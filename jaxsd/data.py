@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from jaxsd import codec as codec_lib
 from jaxsd import config as config_lib
 from jaxsd import packing
 from jaxsd.config import ConfigError
@@ -103,6 +104,12 @@ def _mixture(config, stage) -> dict[str, float]:
     return weights
 
 
+def _apart(config, stage) -> dict[str, float]:
+    """The weights of the mixture that a stage reads in steps apart; {} where there is none."""
+    apart = stage.get('apart')
+    return _mixture(config, dict(stage) | {'data': apart['data']}) if apart else {}
+
+
 def _tokenizer(vocab: Vocab) -> Callable[[Record, dict], Record]:
     """A function (record, fields of its source) that fills in the ids of everything written.
 
@@ -129,6 +136,24 @@ def _tokenizer(vocab: Vocab) -> Callable[[Record, dict], Record]:
     return fill
 
 
+def features(config) -> int:
+    """How many features a column has for the frontend's encoder; 0 without one."""
+    frontend = config_lib.plain(config['frontend']) if 'frontend' in config else {}
+    return int(frontend.get('encoder', {}).get('features', 0))
+
+
+def _filler(config, vocab: Vocab) -> Callable[[Record, dict], Record]:
+    """As `_tokenizer` makes it; it fills in log-mel frames, too, where an encoder listens."""
+    words = _tokenizer(vocab)
+    if not features(config):
+        return words
+
+    def fill(record: Record, given: dict) -> Record:
+        feats = codec_lib.log_mel(record.wav) if record.wav else ()
+        return dataclasses.replace(words(record, given), feats=feats)
+    return fill
+
+
 # -------------------------------------------------------------------------------------- drawing
 
 @dataclasses.dataclass
@@ -144,6 +169,7 @@ class _Source:
     columns: int
     fill: Callable[[Record, dict], Record]
     fields: dict
+    features: int
 
     def record(self, i: int) -> Record:
         return self.fill(self.dataset.record(self.split, int(self.numbers[i])), self.fields)
@@ -160,7 +186,11 @@ class _Source:
         if grid.tokens.shape[0] != len(self.vocab.rows):
             raise ValueError(f'data.sources.{self.name}: its layout draws {grid.tokens.shape[0]} '
                              f'streams, the vocabulary has {len(self.vocab.rows)} rows')
-        if grid.extra:
+        drawn = grid.extra['feats'].shape[1] if 'feats' in grid.extra else self.features
+        if drawn != self.features:
+            raise ValueError(f'data.sources.{self.name}: its layout draws {drawn} features per '
+                             f'column, frontend.encoder.features is {self.features}')
+        if set(grid.extra) - {'feats', 'slot'}:
             raise ValueError(f'data.sources.{self.name}: its layout draws {", ".join(grid.extra)} '
                              'beside the grid, which rows cannot hold')
         return record, grid
@@ -171,7 +201,8 @@ class _Source:
         out = []
         for placed in packing.best_fit(widths, rows=rows, columns=self.columns):
             row = packing.lay([(drawn[i][1], kept) for i, kept in placed],
-                              streams=len(self.vocab.rows), columns=self.columns)
+                              streams=len(self.vocab.rows), columns=self.columns,
+                              features=self.features)
             kept = sum(n for _, n in placed)
             out.append((row, {
                 'columns': kept,
@@ -195,7 +226,7 @@ def _open_source(dataset: Dataset, config, name: str, vocab: Vocab, *, split: st
     _check_layout(draw, config, where)
     numbers = dataset.select(split, options['select'], f'data.sources.{name}.select')
     return _Source(name, dataset, split, numbers, draw, vocab, int(config['columns']), fill,
-                   options.get('fields', {}))
+                   options.get('fields', {}), features(config))
 
 
 def _check_layout(draw: functools.partial, config, where: str):
@@ -328,19 +359,29 @@ def batches(config, stage, vocab: Vocab, *, split: str = 'train', start_step: in
     part = _slice(rows_per_batch, process_index, process_count)
     dataset = open_dataset(_data_options(config)['path'], config['codec'])
     marks = _fingerprint(dataset, config, stage, vocab, split)
-    key, fill = (int(config['seed']), stage.get('name', ''), split), _tokenizer(vocab)
+    key, fill = (int(config['seed']), stage.get('name', ''), split), _filler(config, vocab)
+    apart = _apart(config, stage)
     rows = {name: _Rows(_open_source(dataset, config, name, vocab, split=split, fill=fill,
-                                     layout=stage.get('layout')), key) for name in weights}
-    names = tuple(rows)
-    # A share of columns: where rows are fuller, fewer of them make the share.
-    turns = tuple(packing.shares({n: weights[n] / rows[n].plan.fill for n in names}).values())
+                                     layout=stage.get('layout')), key)
+            for name in sorted(weights | apart)}
+
+    def turns(weights):
+        """A share of columns: where rows are fuller, fewer of them make the share."""
+        shares = packing.shares({n: w / rows[n].plan.fill for n, w in weights.items()})
+        return tuple(shares), tuple(shares.values())
+    kinds = [turns(weights), *([turns(apart)] if apart else [])]
+    share = stage['apart']['share'] if apart else 0.0
+    steps = tuple(packing.shares({'main': 1.0 - share, 'apart': share}).values())
 
     def make(step: int) -> tuple[Batch, Account]:
+        kind, nth = packing.pick(step, steps) if apart else (0, step)
+        names, weights = kinds[kind]
         made = []
-        for row in range(step * rows_per_batch + part.start, step * rows_per_batch + part.stop):
-            which, number = packing.pick(row, turns)
+        for row in range(nth * rows_per_batch + part.start, nth * rows_per_batch + part.stop):
+            which, number = packing.pick(row, weights)
             made.append((names[which], *rows[names[which]][number]))
-        return _collate(made)
+        arrays, account = _collate(made)
+        return arrays | ({'apart': np.full(len(made), kind, bool)} if apart else {}), account
 
     return Batches(make, marks, start_step=start_step, threads=threads)
 
@@ -350,10 +391,10 @@ def check(config, stage, vocab: Vocab, *, split: str = 'train') -> None:
 
     Opens every source of the stage and draws the first record of each kind; makes nothing.
     """
-    weights = _mixture(config, stage)
+    weights = _mixture(config, stage) | _apart(config, stage)
     _batch_rows(stage)
     dataset = open_dataset(_data_options(config)['path'], config['codec'])
-    fill = _tokenizer(vocab)
+    fill = _filler(config, vocab)
     for name in weights:
         source = _open_source(dataset, config, name, vocab, split=split, fill=fill,
                               layout=stage.get('layout'))
@@ -381,9 +422,10 @@ def one_pass(config, source: str, vocab: Vocab, *, batch: int, split: str = 'tes
     part = _slice(batch, process_index, process_count)
     dataset = open_dataset(_data_options(config)['path'], config['codec'])
     source = _open_source(dataset, _with_layout(config, source, layout), source, vocab, split=split,
-                          layout=None, fill=_tokenizer(vocab))
+                          layout=None, fill=_filler(config, vocab))
     numbers = source.numbers[:limit]
-    empty = packing.lay([], streams=len(vocab.rows), columns=source.columns)
+    empty = packing.lay([], streams=len(vocab.rows), columns=source.columns,
+                        features=source.features)
     waiting: list[tuple[str, dict, dict]] = []
     for first in range(0, len(numbers), 256):
         drawn = [source.draw(i, int(config['seed']), 'one pass')
@@ -404,7 +446,8 @@ def _with_layout(config, source: str, layout):
     data = _data_options(config)
     if layout is not None and source in data['sources']:
         data['sources'][source] = data['sources'][source] | {'layout': config_lib.plain(layout)}
-    return {k: config[k] for k in ('codec', 'columns', 'layout')} | {'data': data}
+    parts = ('codec', 'columns', 'layout', 'frontend')
+    return {k: config[k] for k in parts if k in config} | {'data': data}
 
 
 def examples(config, split: str, source: str, *, vocab: Vocab | None = None,
@@ -412,7 +455,7 @@ def examples(config, split: str, source: str, *, vocab: Vocab | None = None,
     """The records of `source` in `split`, in stored order; with `vocab`, their words carry ids."""
     options, _ = _source_options(config, source)
     dataset = open_dataset(_data_options(config)['path'], config['codec'])
-    fill = _tokenizer(vocab) if vocab is not None else (lambda record, fields: record)
+    fill = _filler(config, vocab) if vocab is not None else (lambda record, fields: record)
     for i in dataset.select(split, options['select'], f'data.sources.{source}.select')[:limit]:
         yield fill(dataset.record(split, int(i)), options.get('fields', {}))
 
@@ -421,7 +464,7 @@ def grid(config, source: str, vocab: Vocab, *, split: str = 'train', index: int 
     """Record `index` of `source` as its layout draws it. Raises ConfigError past the end."""
     dataset = open_dataset(_data_options(config)['path'], config['codec'])
     opened = _open_source(dataset, config, source, vocab, split=split, layout=None,
-                          fill=_tokenizer(vocab))
+                          fill=_filler(config, vocab))
     if not 0 <= index < len(opened.numbers):
         raise ConfigError(f'--index {index}: source {source} has records 0..'
                           f'{len(opened.numbers) - 1} in split {split}')
@@ -450,7 +493,7 @@ def fingerprint(config, stage, vocab: Vocab, *, split: str = 'train') -> dict[st
 
 
 def _fingerprint(dataset: Dataset, config, stage, vocab: Vocab, split: str) -> dict[str, str]:
-    weights, words = _mixture(config, stage), ''
+    weights, apart, words = _mixture(config, stage), _apart(config, stage), ''
     if vocab.tokenizer:
         Text(vocab.tokenizer)           # a file that is no tokenizer fails here, in one line
         with open(vocab.tokenizer, 'rb') as f:
@@ -460,8 +503,9 @@ def _fingerprint(dataset: Dataset, config, stage, vocab: Vocab, split: str) -> d
         'seed': [int(config['seed']), stage.get('name', '')],
         'columns': int(config['columns']),
         'batch': _batch_rows(stage),
-        'mixture': weights,
-        'sources': {n: _source_options(config, n, stage.get('layout'))[0] for n in weights},
+        'mixture': [weights, stage['apart']['share'], apart] if apart else weights,
+        'sources': {n: _source_options(config, n, stage.get('layout'))[0]
+                    for n in weights | apart},
         'vocab': dataclasses.asdict(dataclasses.replace(vocab, tokenizer=words)),
         'dataset': [split, dataset.identity],
     }

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsd import data, generate, model, sharding, speak
+from jaxsd import data, generate, model, reply, sharding, speak
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
@@ -148,7 +148,7 @@ def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener
 
 # Answers by a template.
 
-def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
+def exchanges(lm: generate.LM, *, split: str, limit: int | None, source: str,
             questions: str = 'grammar.json') -> dict:
     """Every question of held-out dialogues alone, answered by the source's template, greedily.
 
@@ -158,7 +158,7 @@ def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
     """
     options = plain(lm.config.data.sources[source]).get('layout') or plain(lm.config.layout)
     if options['name'] != 'template.chain' or options.get('over', 'record') == 'record':
-        raise ConfigError(f'replies: data.sources.{source} must be drawn by template.chain over '
+        raise ConfigError(f'exchanges: data.sources.{source} must be drawn by template.chain over '
                           'exchanges')
     options = {k: v for k, v in options.items() if k not in ('name', 'score')}
     asked, kinds = _questions(lm.config, os.path.join(lm.config.data.path, questions))
@@ -177,7 +177,7 @@ def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
                 prompts.append(prompt)
                 steps.append(phases)
     if not found:
-        raise ConfigError(f'replies: split {split} of {source} asks no question of {questions}')
+        raise ConfigError(f'exchanges: split {split} of {source} asks no question of {questions}')
     start, size = v.ranges['text']
     heard, bounds = [], dict(text=48, speech=400, any=448)
     for part in generate.in_parts(list(zip(prompts, steps, strict=True))):
@@ -197,6 +197,45 @@ def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
         'correct %': 100 * float(np.mean([right(q, a) for q, a in zip(found, heard, strict=True)])),
         'chance %': 100 * float(np.mean([right(q, a) for q, a in zip(others, heard, strict=True)]))
     }, items=len(found), note='greedy; the written answer, one question at a time')
+
+
+# Answers written and spoken side by side.
+
+def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
+            most_columns: int = 128) -> dict:
+    """Questions as `source` draws them: are they answered in the right words, and units?
+
+    WER: of the written answer against the true one. UER: the same of what is spoken, its codes of
+    the first codebook with repeats merged. The floors score the answers against those to other
+    questions.
+    """
+    positive('evals.replies', most_columns=most_columns)
+    records = reply.examples(lm, source, split=split, limit=limit)
+    grids, layout = reply.drawn(lm, source, records)
+    text, v = lm.text(), lm.vocab
+    found = reply.replies(lm, grids, layout, most_columns=most_columns)
+    said, wanted, heard, true = [], [], [], []
+    for grid, (ids, codes) in zip(grids, found, strict=True):
+        n = int(np.flatnonzero(grid.weights.any(0))[0])
+        said.append(text.decode(ids))
+        wanted.append(text.decode(reply.written(v, grid.tokens[:, n:])))
+        heard.append(' '.join(map(str, flat.runs(codes[0])[0])))
+        # A CTC target is written in order and not in time, and has no repeats.
+        whole = (reply.collapse(grid.tokens[1:, n:].T.reshape(-1), NOTHING) - v.rows[1].start
+                 if lm.config.head.name == 'ctc' else
+                 flat.runs(reply.spoken(lm.config, layout, v, grid.tokens[:, n:])[0])[0])
+        true.append(' '.join(str(x) for x in whole if 0 <= x < lm.config.codec['size']))
+    metrics = {}
+    for kind, a, b in (('', wanted, said), ('UER', true, heard)):
+        kept = [i for i, x in enumerate(a) if x]
+        if kept:
+            rates = error_rates([a[i] for i in kept], [b[i] for i in kept])
+            other = error_rates([a[i] for i in kept], [b[i] for i in kept[1:] + kept[:1]])
+            if kind:
+                metrics |= {'UER %': rates['WER %'], 'UER %/floor': other['WER %']}
+            else:
+                metrics |= rates | {'WER %/floor': other['WER %']}
+    return dict(metrics=metrics, items=len(records), note='greedy; floors: another one\'s answer')
 
 
 # Continuations across modalities.

@@ -62,6 +62,24 @@ def draw(logits_BV, key, sampler: Sampler):
     return jax.random.categorical(key, logits, axis=-1)
 
 
+class Manners(NamedTuple):
+    """What cells of a column owe to others: how a layout goes on is not all the model's choice.
+
+    ends, pads: one id per row; after a row said its end it says its pad. mark: the other rows hold
+    something only in columns whose first row holds this id (NOTHING: in all). pairs: of every two
+    sequences the second one's first row is that of both: one request, asked twice, whose written
+    answer guides the spoken one (arXiv 2408.16725 §3.3).
+    """
+
+    ends: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    mark: int = NOTHING
+    pairs: bool = False
+
+
+AS_IT_COMES = Manners()
+
+
 class Speaker(NamedTuple):
     """A model ready to decode: what `ready` makes of a graph definition, parameters and choices."""
 
@@ -70,12 +88,14 @@ class Speaker(NamedTuple):
     rows: tuple
     samplers: tuple[Sampler, ...]       # one per row
     window_columns: int | None
+    manners: Manners = AS_IT_COMES
 
 
-def ready(graph, params, vocab: Vocab, samplers, window_columns: int | None = None) -> Speaker:
+def ready(graph, params, vocab: Vocab, samplers, window_columns: int | None = None,
+          manners: Manners = AS_IT_COMES) -> Speaker:
     """A Speaker. `samplers` maps the first word of a row's name ('text', 'mine') to a Sampler."""
     chosen = tuple(samplers.get(row.name.split()[0], Sampler()) for row in vocab.rows)
-    return Speaker(graph, params, vocab.rows, chosen, window_columns)
+    return Speaker(graph, params, vocab.rows, chosen, window_columns, manners)
 
 
 def _pick(rows, samplers, allowed, plan_BK):
@@ -89,34 +109,48 @@ def _pick(rows, samplers, allowed, plan_BK):
     return pick
 
 
-def _overlay(plan_BK, sampled_BK):
-    return jnp.where(plan_BK == FREE, sampled_BK, plan_BK)
+def _settled(manners: Manners, plan_BK, sampled_BK, ended_BK):
+    """The next column and which rows have ended: the plan, then the manners, then the sample."""
+    column = sampled_BK
+    if manners.pairs:
+        column = column.at[0::2, 0].set(column[1::2, 0])
+    if manners.ends:
+        column = jnp.where(ended_BK, jnp.asarray(manners.pads), column)
+    if manners.mark != NOTHING:
+        column = column.at[:, 1:].set(jnp.where(column[:, :1] == manners.mark, column[:, 1:],
+                                                NOTHING))
+    column = jnp.where(plan_BK == FREE, column, plan_BK).astype(jnp.int32)
+    if manners.ends:
+        ended_BK = ended_BK | (column == jnp.asarray(manners.ends))
+    return column, ended_BK
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(graph, rows, samplers, params, cache, tokens_BKT, where, plan_BK, allowed, key):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _prefill(graph, rows, samplers, manners, params, cache, tokens_BKT, where, plan_BK, allowed,
+             key, heard):
     lm = nnx.merge(graph, params)
     sampled, cache = lm.step(tokens_BKT, where, cache, key,
-                                _pick(rows, samplers, allowed, plan_BK))
-    return _overlay(plan_BK, sampled), cache
+                             _pick(rows, samplers, allowed, plan_BK), heard)
+    return *_settled(manners, plan_BK, sampled, jnp.zeros(plan_BK.shape, bool)), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _advance(graph, rows, samplers, params, cache, column_BK, position_B, plan_NBK, allowed, keys):
-    """N columns after `column_BK`: ([N, B, K], the new cache)."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+def _advance(graph, rows, samplers, manners, params, cache, column_BK, ended_BK, position_B,
+             plan_NBK, allowed, keys):
+    """N columns after `column_BK`: ([N, B, K], which rows have ended, the new cache)."""
     lm = nnx.merge(graph, params)
 
     def step(carry, now):
-        cache, column, position = carry
+        cache, column, ended, position = carry
         plan, key = now
         where = Where(position[:, None], jnp.ones_like(position)[:, None])
         sampled, cache = lm.step(column[:, :, None], where, cache, key,
-                                    _pick(rows, samplers, allowed, plan))
-        column = _overlay(plan, sampled).astype(jnp.int32)
-        return (cache, column, position + 1), column
-    (cache, _, _), out = jax.lax.scan(step, (cache, column_BK.astype(jnp.int32), position_B),
-                                      (plan_NBK, keys))
-    return out, cache
+                                 _pick(rows, samplers, allowed, plan))
+        column, ended = _settled(manners, plan, sampled, ended)
+        return (cache, column, ended, position + 1), column
+    (cache, _, ended, _), out = jax.lax.scan(
+        step, (cache, column_BK.astype(jnp.int32), ended_BK, position_B), (plan_NBK, keys))
+    return out, ended, cache
 
 
 class Stream:
@@ -127,19 +161,20 @@ class Stream:
 
     def __init__(self, speaker: Speaker, *, rows: int, columns: int, key):
         lm = nnx.eval_shape(lambda p: nnx.merge(speaker.graph, p), speaker.params)
-        dtype = jnp.dtype(lm.frontend.dtype)
         self._speaker, self._key, self._step = speaker, key, 0
-        self._cache = lm.backbone.empty_cache(rows, columns, dtype)
+        self._cache = lm.empty_cache(rows, columns)
 
     def _keys(self, n: int):
         keys = jax.vmap(lambda i: jax.random.fold_in(self._key, i))(self._step + jnp.arange(n))
         self._step += n
         return keys
 
-    def first(self, prompts: list[np.ndarray], plan_BK, allowed=None, multiple: int = 1):
+    def first(self, prompts: list[np.ndarray], plan_BK, allowed=None, multiple: int = 1,
+              heard=None):
         """Reads `prompts` (each [K, T_i]) and returns the first decoded column [B, K].
 
         The longest is padded to a `multiple` of columns, so that few programs are compiled.
+        heard: (feats [T_i, F], slot [T_i]) of each prompt, where the frontend has an encoder.
         """
         longest = _round_up(max(p.shape[1] for p in prompts), multiple)
         tokens = np.full((len(prompts), len(self._speaker.rows), longest), NOTHING, np.int32)
@@ -150,11 +185,19 @@ class Stream:
             tokens[i, :, longest - n:] = p
             position[i, longest - n:] = np.arange(n)
             segment[i, longest - n:] = 1
+        features = None
+        if heard is not None:
+            features = dict(
+                feats=np.zeros((*segment.shape, heard[0][0].shape[1]), np.float32),
+                slot=np.zeros_like(segment))
+            for i, (feats, slot) in enumerate(heard):
+                features['feats'][i, longest - len(feats):] = feats
+                features['slot'][i, longest - len(slot):] = slot
         s = self._speaker
-        self._column, self._cache = _prefill(
-            s.graph, s.rows, s.samplers, s.params, self._cache, tokens,
+        self._column, self._ended, self._cache = _prefill(
+            s.graph, s.rows, s.samplers, s.manners, s.params, self._cache, tokens,
             Where(jnp.asarray(position), jnp.asarray(segment)), jnp.asarray(plan_BK), allowed,
-            self._keys(1)[0])
+            self._keys(1)[0], features)
         self._position = jnp.asarray([p.shape[1] for p in prompts], jnp.int32)
         return self._column
 
@@ -162,9 +205,9 @@ class Stream:
         """The N columns after the last one: [N, B, K], where the plan leaves cells FREE decoded."""
         s = self._speaker
         n = plan_NBK.shape[0]
-        out, self._cache = _advance(s.graph, s.rows, s.samplers, s.params, self._cache,
-                                    self._column, self._position, jnp.asarray(plan_NBK), allowed,
-                                    self._keys(n))
+        out, self._ended, self._cache = _advance(
+            s.graph, s.rows, s.samplers, s.manners, s.params, self._cache, self._column,
+            self._ended, self._position, jnp.asarray(plan_NBK), allowed, self._keys(n))
         self._column, self._position = out[-1], self._position + n
         return out
 

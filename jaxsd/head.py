@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsd import nn
+from jaxsd import nn, objective
 from jaxsd.sharding import Place, anywhere
-from jaxsd.types import NOTHING, Row, Sizes, check, positive
+from jaxsd.types import NOTHING, Row, Sizes, Where, check, positive
+from jaxsd.within import Within
 
 Pick = Callable
 """pick(k, logits_BV, key) -> int32 [B]: the caller's choice among row k's predictable local ids."""
@@ -303,4 +304,235 @@ class Depth(nnx.Module):
         return jnp.stack(column + silent, axis=1)
 
 
-flat, tied, depth = Flat, Tied, Depth
+class _Beside(nnx.Module):
+    """A text row read off the hidden state, and `cells` rows of one size that follow it."""
+
+    def __init__(self, sizes: Sizes, *, rngs, chunk_columns: int):
+        positive('head', chunk_columns=chunk_columns)
+        cells = sizes.rows[1:]
+        if sizes.rows[0].name != 'text' or not cells or not cells[0].predicted or len(
+                {(row.size, row.predicted) for row in cells}) != 1:
+            raise ValueError('this head needs a text row, then predicted rows of one size')
+        self.rows, self.width, self.chunk_columns = sizes.rows, sizes.width, chunk_columns
+        self.text_out = nn.Dense((sizes.width,), (sizes.rows[0].predicted,), ('embed', 'vocab'),
+                                 rngs=rngs)
+
+
+class Group(_Beside):
+    """Text from the hidden state; the rows of speech all at once, from as many learned queries.
+
+    A small transformer without an order reads the projected hidden state and the queries, and query
+    g says row g: the rows of a column are independent given the hidden state, and one step of the
+    backbone speaks them all (arXiv 2410.08035 §3.2). Rows that share a range share their output
+    map. layers, width, heads, mlp: of that transformer.
+    """
+
+    def __init__(self, sizes: Sizes, *, rngs, width: int, layers: int, heads: int, mlp: int,
+                 chunk_columns: int = 512):
+        super().__init__(sizes, rngs=rngs, chunk_columns=chunk_columns)
+        cells = sizes.rows[1:]
+        self.cells, starts = len(cells), sorted({row.start for row in cells})
+        self.inputs = nn.Dense((sizes.width,), (width,), ('embed', 'mlp'), rngs=rngs)
+        self.queries = nnx.Param(nn.truncated(rngs.params(), (self.cells, width), width),
+                                 axes=('stream', 'embed'))
+        self.within = Within(rngs=rngs, width=width, layers=layers, heads=heads, mlp=mlp)
+        self.outs = nn.stack(lambda *, rngs: nn.Dense((width,), (cells[0].predicted,),
+                                                      ('embed', 'vocab'), rngs=rngs),
+                             len(starts), rngs=rngs)
+        self.maps = tuple(starts.index(row.start) for row in cells)
+
+    def _logits(self, h):
+        """Logits [G, ..., V] of the cells of columns whose hidden state is h [..., D]."""
+        queries = jnp.broadcast_to(self.queries[...].astype(h.dtype),
+                                   (*h.shape[:-1], *self.queries.shape))
+        x = jnp.concatenate([self.inputs(h)[..., None, :], queries], axis=-2)
+        x = self.within(x, jnp.ones((self.cells + 1,) * 2, bool))
+        return jnp.stack([_each(self.outs, m)(x[..., 1 + g, :]) for g, m in enumerate(self.maps)])
+
+    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None, place: Place = anywhere):
+        del embed_VD, key
+        check(h_BTD, 'BTD', D=self.width)
+
+        def chunk(h, target_BTK):
+            pairs = [nn.log_prob(logits, _local(target_BTK[..., k], row)) for k, (row, logits)
+                     in enumerate(zip(self.rows, [self.text_out(h), *self._logits(h)],
+                                      strict=True))]
+            return tuple(jnp.stack(x, axis=-1) for x in zip(*pairs, strict=True))
+        logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, jnp.swapaxes(target_BKT, 1, 2),
+                                  place=place)
+        return jnp.swapaxes(logp, 1, 2), jnp.swapaxes(hit, 1, 2)
+
+    def scores(self, h_BTD, target_BKT, embed_VD):
+        del target_BKT, embed_VD
+        return [x.astype(jnp.float32) for x in (self.text_out(h_BTD), *self._logits(h_BTD))]
+
+    def sample(self, h_BD, embed_VD, key, pick: Pick):
+        del embed_VD
+        logits = [self.text_out(h_BD), *self._logits(h_BD)]
+        return jnp.stack([pick(k, x.astype(jnp.float32), _fold(key, k)) + row.start
+                          for k, (row, x) in enumerate(zip(self.rows, logits, strict=True))], 1)
+
+
+class Local(nnx.Module):
+    """The rows of a column one after another, each from its own slice of the hidden state.
+
+    A column is a patch of one sequence. The hidden state is cut into as many slices as there are
+    rows; a small causal transformer reads, for row p, slice p and the token of row p - 1 (a learned
+    start for the first), with a learned place, and one map says all rows (arXiv 2305.07185 §2.1,
+    2310.00704 §2.3). Unlike `depth`, the first row is part of the chain and nothing is per row.
+    """
+
+    def __init__(self, sizes: Sizes, *, rngs, width: int, layers: int, heads: int, mlp: int,
+                 chunk_columns: int = 512):
+        positive('head', chunk_columns=chunk_columns)
+        self.steps = P = len(sizes.rows)
+        if len({row[1:] for row in sizes.rows}) != 1 or not sizes.rows[0].predicted:
+            raise ValueError('head local needs predicted rows over one line (vocab.patches)')
+        if sizes.width % P:
+            raise ValueError(f'head local: {P} rows must divide the model width {sizes.width}')
+        self.rows, self.width, self.chunk_columns = sizes.rows, sizes.width, chunk_columns
+        self.inputs = nn.Dense((sizes.width // P,), (width,), ('embed', 'mlp'), rngs=rngs)
+        self.tokens = nnx.Param(nn.truncated(rngs.params(), (sizes.vocab, width), width),
+                                axes=('vocab', 'embed'))
+        self.first = nnx.Param(nn.truncated(rngs.params(), (width,), width), axes=('embed',))
+        self.place = nnx.Param(nn.truncated(rngs.params(), (P, width), width),
+                               axes=('stream', 'embed'))
+        self.within = Within(rngs=rngs, width=width, layers=layers, heads=heads, mlp=mlp)
+        self.out = nn.Dense((width,), (sizes.rows[0].predicted,), ('embed', 'vocab'), rngs=rngs)
+
+    def _input(self, h, before, p: int, place: Place = anywhere):
+        """What step p reads of h [B, T, D]: its slice, its place, and the token [B, T] before it
+        (None: start)."""
+        part = h.reshape(*h.shape[:-1], self.steps, -1)[..., p, :]
+        if before is None:
+            token = self.first[...]
+        else:
+            token = nn.embedded(self.tokens[...], before[:, None] - self.rows[0].start, place)
+        return self.inputs(part) + (token + self.place[...][p]).astype(h.dtype)
+
+    def _logits(self, h, target_BTK, place: Place = anywhere):
+        """Logits [B, T, P, V] of all steps at once."""
+        x = jnp.stack([self._input(h, target_BTK[..., p - 1] if p else None, p, place)
+                       for p in range(self.steps)], axis=-2)
+        return self.out(self.within(x, jnp.tril(jnp.ones((self.steps,) * 2, bool))))
+
+    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None, place: Place = anywhere):
+        del embed_VD, key
+        check(h_BTD, 'BTD', D=self.width)
+
+        def chunk(h, target):
+            return nn.log_prob(self._logits(h, target, place), _local(target, self.rows[0]))
+        logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, jnp.swapaxes(target_BKT, 1, 2),
+                                  place=place)
+        return jnp.swapaxes(logp, 1, 2), jnp.swapaxes(hit, 1, 2)
+
+    def scores(self, h_BTD, target_BKT, embed_VD):
+        del embed_VD
+        logits = self._logits(h_BTD, jnp.swapaxes(target_BKT, 1, 2)).astype(jnp.float32)
+        return [logits[..., p, :] for p in range(self.steps)]
+
+    def sample(self, h_BD, embed_VD, key, pick: Pick):
+        del embed_VD
+        cache = self.within.empty(len(h_BD), self.steps, h_BD.dtype)
+        column = []
+        for p, row in enumerate(self.rows):
+            x = self._input(h_BD[:, None], column[-1][:, None] if p else None, p)[:, 0]
+            x, cache = self.within.step(x, p, cache)
+            column.append(pick(p, self.out(x).astype(jnp.float32), _fold(key, p)) + row.start)
+        return jnp.stack(column, axis=1)
+
+
+class Ctc(_Beside):
+    """Text from the hidden state; units from a causal decoder on hidden states, unaligned.
+
+    Every column of an answer is repeated R times, once for each row of speech, and a second decoder
+    reads the repeats. Each says a unit or nothing (the initial token is the blank); which repeat
+    says which unit is left open by connectionist temporal classification (arXiv 2409.06666 §3.3).
+
+    The targets of an answer are the units in its cells, column by column: where they stand means
+    nothing. A column is part of an answer where its first row of speech is not NOTHING; answers in
+    one row are apart by at least a column. The log-probability of an answer's units is divided
+    evenly among their cells. (Their hits are all 0: without an alignment there is none.)
+
+    The hidden states that speak are those that predict the answer's columns, as the paper defines
+    them and as generation has them. Spoken cells are what each repeat says, repeats and blanks
+    included; `reply.collapse` makes units of them.
+
+    decoder: a backbone of its own. most_units: of one answer; what lies beyond is not scored.
+    """
+
+    def __init__(self, sizes: Sizes, *, rngs, decoder: Callable, most_units: int,
+                 chunk_columns: int = 512):
+        super().__init__(sizes, rngs=rngs, chunk_columns=chunk_columns)
+        positive('head', most_units=most_units)
+        unit = sizes.rows[1]
+        if unit.size != unit.predicted + 1 or len({row.start for row in sizes.rows[1:]}) != 1:
+            raise ValueError('head ctc needs rows of speech that share one range, without marks')
+        width = decoder.keywords['width']
+        self.repeats, self.most_units = len(sizes.rows) - 1, most_units
+        self.inputs = nn.Dense((sizes.width,), (width,), ('embed', 'mlp'), rngs=rngs, bias=True)
+        self.decoder = decoder(Sizes(sizes.rows[1:], unit.size, width), rngs=rngs)
+        self.out = nn.Dense((width,), (unit.size,), ('embed', 'vocab'), rngs=rngs)
+
+    def _frames(self, h_BTD, spoken_BT, place: Place = anywhere):
+        """Logits [B, T * R, V + 1] of every repeat, and Where of answers: columns of none are 0."""
+        B, T, _ = h_BTD.shape
+        x = jnp.repeat(self.inputs(h_BTD), self.repeats, axis=1)
+        first = spoken_BT & ~jnp.pad(spoken_BT, ((0, 0), (1, 0)))[:, :-1]
+        answer_BT = jnp.where(spoken_BT, jnp.cumsum(first, axis=1), 0)
+        column = jnp.arange(T) - jax.lax.cummax(jnp.where(first, jnp.arange(T), 0), axis=1)
+        position = jnp.repeat(column * self.repeats, self.repeats, axis=1) + jnp.tile(
+            jnp.arange(self.repeats), T)
+        where = Where(position, jnp.repeat(answer_BT, self.repeats, axis=1))
+        logits = self.out(self.decoder(x, where, place=place)[0]).astype(jnp.float32)
+        # A column of no answer sees nothing, which attention takes for everything.
+        return jnp.where((where.segment > 0)[..., None], logits, 0.0), where
+
+    def log_prob(self, h_BTD, target_BKT, embed_VD, key=None, place: Place = anywhere):
+        del embed_VD, key
+        check(h_BTD, 'BTD', D=self.width)
+        B, K, T = target_BKT.shape
+        text, unit = self.rows[0], self.rows[1]
+
+        def chunk(h, target):
+            return nn.log_prob(self.text_out(h), _local(target, text))
+        logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, target_BKT[:, 0],
+                                  place=place)
+        cells = jnp.swapaxes(target_BKT[:, 1:], 1, 2).reshape(B, -1)        # in the order of time
+        logits, where = self._frames(h_BTD, target_BKT[:, 1] != NOTHING, place)
+        local = cells - unit.start
+        local = jnp.where((local >= 0) & (local < unit.predicted), local, -1)
+        # A path runs through all frames of a row, so every device takes whole rows.
+        frames = place(jax.nn.log_softmax(logits), 'batch', None, None)
+        share = objective.ctc(frames, *(place(x, 'batch', None) for x in (local, where.segment)),
+                              blank=unit.predicted, most_units=self.most_units)
+        share = jnp.swapaxes(share.reshape(B, T, K - 1), 1, 2)
+        return (jnp.concatenate([logp[:, None], share], axis=1),
+                jnp.concatenate([hit[:, None].astype(jnp.float32), jnp.zeros_like(share)], axis=1))
+
+    def scores(self, h_BTD, target_BKT, embed_VD):
+        """Row 1 + r: the logits of repeat r of each column, the blank last."""
+        del embed_VD
+        logits, _ = self._frames(h_BTD, target_BKT[:, 1] != NOTHING)
+        logits = logits.reshape(*h_BTD.shape[:2], self.repeats, -1)
+        return [self.text_out(h_BTD).astype(jnp.float32),
+                *(logits[:, :, r] for r in range(self.repeats))]
+
+    def empty_cache(self, rows: int, columns: int, dtype) -> dict:
+        """What `sample` remembers between columns: the repeats of `columns` columns."""
+        return self.decoder.empty_cache(rows, columns * self.repeats, dtype)
+
+    def sample(self, h_BD, embed_VD, key, pick: Pick, cache):
+        """The next column and the new cache. Its first call is the first column of an answer."""
+        del embed_VD
+        column = [pick(0, self.text_out(h_BD).astype(jnp.float32), _fold(key, 0))]
+        x = jnp.repeat(self.inputs(h_BD)[:, None], self.repeats, axis=1)
+        position = jnp.broadcast_to(cache['written'] + jnp.arange(self.repeats), x.shape[:2])
+        h, cache = self.decoder(x, Where(position, jnp.ones_like(position)), cache)
+        logits = self.out(h).astype(jnp.float32)
+        column += [pick(1 + r, logits[:, r], _fold(key, 1 + r)) for r in range(self.repeats)]
+        return jnp.stack([x + row.start for x, row in zip(column, self.rows, strict=True)],
+                         1), cache
+
+
+flat, tied, depth, group, local, ctc = Flat, Tied, Depth, Group, Local, Ctc

@@ -68,7 +68,8 @@ class Consumed:
 
     def __init__(self, stage: Stage, before: dict, share: int):
         self.before, self._own, self._share = before, {}, share
-        self._sources = sorted(name for name, weight in stage.data.items() if weight > 0)
+        self._sources = sorted(name for name, weight in (
+            stage.data | stage.apart.get('data', {})).items() if weight > 0)
 
     def add(self, account: data.Account):
         """Counts one batch, this process's rows of it."""

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsd import backbone, frontend, head, nn, objective, vocab
-from jaxsd.config import ConfigError, bind
+from jaxsd import backbone, encoder, frontend, head, nn, objective, vocab
+from jaxsd.config import ConfigError, bind, plain
 from jaxsd.sharding import Place, anywhere
 from jaxsd.types import Where
 
-del backbone, frontend, head, objective, vocab      # found by name; imported so errors come early
+del backbone, encoder, frontend, head, objective, vocab      # found by name
 
 
 class Model(nnx.Module):
@@ -48,10 +48,25 @@ class Model(nnx.Module):
         """Per row, logits [B, T, V_row] for the column after each column (None: unpredicted)."""
         return self.head.scores(self.hidden(batch)[0], next_column(batch['tokens']), self.table)
 
-    def step(self, tokens_BKT, where: Where, cache, key, pick):
-        """Reads T columns, then samples the column after the last: ([B, K], the new cache)."""
-        h_BTD, cache = self.backbone(self.frontend({'tokens': tokens_BKT}), where, cache)
-        return self.head.sample(h_BTD[:, -1], self.table, key, pick), cache
+    def step(self, tokens_BKT, where: Where, cache, key, pick, heard=None):
+        """Reads T columns, then samples the column after the last: ([B, K], the new cache).
+
+        heard: the columns' features, a dict of feats and slot, where the frontend has an encoder.
+        """
+        batch = dict(tokens=tokens_BKT, **where._asdict(), **(heard or {}))
+        h_BTD, after = self.backbone(self.frontend(batch), where, cache)
+        if 'head' not in cache:
+            return self.head.sample(h_BTD[:, -1], self.table, key, pick), after
+        column, of_head = self.head.sample(h_BTD[:, -1], self.table, key, pick, cache['head'])
+        return column, after | dict(head=of_head)
+
+    def empty_cache(self, rows: int, columns: int) -> dict:
+        """What `step` needs to remember of `columns` columns of `rows` sequences."""
+        dtype = jnp.dtype(self.frontend.dtype)
+        cache = self.backbone.empty_cache(rows, columns, dtype)
+        if hasattr(self.head, 'empty_cache'):       # one that remembers what it has said
+            cache['head'] = self.head.empty_cache(rows, columns, dtype)
+        return cache
 
     @property
     def table(self):
@@ -72,11 +87,21 @@ def make_vocab(config):
     return bind(config.vocab, 'jaxsd.vocab', 'vocab')(config.codec)
 
 
+NESTED = {'encoder': 'encoder', 'decoder': 'backbone'}
+"""Options that are mechanisms themselves, and the slot they are looked up in."""
+
+
+def nested(options, slot: str) -> dict:
+    """`options` with every mechanism inside them bound, so that slots need not know each other."""
+    return {key: bind(value, f'jaxsd.{NESTED[key]}', f'{slot}.{key}', given=('rngs',))
+            if key in NESTED else value for key, value in plain(options).items()}
+
+
 def build(config, *, rngs, lora: dict | None = None) -> Model:
     """The model of a config. `lora` is a stage's dict(rank, scale) or None. Call it in a trace."""
     sizes = make_vocab(config).sizes(config.backbone.width)
-    parts = [bind(config[slot], f'jaxsd.{slot}', slot, given=('rngs',))(sizes, rngs=rngs)
-             for slot in ('frontend', 'backbone', 'head')]
+    parts = [bind(nested(config[slot], slot), f'jaxsd.{slot}', slot, given=('rngs',))(
+        sizes, rngs=rngs) for slot in ('frontend', 'backbone', 'head')]
     model = Model(*parts)
     if lora:
         nn.add_lora(model, lora['rank'], lora['scale'], rngs=rngs)

@@ -150,12 +150,17 @@ def plan(facts: np.ndarray, sample: np.ndarray, widths: np.ndarray, *, columns: 
     return dataclasses.replace(found, fill=kept / (tried * found.rows * columns))
 
 
-def lay(grids: list[tuple[Grid, int]], *, streams: int, columns: int) -> dict[str, np.ndarray]:
+def lay(grids: list[tuple[Grid, int]], *, streams: int, columns: int, features: int = 0
+        ) -> dict[str, np.ndarray]:
     """One row from grids and how many columns of each are kept: tokens and weights [K, T],
-    position and segment [T]. Segments count from 1; what is left holds NOTHING in segment 0."""
+    position and segment [T]. Segments count from 1; what is left holds NOTHING in segment 0.
+    Where columns may have features, feats [T, features] and slot [T], too."""
     row = {'tokens': np.full((streams, columns), NOTHING, np.int32),
            'weights': np.zeros((streams, columns), np.float32),
            'position': np.zeros(columns, np.int32), 'segment': np.zeros(columns, np.int32)}
+    if features:
+        row |= {'feats': np.zeros((columns, features), np.float32),
+                'slot': np.zeros(columns, np.int32)}
     start = 0
     for number, (grid, kept) in enumerate(((g, n) for g, n in grids if n), start=1):
         to = slice(start, start + kept)
@@ -163,5 +168,7 @@ def lay(grids: list[tuple[Grid, int]], *, streams: int, columns: int) -> dict[st
         row['weights'][:, to] = grid.weights[:, :kept]
         row['position'][to] = grid.position[:kept]
         row['segment'][to] = number
+        for name, values in grid.extra.items():
+            row[name][to] = values[:kept]
         start += kept
     return row

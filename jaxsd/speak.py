@@ -91,6 +91,10 @@ def unit_frames(config, vocab, limit: int = 200) -> np.ndarray:
 def run(config, workdir: str, *, task: str, stage_name, source, out: str, split: str, count: int,
         temperature, top_k, top_p, seed: int) -> None:
     """Generates from `source` (a wav or a text), or from `count` examples of `split` into `out`."""
+    layout = config.layout.name
+    if layout.startswith('parallel.') or layout == 'duplex.units':
+        raise ConfigError(f'generate does not speak the grids of {layout} yet; their answers are '
+                          'measured by evaluate (the task replies)')
     streams = len(model.make_vocab(config).rows) > 1
     if streams != (task == 'duplex'):
         raise ConfigError(f'--task {task} does not fit this config: it has '

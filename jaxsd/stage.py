@@ -12,6 +12,7 @@ import re
 import typing
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxsd.config import ConfigError, plain, unknown
@@ -28,6 +29,9 @@ class Stage:
     checkpoint of another program ('hf:PATH', or a path whose format is recognized).
     graft: {}, or in what such a checkpoint may differ from the config: dict(rows, fresh, unused,
     unlike), explained in export/surgery.py.
+    apart: {}, or dict(share, data) with perhaps train: that share of the steps reads the mixture of
+    its own `data` and nothing else, with moments of its own and the multipliers of its own `train`
+    (it freezes what the stage freezes). Two kinds of batch, two optimizer states, one rate.
     lora: {} or dict(rank, scale): every linear map gets a low-rank second term.
     layout: {} or options that replace those of the config's layout for this stage.
     bad_steps: consecutive non-finite steps (skipped and counted) after which training stops.
@@ -48,6 +52,7 @@ class Stage:
     train: tuple = (('.*', 1.0),)
     start: str = 'init'
     graft: dict = dataclasses.field(default_factory=dict)
+    apart: dict = dataclasses.field(default_factory=dict)
     lora: dict = dataclasses.field(default_factory=dict)
     layout: dict = dataclasses.field(default_factory=dict)
     accumulate: int = 1
@@ -59,7 +64,8 @@ class Stage:
 
 
 SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')
-PARTS = dict(graft=('rows', 'fresh', 'unused', 'unlike'), lora=('rank', 'scale'))
+PARTS = dict(graft=('rows', 'fresh', 'unused', 'unlike'), lora=('rank', 'scale'),
+             apart=('share', 'data', 'train'))
 """The keys of a stage's options that are dicts of their own."""
 
 
@@ -121,6 +127,10 @@ def stages(config) -> tuple[Stage, ...]:
                                and isinstance(stage.lora['scale'], int | float)):
             raise ConfigError(f'stages[{i}].lora takes a positive rank and a number as scale, got '
                               f'{stage.lora}')
+        if stage.apart and not (isinstance(stage.apart.get('share'), float)
+                                and 0 < stage.apart['share'] < 1 and stage.apart.get('data')):
+            raise ConfigError(f'stages[{i}].apart needs data and a share of the steps between 0 '
+                              f'and 1, got {stage.apart}')
         out.append(stage)
     names = [s.name for s in out]
     for i, stage in enumerate(out):
@@ -224,11 +234,39 @@ def learning_rate(stage: Stage):
 
 
 def optimizer(stage: Stage, by_path: dict) -> optax.GradientTransformation:
-    """AdamW on the trainable parameters: clip, moments, decay on all of them, rate, multiplier."""
+    """AdamW on the trainable parameters: clip, moments, decay on all of them, rate, multiplier.
+
+    With `apart`, `update` takes a bool of that name: whether the step is one of those.
+    """
     speed = unflatten({p: m for p, m in by_path.items() if m is not None})
-    return optax.chain(
-        optax.clip_by_global_norm(stage.clip),
-        optax.scale_by_adam(*stage.betas, eps=stage.eps),
-        optax.add_decayed_weights(stage.weight_decay),
-        optax.scale_by_learning_rate(learning_rate(stage)),
-        optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, speed)))
+    moments = (optax.clip_by_global_norm(stage.clip),
+               optax.scale_by_adam(*stage.betas, eps=stage.eps),
+               optax.add_decayed_weights(stage.weight_decay))
+    rate = optax.scale_by_learning_rate(learning_rate(stage))
+    if not stage.apart:
+        return optax.chain(*moments, rate, optax.stateless(
+            lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, speed)))
+    own = multipliers(dataclasses.replace(stage, train=stage.apart.get('train', stage.train)),
+                      by_path)
+    if {p for p, m in own.items() if m is None} != {p for p, m in by_path.items() if m is None}:
+        raise ConfigError(f'stage {stage.name}: apart.train must freeze what train freezes')
+    speeds = unflatten({p: (m, own[p]) for p, m in by_path.items() if m is not None})
+
+    def sped(updates, state, params=None, *, apart, **_):
+        del params
+        return jax.tree.map(lambda u, m: u * jnp.where(apart, m[1], m[0]), updates, speeds), state
+    return optax.chain(_either(optax.chain(*moments)), rate, optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), sped))
+
+
+def _either(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner` with two states, of which every update reads and writes one."""
+    def init(params):
+        return dict(main=inner.init(params), apart=inner.init(params))
+
+    def update(updates, state, params=None, *, apart, **_):
+        def choose(a, b):
+            return jax.tree.map(lambda x, y: jnp.where(apart, y, x), a, b)
+        updates, new = inner.update(updates, choose(state['main'], state['apart']), params)
+        return updates, dict(main=choose(new, state['main']), apart=choose(state['apart'], new))
+    return optax.GradientTransformationExtraArgs(init, update)

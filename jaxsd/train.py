@@ -90,7 +90,8 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
                                  jax.eval_shape(grad, trainable, *first))
             ((loss, (terms, metrics)), grads), _ = jax.lax.scan(add, empty, parts)
         norm = optax.tree.norm(grads)
-        updates, opt = tx.update(grads, state['opt'], trainable)
+        which = {'apart': batch['apart'][0]} if stage.apart else {}     # the same in every row
+        updates, opt = tx.update(grads, state['opt'], trainable, **which)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = (optax.apply_updates(trainable, updates), opt)
         trainable, opt = jax.tree.map(lambda a, b: jnp.where(good, a, b), new,
@@ -123,6 +124,10 @@ def abstract_batch(config, stage: Stage, mesh) -> dict:
     whole, line = (stage.batch, streams, config.columns), (stage.batch, config.columns)
     kinds = dict(tokens=(whole, jnp.int32), weights=(whole, jnp.float32),
                  position=(line, jnp.int32), segment=(line, jnp.int32))
+    if features := data.features(config):
+        kinds |= dict(feats=((*line, features), jnp.float32), slot=(line, jnp.int32))
+    if stage.apart:
+        kinds['apart'] = ((stage.batch,), jnp.bool_)
     return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
             for k, (shape, dtype) in kinds.items()}
 

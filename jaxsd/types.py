@@ -59,6 +59,7 @@ class Record:
     sides: slower streams beside the units (pitch, style), by name one int16 array per channel.
     fields: what is written beside what is said (an instruction, a task), by name; of several
     phrases under one name a layout draws one.
+    feats: float32 [S, M] per channel, or what slices like it; filled in by `data` for an encoder.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Record:
     wav: bytes = b''
     sides: dict[str, tuple[np.ndarray, ...]] = dataclasses.field(default_factory=dict)
     fields: dict[str, tuple[Phrase, ...]] = dataclasses.field(default_factory=dict)
+    feats: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)

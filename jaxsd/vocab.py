@@ -129,6 +129,59 @@ def streams(codec, *, text_tokens: int, tokenizer: str = '', bos: int = 1, eos: 
     return Vocab(ranges, tuple(rows), specials, size, tokenizer)
 
 
+def parallel(codec, *, text_tokens: int, rows: Sequence[str], tokenizer: str = '', bos: int = 1,
+             eos: int = 2, pad: int = 3, text_marks: Sequence[str] = (),
+             marks: Sequence[str] = (), room: int = 1, turns: int = 0, multiple: int = 1
+             ) -> Vocab:
+    """One text row, then `rows`: each the codec's ids, marks of its own, and an initial token.
+
+    text_tokens 0 leaves the text row out. Marks are ids that a row may be given and may speak (the
+    end of a stretch, padding): `text_marks` are specials under their own names, after the text, and
+    replace bos, eos and pad where they are called so; `marks` are specials as 'audio 0 end'. room:
+    how many ids a row keeps for marks and its initial token, which is always the last; released
+    tables keep more than they use. turns: how many ranges the rows take turns in, `units 0` and so
+    on, as when several frames of as many codebooks stand in a column; 0 gives each row its own.
+    """
+    if len({*rows, 'text'}) <= len(rows):
+        raise ValueError(f'vocab.rows must be names of their own, none of them text, got '
+                         f'{tuple(rows)}')
+    specials, made, ranges = {}, [], {}
+    if text_tokens:
+        specials = _checked(text_tokens, bos=bos, eos=eos, pad=pad)
+        specials |= {m: text_tokens + i for i, m in enumerate(text_marks)}
+        size = text_tokens + max(room, len(text_marks) + 1)
+        made, ranges = [Row('text', 0, size, text_tokens + len(text_marks))], {'text': (0, size)}
+    if turns < 0 or turns and len(rows) % turns:
+        raise ValueError(f'vocab.turns {turns} must divide the {len(rows)} rows')
+    first, units = made[0].size if made else 0, codec['size']
+    size = units + max(room, len(marks) + 1)
+    for r, name in enumerate(rows):
+        start = first + (r % turns if turns else r) * size
+        made.append(Row(name, start, size, units + len(marks)))
+        ranges[f'units {r % turns}' if turns else name] = (start, size)
+        specials |= {f'{name} {m}': start + units + i for i, m in enumerate(marks)}
+    end = first + (turns or len(rows)) * size
+    return Vocab(ranges, tuple(made), specials, _round_up(end, multiple), tokenizer)
+
+
+def patches(codec, *, text_tokens: int, rows: int, tokenizer: str = '', bos: int = 1, eos: int = 2,
+            multiple: int = 1) -> Vocab:
+    """One line for everything, and `rows` rows that may each hold any id of it.
+
+    A column is a patch of the line: `rows` tokens one after another, text or codes. Every codebook
+    has a range of its own, `codes 0`, ...; the last id is an initial token.
+    """
+    specials = _checked(text_tokens, bos=bos, eos=eos)
+    positive('vocab', rows=rows)
+    ranges, end = {'text': (0, text_tokens)}, text_tokens
+    for k in range(codec['codebooks']):
+        ranges[f'codes {k}'] = (end, codec['size'])
+        end += codec['size']
+    size = _round_up(end + 1, multiple)
+    return Vocab(ranges, tuple(Row(f'patch {k}', 0, size, size - 1) for k in range(rows)), specials,
+                 size, tokenizer)
+
+
 def initial(row: Row) -> int:
     """The id that fills `row` before its first real token (the last id of the row's range)."""
     return row.start + row.size - 1

@@ -46,7 +46,7 @@ os.environ['PYTHONPATH'] = os.pathsep.join(
 
 def _corpus_key() -> str:
     """Changes whenever something that writes the corpus does."""
-    digest = hashlib.sha256(f'{CORPUS_HOURS} {sys.version_info[:2]}'.encode())
+    digest = hashlib.sha256(f'{CORPUS_HOURS} wav {sys.version_info[:2]}'.encode())
     for path in [*sorted((ROOT / 'data_pipelines').glob('*.py')), ROOT / 'jaxsd' / 'codec.py',
                  ROOT / 'jaxsd' / 'types.py']:
         digest.update(path.name.encode() + b'\0' + path.read_bytes() + b'\0')
@@ -88,7 +88,7 @@ def corpus() -> pathlib.Path:
             half = shelf / f'{folder.name}.building'
             shutil.rmtree(half, ignore_errors=True)     # left by a build that was killed
             command = [sys.executable, '-m', 'data_pipelines.demo', '--hours', str(CORPUS_HOURS),
-                       '--out', str(half)]
+                       '--keep-wav', '--out', str(half)]
             made = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                   stderr=subprocess.STDOUT)
             if made.returncode:

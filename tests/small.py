@@ -54,7 +54,11 @@ def built(system: str, kind: str = 'llama', **head):
 
 
 def batch(c, rows: int = 2, segments: int = 3, columns: int | None = None, seed: int = 0) -> dict:
-    """Random packed tokens [B, K, T] with the last columns empty and random weights."""
+    """Random packed tokens [B, K, T] with the last columns empty and random weights.
+
+    Where an encoder listens, features of a sound in every segment. Where speech is not aligned,
+    answers of a unit in each column.
+    """
     rng = np.random.default_rng(seed)
     v, T = model.make_vocab(c), columns or c.columns
     tokens = np.stack([rng.integers(r.start, r.start + (r.predicted or r.size - 1), (rows, T))
@@ -71,7 +75,14 @@ def batch(c, rows: int = 2, segments: int = 3, columns: int | None = None, seed:
     if len(v.rows) > 1:             # silence inside, too
         tokens[0, 2, 3:5] = -1
         weights[0, 2, 3:5] = 0
-    return dict(tokens=tokens, weights=weights, position=position, segment=segment)
+    out = dict(tokens=tokens, weights=weights, position=position, segment=segment)
+    if 'decoder' in c.head:
+        tokens[:, 2:], tokens[:, 1:, cuts] = -1, -1
+        weights[tokens < 0] = 0
+    if 'encoder' in c.frontend:
+        out |= dict(feats=rng.normal(size=(rows, T, c.frontend.encoder.features)).astype(
+            np.float32), slot=((position > 1) & (position < 5)).astype(np.int32))
+    return out
 
 
 def run(graph, params, method, *args):

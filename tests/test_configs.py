@@ -13,7 +13,9 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from data_pipelines import augment
 from jaxsd import config as configs
 from jaxsd import evaluate, generate, model, train
 from jaxsd import stage as stages
@@ -26,12 +28,60 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests' / 'golden' / 'configs'
 NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if not p.stem.startswith('_'))
 
+def decoder(width, layers, heads, kv_heads, head_dim, mlp, biased=False):
+    """Parameters of a decoder without its tables: attention, gated feed-forward, norms."""
+    out, kv = heads * head_dim, kv_heads * head_dim
+    return width + layers * (2 * width * (out + kv) + 3 * width * mlp + 2 * width
+                             + biased * (out + 2 * kv))
+
+
+def within(width, layers, mlp):
+    """Of a small transformer inside a column."""
+    return width + layers * (4 * width ** 2 + 3 * width * mlp + 2 * width)
+
+
+def depth(of, text, width, layers, mlp, cells, card, size, sets):
+    """Of a depth head on a model of width `of`: `cells` codebooks, `sets` sets of weights."""
+    return (of * text[0] + text[1] * width + (cells - 1) * size * width + cells * width * card
+            + sets * of * width
+            + layers * (2 * width + sets * (4 * width ** 2 + 3 * width * mlp)))
+
+
 LLAMA_2_7B = 6_738_415_616       # the same size as the first LLaMA's
 LLAMA_3_8B = 8_030_261_248
 MISTRAL_7B = 7_241_732_096
 QWEN_HALF_B, QWEN_7B = 494_032_768, 7_615_616_512
 GLM_4_9B = 9_399_951_360
 PARAMETERS = {      # of the published size, by overrides
+    # Tables of the whole line, heads of what may be said, and what else a system has.
+    'dgslm': {(): decoder(512, 6, 8, 8, 64, 1365) + 512 * (1002 + 1000)},
+    # 494 million of Qwen2-0.5B without its table; 181,120 rows as in the released one.
+    'mini_omni': {(): decoder(896, 24, 14, 2, 64, 4864, True) + 896 * 181_120
+                  + 896 * (151_941 + 7 * 4100) + 4864 * (2 * 768 + 896)},
+    'pslm': {(): decoder(4096, 32, 32, 32, 128, 11008, True) + 4096 * 153_088
+             + 4096 * (151_938 + 2 * 514)},
+    # Llama-3.1-8B; the adaptor of five Whisper states; the decoder of 425 million.
+    'llama_omni': {(): 8_030_261_248 + 4096 * (129_259 - 128_256 + 1)
+                   + 6400 * 2048 + 2048 + 2048 * 4096 + 4096
+                   + 4096 * 4097 + decoder(4096, 2, 32, 32, 128, 11008) + 4096 * 1001},
+    'intrinsic_voice': {(): decoder(3584, 28, 28, 4, 128, 18944, True)
+                        + 3584 * (151_940 + 151_939) + 502 * 512 + 5 * 512 * 3584
+                        + 3584 * 1024 + 5 * 1024 + within(1024, 4, 2816) + 1024 * 501},
+    'musicgen': {(): decoder(1536, 48, 24, 24, 64, 4096) + 1536 * (40_448 + 32_128 + 4 * 2048)},
+    'parler_tts': {(): decoder(1024, 24, 16, 16, 64, 2730)
+                   + 1024 * (41_984 + 32_128 + 9 * 1025)},
+    'voicecraft': {(): decoder(2048, 16, 16, 16, 128, 5461) + 2048 * (8320 + 100 + 4 * 2053)},
+    'uniaudio': {(): decoder(1536, 24, 16, 16, 96, 4096) + 512 * 35_200 + 1536 * 1536
+                 + 512 * 1536 + 35_200 * 1536 + 1536 + 3 * 1536 + within(1536, 8, 4096)
+                 + 1536 * 35_199},
+    'delayed_asr': {(): decoder(2048, 16, 16, 16, 128, 5632) + 2048 * (73_569 + 8000)},
+    'delayed_tts': {(): decoder(2560, 24, 20, 20, 128, 7040) + 2560 * 80_785
+                    + depth(2560, (48_000, 48_001), 1024, 6, 2816, 16, 2048, 2049, 9)},
+    'csm': {(): decoder(2048, 16, 32, 8, 64, 8192) + 2048 * 193_920
+            + depth(2048, (128_256, 128_259), 1024, 4, 8192, 32, 2049, 2051, 1)},
+    'mimo_audio': {(): decoder(4096, 36, 32, 8, 128, 11008, True) + 4096 * 151_684
+                   + 8 * 1026 * 1024 + 4 * 1024 * 4096 + within(1024, 6, 2730) + 4 * 1024
+                   + depth(4096, (151_683, 151_684), 1024, 16, 2730, 32, 1025, 1026, 1)},
     # Llama-2-7B with 512 more rows in each of its two tables: 32,000 pieces, 2 markers and 501
     # units, rounded up to a multiple of 128 (32,512).
     'spirit_lm': {(): LLAMA_2_7B + 2 * 512 * 4096},
@@ -79,9 +129,10 @@ def on(corpus, c):
 def toy(c) -> Record:
     """Twenty seconds of two speakers whose every number is a small formula, with the ids given."""
     hz, books = c.codec.frame_hz, c.codec.codebooks
+    ids = max(1, min(300, c.vocab.text_tokens - 20))
     frames = np.arange(int(20 * hz))
     words = tuple(Word(f'w{i}', i // 20 % 2, 0.4 * i + 0.1, 0.4 * i + 0.4,
-                       tuple(10 + (7 * i + j) % 300 for j in range(1 + i % 3 // 2)))
+                       tuple(10 + (7 * i + j) % ids for j in range(1 + i % 3 // 2)))
                   for i in range(48))
     codes = np.stack([[(frames + 3 * k + 100 * channel) % c.codec.size for k in range(books)]
                       for channel in (0, 1)]).astype(np.int16)
@@ -114,8 +165,11 @@ def layouts(c):
 
 
 def draw(c, options, where):
-    make = bind(options, 'jaxsd.layout', where, given=('vocab', 'rng'))
-    return make(toy(c), vocab=model.make_vocab(c), rng=np.random.default_rng(0))
+    make, record = bind(options, 'jaxsd.layout', where, given=('vocab', 'rng')), toy(c)
+    if 'encoder' in c.frontend:     # two frames of features a second, so that a question is short
+        width = c.frontend.encoder.features // options.get('stack_frames', 1)
+        record = dataclasses.replace(record, feats=(np.ones((40, width), np.float32),) * 2)
+    return make(record, vocab=model.make_vocab(c), rng=np.random.default_rng(0))
 
 
 def test_every_config_is_counted():
@@ -158,7 +212,9 @@ def test_everything_a_config_names_is_there(name, arg):
         earlier.append(s.name)
         assert s.data and set(s.data) <= set(c.data.sources)
         stages.learning_rate(s)
-    assert set().union(*(s.data for s in stages.stages(c))) == set(c.data.sources)
+        stages.optimizer(s, by_path)
+    assert set().union(*(s.data | s.apart.get('data', {}) for s in stages.stages(c))) == set(
+        c.data.sources)
     for where, options in layouts(c):
         grid = draw(c, options, where)
         assert grid.tokens.shape[0] == len(v.rows)
@@ -191,9 +247,10 @@ def test_the_grid_of_a_fixed_record_is_unchanged(name):
     assert found == path.read_text(encoding='utf-8')
 
 
-# One of each kind at once: an interleaved row, streams and low-rank terms, typed parts. The others'
-# code is the same and their compilations take minutes: they are slow tests.
-AT_ONCE = ('spirit_lm', 'moshi', 'usdm')
+# One of each kind at once: two modalities, streams, low-rank terms, two speakers, features, CTC.
+# The others' code is the same, or they differ in a head or a frontend, and their compilations take
+# minutes: they are slow tests.
+AT_ONCE = ('spirit_lm', 'moshi', 'usdm', 'llama_omni')
 
 
 @pytest.mark.parametrize('name', [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow)
@@ -232,6 +289,62 @@ def test_tiny_learns(name, corpus, tmp_path):
         for path in before.keys() & after[s.name].keys():
             same = np.array_equal(before[path], after[s.name][path])
             assert same == (by_path[path] is None), (s.name, path)
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_paper_follow_one_another(corpus, tmp_path):
+    """One command trains all five, each from the one before, the first with two optimizer states
+    and the last with low-rank terms, on a corpus with users over a bad line."""
+    noisy = tmp_path / 'noisy'
+    assert augment.main(['--source', str(corpus), '--out', str(noisy)]) == 0
+    c, work = on(noisy, read('moshi', 'tiny,course=paper')), str(tmp_path / 'run')
+    assert np.isfinite(train.run(c, work))
+    with open(f'{work}/ledger.jsonl') as f:
+        lines = [json.loads(line) for line in f]
+    begun = [x for x in lines if x['event'] == 'start']
+    names = ['pretrain', 'posttrain', 'duplex', 'instruct', 'adapt']
+    assert [x['stage'] for x in begun] == names
+    for before, after in zip(names[:-1], begun[1:], strict=True):
+        assert before in after['start']
+    read_by = {x['stage']: set(x['consumed']) for x in lines if x['event'] == 'consumed'}
+    assert read_by == dict(pretrain={'mono', 'text'}, posttrain={'simulated'}, duplex={'fisher'},
+                           instruct={'instruct'}, adapt={'instruct'})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NAMES)
+def test_no_score_sees_a_later_column_or_a_later_row(name):
+    """Every predicted row of a grid as it is drawn: another token in one cell moves the scores of
+    later columns and of later rows of its own column at most, and it does move some."""
+    c = read(name, 'tiny')
+    v = model.make_vocab(c)
+    grid = draw(c, c.layout, 'layout')
+    T = min(grid.tokens.shape[1], 48)
+    tokens, rng, changes = grid.tokens[:, :T], np.random.default_rng(0), []
+    for k in range(len(v.rows)):
+        there = np.flatnonzero(tokens[k, 2:] >= 0) + 2
+        changes += [(k, int(t)) for t in rng.choice(there, min(len(there), 2), replace=False)]
+    many = np.tile(tokens, (1 + len(changes), 1, 1))
+    for b, (k, t) in enumerate(changes, start=1):
+        row = v.rows[k]
+        other = rng.integers(row.start, row.start + max(row.predicted, row.size - 1))
+        many[b, k, t] = other + (other == many[b, k, t])
+    batch = dict(tokens=many, position=np.tile(np.arange(T), (len(many), 1)),
+                 segment=np.ones((len(many), T), np.int32),
+                 **{n: np.tile(x[:T], (len(many), *[1] * x.ndim)) for n, x in grid.extra.items()})
+    graph, _, _ = model.abstract(c)
+    params = model.init(c, jax.random.key(0))
+    found = jax.jit(lambda p, b: nnx.merge(graph, p).scores(b))(params, batch)
+    later = 0
+    for row, scores in enumerate(found):
+        if scores is None:
+            continue
+        moved = np.abs(np.asarray(scores[1:] - scores[:1])).max(-1) > 1e-5      # [changes, T]
+        for b, (k, t) in enumerate(changes):
+            first = t - 1 if row > k else t         # scores at t - 1 are of column t
+            assert not moved[b, :first].any(), (v.rows[row].name, v.rows[k].name, t)
+            later += moved[b].sum()
+    assert later > 0
 
 
 def test_a_stage_is_all_options():

@@ -324,7 +324,7 @@ def test_the_likelier_of_two_recordings(flat_lm, tmp_path):
 def test_every_question_is_answered_through_the_template(corpus):
     """As many items as there are questions with an answer; each answer by the training forward."""
     lm = made(corpus, 'usdm')
-    found = evaluate.replies(lm, split='train', limit=2, source='dialogue')
+    found = evaluate.exchanges(lm, split='train', limit=2, source='dialogue')
     with open(corpus / 'grammar.json', encoding='utf-8') as f:
         asked = {q['text'] for part in json.load(f)['questions'].values() for q in part}
     records = list(data.examples(lm.config, 'train', 'dialogue', vocab=lm.vocab, limit=2))
@@ -332,7 +332,7 @@ def test_every_question_is_answered_through_the_template(corpus):
     assert 1 <= found['items'] <= len(questions)
     assert 0 <= found['metrics']['correct %'] <= 100
     with pytest.raises(ConfigError, match='must be drawn by template.chain over exchanges'):
-        evaluate.replies(lm, split='train', limit=2, source='aligned')
+        evaluate.exchanges(lm, split='train', limit=2, source='aligned')
 
 
 # Conversation.

@@ -31,11 +31,13 @@ LAYERS = {
     'nn': (1, ('sharding',), JAX | {'flax'}, set()),
     'attention': (1, ('sharding',), JAX, set()),
     'objective': (1, (), JAX, set()),
-    'data': (2, (), FILES | {'ml_collections'}, {'jax', 'flax', 'optax', 'orbax'}),
+    'within': (1, ('nn',), JAX | {'flax'}, set()),
+    'data': (2, ('codec',), FILES | {'ml_collections'}, {'jax', 'flax', 'optax', 'orbax'}),
     'codec': (2, (), NUMPY | {'safetensors'}, {'jax', 'flax', 'optax', 'orbax', 'grain'}),
     'goodput': (1, (), NUMPY, {'jax', 'flax', 'optax', 'orbax', 'grain'}),
     'processes': (2, (), JAX, {'flax', 'optax', 'orbax', 'grain'}),
     'run': (2, (), JAX, {'flax', 'optax', 'orbax', 'grain'}),
+    'encoder': (2, (), JAX | {'flax'}, set()),
     'frontend': (2, (), JAX | {'flax'}, set()),
     'backbone': (2, (), JAX | {'flax'}, set()),
     'head': (2, (), JAX | {'flax'}, set()),
@@ -46,8 +48,9 @@ LAYERS = {
     'state': (4, (), JAX | {'optax'}, set()),
     'train': (5, ('export',), ANY, set()),
     'generate': (5, (), ANY, set()),
-    'speak': (5, ('generate',), ANY, set()),
-    'evaluate': (5, ('generate', 'speak'), ANY, set()),
+    'reply': (5, ('generate',), ANY, set()),
+    'speak': (5, ('generate', 'reply'), ANY, set()),
+    'evaluate': (5, ('generate', 'reply', 'speak'), ANY, set()),
     'plan': (5, ('train',), ANY, set()),
     'bench': (5, ('train',), ANY, set()),
     'export': (5, (), ANY, set()),
@@ -57,7 +60,8 @@ LAYERS = {
 }
 NOT = {  # below, and still forbidden: (from, to): what to do instead
     **{(a, 'config'): 'take keyword arguments' for a in
-       ('sharding', 'nn', 'attention', 'objective', 'frontend', 'backbone', 'head')},
+       ('sharding', 'nn', 'within', 'attention', 'objective', 'encoder', 'frontend', 'backbone',
+        'head')},
     **{(a, b): 'a grid or a batch is all it may see' for a in ('model', 'stage', 'checkpoint')
        for b in ('data', 'dataset', 'layout', 'codec')},
     **{(a, 'layout'): 'pass the grid' for a in ('frontend', 'backbone', 'head', 'codec')},
@@ -164,7 +168,7 @@ def test_configs_are_data():
 
 
 def test_pipelines_use_only_the_file_formats():
-    legal = {'codec', 'types', 'vocab', '__version__'}
+    legal = {'codec', 'dataset', 'types', 'vocab', '__version__'}
     found = [f'{path.relative_to(ROOT)}:{line}: data_pipelines may not import {name}'
              for path in PIPELINES for line, name, _ in imports(path)
              if name.split('.')[0] == 'jaxsd' and name.split('.')[1] not in legal]
@@ -224,7 +228,8 @@ def test_nothing_is_unpickled():
     assert not found, f'{found}: use safetensors, json or npz without pickle'
 
 
-MECHANISMS = ('layout', 'frontend', 'backbone', 'head', 'objective', 'codec', 'stage', 'vocab')
+MECHANISMS = ('layout', 'frontend', 'encoder', 'backbone', 'head', 'objective', 'codec', 'stage',
+              'vocab')
 
 
 def options():

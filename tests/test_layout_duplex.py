@@ -311,3 +311,45 @@ def test_rules_and_rates_reach_the_grid():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# Units of two speakers, and words that are moved.
+
+def test_edges_weigh_and_held_units_do_not():
+    """By hand: 5 5 5 7 9 9 beside 2 2 4 4 4 4; the first unit of all is an edge."""
+    pair = vocabs.parallel({'size': 10, 'codebooks': 1}, text_tokens=0, rows=('mine 0', 'theirs 0'))
+    example = Record('call', 'toy', 'en', .24, units=(np.array([5, 5, 5, 7, 9, 9], np.int16),
+                                                      np.array([2, 2, 4, 4, 4, 4], np.int16)))
+    def of(**options):
+        return duplex.units(example, vocab=pair, rng=np.random.default_rng(0), **options)
+    grid = of()
+    assert grid.tokens.tolist() == [[10, 5, 5, 5, 7, 9, 9], [21, 13, 13, 15, 15, 15, 15]]
+    assert grid.weights.tolist() == [[0, 1, 0, 0, 1, 1, 0], [0, 1, 0, 1, 0, 0, 0]]
+    assert of(weight_held=.5).weights[0].tolist() == [0, 1, .5, .5, 1, 1, .5]
+    assert of(mine=1).tokens[0].tolist() == [10, 2, 2, 4, 4, 4, 4]
+    firsts = {duplex.units(example, vocab=pair, rng=np.random.default_rng(i), mine='random'
+                           ).tokens[0, 1] for i in range(9)}
+    assert firsts == {5, 2}
+    for bad, message in ((dict(vocab=TWO), 'needs vocab.parallel without text'),
+                         (dict(mine=2), "layout.mine is 0, 1 or 'random'")):
+        with pytest.raises(ValueError, match=message):
+            duplex.units(example, **dict(vocab=pair, rng=np.random.default_rng(0)) | bad)
+    with pytest.raises(ValueError, match='units of 1 channels'):
+        duplex.units(Record('r', 'toy', 'en', 1., units=(np.zeros(3, np.int16),)), vocab=pair,
+                     rng=np.random.default_rng(0))
+
+
+def test_words_are_moved_by_one_draw_and_sound_is_not():
+    example = record(1, 40, [Word('a', 0, 1.2, 1.3, (7,)), Word('b', 0, 1.6, 1.7, (8,))])
+    still = draw(example, ONE)
+    at = set()
+    for seed in range(40):
+        moved = duplex.columns(example, vocab=ONE, rng=np.random.default_rng(seed),
+                               text_shift_s=.6)
+        np.testing.assert_array_equal(moved.tokens[1:], still.tokens[1:])
+        a, b = (int(np.flatnonzero(moved.tokens[0] == ONE.rows[0].start + i)[0]) for i in (7, 8))
+        assert b - a in (4, 5, 6)       # 5 frames apart, by rounding
+        at.add(a - 16)
+    assert min(at) in (-8, -7, -6) and max(at) in (6, 7, 8) and len(at) > 8
+    with pytest.raises(ValueError, match='layout.text_shift_s must not be negative'):
+        draw(example, ONE, text_shift_s=-1.)

@@ -149,3 +149,17 @@ def test_balance_is_a_term_of_its_own_coefficient():
     for terms, balance in ((TERMS, -1.0), (dict(balance=('text',)), 0.1)):
         with pytest.raises(ValueError, match='objective.balance is a coefficient of at least 0'):
             weighted_ce(logp, hit, batch, sizes=SIZES, ranges=RANGES, terms=terms, balance=balance)
+
+
+def test_scales_multiply_what_they_name_and_nothing_else():
+    logp, hit, batch = random_batch(3)
+    cells = (jnp.asarray(logp, jnp.float32), jnp.asarray(hit), batch)
+    options = dict(sizes=SIZES, ranges=RANGES, terms=TERMS)
+    plain, metrics = weighted_ce(*cells, **options)
+    scaled, same = weighted_ce(*cells, **options, scales=dict(audio=3.0))
+    assert float(scaled['audio'][0]) == pytest.approx(3 * float(plain['audio'][0]))
+    assert scaled['audio'][1] == plain['audio'][1] and scaled['text'] == plain['text']
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(a == b), metrics, same))
+    for bad in (dict(mine=1.0), dict(audio=0.0)):
+        with pytest.raises(ValueError, match='objective.scales'):
+            weighted_ce(*cells, **options, scales=bad)

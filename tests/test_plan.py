@@ -288,8 +288,11 @@ def test_the_network_between_devices():
 
 # Plans.
 
-def test_a_batch_as_data_makes_it(corpus):
-    c = on(corpus, read('moshi', 'tiny'))
+@pytest.mark.parametrize('name, arg', [
+    ('moshi', 'tiny'), ('moshi', 'tiny,course=paper'), ('mini_omni', 'tiny')])
+def test_a_batch_as_data_makes_it(corpus, name, arg):
+    """Two speakers' rows; steps apart; features."""
+    c = on(corpus, read(name, arg))
     stage, mesh = stages.stages(c)[0], sharding.make_mesh(dict(fsdp=8), DEVICES)
     batches = data.batches(c, dataclasses.asdict(stage), model.make_vocab(c))
     real = next(batches)[0]

@@ -29,6 +29,18 @@ SYSTEMS = {     # every kind of head and of layout, with what only some meshes c
     'parallel': lambda: config('parallel', 'mistral'),
     'some columns': lambda: config('streams', fraction=0.3, chunk_columns=3),   # 7 of 24
     'experts': lambda: balanced(config('flat', 'mixtral')),
+    'groups': lambda: beside(dict(name='grouped', inside=8, layers=1, heads=2, mlp=12),
+                             dict(name='group', width=8, layers=1, heads=2, mlp=12),
+                             marks=('pad',)),
+    'patches': lambda: patched(config('flat')),
+    'heard': lambda: beside(dict(name='averaged', encoder=dict(name='mlp', features=6, hidden=8)),
+                            dict(name='flat')),
+    'unaligned': lambda: beside(
+        dict(name='summed', heard=('text',), encoder=dict(
+            name='listener', features=6, inside=8, layers=1, heads=2, mlp=12)),
+        dict(name='ctc', most_units=8, decoder=dict(
+            name='decoder', width=8, layers=1, heads=2, kv_heads=2, head_dim=4, mlp=12,
+            theta=100.0)), turns=1),
 }
 EVERY_AXIS = (dict(data=8), dict(data=2, fsdp=4), dict(fsdp=4, tensor=2), dict(context=8),
               dict(data=2, context=2, tensor=2))
@@ -37,11 +49,33 @@ ROWS = dict(data=2, fsdp=2, context=2)      # what any vocabulary and any heads 
 EQUAL = [(system, mesh) for system in ('flat', 'streams') for mesh in EVERY_AXIS] + [
     ('tied', MIXED | dict(rules=(('kv_heads', None),))), ('parallel', MIXED),
     ('some columns', ROWS), ('experts', dict(fsdp=2, tensor=2, expert=2)),
-    ('experts', dict(data=2, context=2, expert=2))]
+    ('experts', dict(data=2, context=2, expert=2)), ('groups', ROWS), ('patches', ROWS),
+    ('heard', ROWS), ('unaligned', ROWS)]
 
 
 def balanced(c):
     c.objective.balance = 0.5
+    return c
+
+
+def beside(frontend, head, **marks):
+    """Text beside three rows of speech, through these mechanisms."""
+    c = config('flat', chunk_columns=5)
+    c.codec = dict(codebooks=3, size=12)
+    c.vocab = dict(name='parallel', text_tokens=14, rows=('audio 0', 'audio 1', 'audio 2'),
+                   multiple=8, **marks)
+    c.frontend = dict(dtype='float32') | frontend
+    c.head = head | dict(chunk_columns=5)
+    c.objective.terms = dict(text=('text',), audio=('audio',))
+    return c
+
+
+def patched(c):
+    """Four tokens of one line a column, spoken one after another."""
+    c.vocab = dict(name='patches', text_tokens=14, rows=4, multiple=8)
+    c.frontend = dict(name='grouped', dtype='float32', inside=8, steps=2)
+    c.head = dict(name='local', width=8, layers=1, heads=2, mlp=12, chunk_columns=5)
+    c.objective.terms = dict(patch=('patch',))
     return c
 
 

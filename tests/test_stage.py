@@ -264,3 +264,72 @@ def test_splitting_and_joining_lose_nothing():
     free, frozen = stages.split(tree, {'a/b': 1.0, 'a/c/d': None, 'e': 0.5})
     assert free == dict(a=dict(b=1), e=3) and frozen == dict(a=dict(c=dict(d=2)))
     assert stages.join(free, frozen) == tree
+
+
+# Two kinds of batch, two optimizer states.
+
+def test_steps_apart_have_moments_and_speeds_of_their_own():
+    """After steps of both kinds, each state is what a stage of that kind alone would have, given
+    the same gradients; the rate is one; and a step apart moves at the speed of its own rules."""
+    own = dict(share=0.5, data=dict(x=1.0),
+               train=(('a/.*', 0.25), ('frozen', None), ('.*', 2.0)))
+    stage = a_stage(steps=6, clip=1e9, schedule='cosine', warmup_steps=1, apart=own,
+                    train=(('a/.*', 1.0), ('frozen', None), ('.*', 0.5)))
+    rng = np.random.default_rng(0)
+    params = dict(a=dict(x=rng.standard_normal(3)), b=rng.standard_normal(2))
+    by_path = stages.multipliers(stage, ('a/x', 'b', 'frozen'))
+    tx = stages.optimizer(stage, by_path)
+    kinds = [False, True, True, False, True, False]
+    grads = [jax.tree.map(lambda x: rng.standard_normal(x.shape), params) for _ in kinds]
+    state, updates = tx.init(params), []
+    for kind, g in zip(kinds, grads, strict=True):
+        u, state = tx.update(g, state, params, apart=np.bool_(kind))
+        updates.append(u)
+    rate = stages.learning_rate(stage)
+    for which, speed in ((False, dict(a=1.0, b=0.5)), (True, dict(a=0.25, b=2.0))):
+        adam = optax.scale_by_adam(0.9, 0.95, eps=stage.eps)
+        alone = adam.init(params)
+        for step, (kind, g) in enumerate(zip(kinds, grads, strict=True)):
+            if kind != which:
+                continue
+            u, alone = adam.update(g, alone, params)
+            for key in ('a', 'b'):
+                got, u_key, p = (jax.tree.leaves(x[key])[0] for x in (updates[step], u, params))
+                want = -float(rate(step)) * speed[key] * (u_key + 0.1 * p)
+                np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-9)
+        moments = state[0]['apart' if which else 'main'][1]
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7),
+                     moments.mu, alone.mu)
+        assert int(moments.count) == 3
+
+
+def test_a_step_apart_leaves_the_other_moments_alone():
+    """In the train step itself, told by the batch."""
+    c = config('streams')
+    stage = a_stage(apart=dict(share=0.5, data=dict(x=1.0)))
+    graph, target, by_path = train.abstract_state(c, stage, one_device())
+    state = train.fresh_state(c, stage, target, by_path, model.init(c, jax.random.key(0)))
+    step = jax.jit(train.make_step(graph, model.objective_of(c), stage, by_path))
+    for kind in (False, True):
+        arrays = batch(c, seed=0) | dict(apart=np.full(2, kind))
+        after, _ = step(state, arrays)
+        moved = {name: any(float(np.abs(x).max()) > 0 for x in jax.tree.leaves(
+            after['opt'][0][name][1].mu)) for name in ('main', 'apart')}
+        assert moved == {'main': not kind, 'apart': kind}
+
+
+@pytest.mark.parametrize('apart, words', [
+    (dict(share=0.5), 'needs data and a share'), (dict(share=1.0, data=dict(x=1.0)), 'and 1, got'),
+    (dict(share=0.5, data=dict(x=1.0), steps=3), "no option 'steps'")])
+def test_what_apart_needs(apart, words):
+    c = config('flat')
+    c.stages = (dict(ONE, apart=apart),)
+    with pytest.raises(ConfigError, match=words):
+        stages.stages(c)
+
+
+def test_apart_freezes_what_the_stage_freezes():
+    stage = a_stage(train=(('a', None), ('.*', 1.0)), apart=dict(
+        share=0.5, data=dict(x=1.0), train=(('.*', 1.0),)))
+    with pytest.raises(ConfigError, match='apart.train must freeze what train freezes'):
+        stages.optimizer(stage, stages.multipliers(stage, ('a', 'b')))

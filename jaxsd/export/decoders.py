@@ -31,7 +31,8 @@ SCALINGS = {        # the peer's numbers in our words
 def check(have: Mapping) -> None:
     """ConfigError unless one of the decoders above can be what `have` describes."""
     family = "format 'hf'"
-    need(have, {'frontend.name': ('summed',), 'head.name': ('flat', 'tied'),
+    need(have, {'frontend.name': ('summed',), 'frontend.heard': ((),),
+                 'frontend.encoder': (None,), 'head.name': ('flat', 'tied'),
                  'backbone.name': ('decoder',)}, family)
     if len(have['vocab.rows']) != 1:
         raise ConfigError(f'{family} is one row of tokens, this config has '

@@ -15,7 +15,7 @@ import ml_collections as mlc
 from jaxsd.config import ConfigError, bind, options_of, plain, resolve
 from jaxsd.export.rules import Rule
 from jaxsd.layout import duplex
-from jaxsd.model import make_vocab
+from jaxsd.model import NESTED, make_vocab, nested
 
 BLOCKS = 'backbone/blocks/'
 
@@ -32,10 +32,11 @@ def facts(config) -> dict:
     """What of `config` a checkpoint can speak about: slots' options, rows, specials, delays."""
     out = {}
     for slot in ('frontend', 'backbone', 'head'):
-        bound = bind(config[slot], f'jaxsd.{slot}', slot, given=('rngs',))
+        bound = bind(nested(config[slot], slot), f'jaxsd.{slot}', slot, given=('rngs',))
         options = {k: p.default for k, p in options_of(bound.func).items()
                    if p.default is not p.empty} | bound.keywords
         out |= {f'{slot}.{k}': v for k, v in options.items()}
+        out |= {f'{slot}.{k}': config[slot][k]['name'] for k in NESTED if k in config[slot]}
         out[f'{slot}.name'] = config[slot]['name']
     vocab = make_vocab(config)
     out |= {f'vocab.{name}': i for name, i in vocab.specials.items()}

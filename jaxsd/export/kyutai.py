@@ -27,7 +27,8 @@ RELEASED = dict(    # what a checkpoint without config.json is (moshi models/loa
 def check(have: Mapping) -> None:
     """ConfigError unless a kyutai LMModel can be what `have` describes."""
     family = "format 'kyutai'"
-    need(have, {'frontend.name': ('summed',), 'backbone.name': ('decoder',),
+    need(have, {'frontend.name': ('summed',), 'frontend.heard': ((),),
+                 'frontend.encoder': (None,), 'backbone.name': ('decoder',),
                  'head.name': ('depth',), 'backbone.norm_eps': tuple(NORMS.values()),
                  'head.norm_eps': (have['backbone.norm_eps'],), 'backbone.norm_gain': ('early',),
                  'head.norm_gain': ('early',), 'backbone.qkv_bias': (False,),

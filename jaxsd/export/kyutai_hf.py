@@ -25,7 +25,8 @@ CODEC = 'audio_encoder.'
 def check(have: Mapping) -> None:
     """ConfigError unless a transformers Moshi can be what `have` describes."""
     family = "format 'kyutai-hf'"
-    need(have, {'frontend.name': ('summed',), 'backbone.name': ('decoder',),
+    need(have, {'frontend.name': ('summed',), 'frontend.heard': ((),),
+                'frontend.encoder': (None,), 'backbone.name': ('decoder',),
                 'head.name': ('depth',), 'head.step_weights': ('own',),
                 'backbone.norm_gain': ('early',), 'head.norm_gain': ('early',),
                 'backbone.qkv_bias': (False,)}, family)

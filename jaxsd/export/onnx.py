@@ -29,6 +29,7 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int) -> dict:
     """Writes step.onnx, the weights and signature.json to `folder`. See `runtimes.Runtime`."""
     import jax2onnx
     import onnx_ir
+    stablehlo.check(config, 'onnx')
     config = copy.deepcopy(config)
     config.frontend.dtype = 'float32'
     graph, _, _ = model.abstract(config)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsd import model
+from jaxsd.config import ConfigError
 from jaxsd.export import safetensors
 from jaxsd.stage import flatten, unflatten
 from jaxsd.types import NOTHING, Row, Where
@@ -78,12 +79,21 @@ def advance(lm: model.Model, cache, tokens_BKT, segment_BT, position_BT, plan_BK
     return {'column': column, 'scores': out, 'cache': cache}
 
 
+def check(config, format: str) -> None:
+    """ConfigError for a model that hears or says more than these programs read and keep."""
+    for slot, key in (('frontend', 'encoder'), ('head', 'decoder')):
+        if key in config[slot]:
+            raise ConfigError(f'{slot}.{key} is {config[slot][key].name!r}; format {format!r} can '
+                              'only read and speak columns of tokens')
+
+
 def write(folder: str, config, flat: Mapping, *, shard_bytes: int) -> dict:
     """Writes both programs, the weights and signature.json of a model to `folder`.
 
     flat: its parameters by path, without low-rank terms. See `runtimes.Runtime`.
     """
     from jax import export as jax_export
+    check(config, 'stablehlo')
     graph, _, _ = model.abstract(config)
     rows = model.make_vocab(config).rows
     K = len(rows)

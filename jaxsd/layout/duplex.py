@@ -117,9 +117,10 @@ def place_words(words: Sequence[Word], columns: int, *, frame_hz: float, pad: in
 def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz: float = 12.5,
             acoustic_delay_columns: int = 1, text_delay_columns: int = 0, text_rule: str = 'paper',
             mine: int | str = 0, theirs: int | str = 'other', text: str = 'mine',
-            drop_text: float = 0.0, mask_theirs: float = 0.0, weight_text: float = 1.0,
-            weight_pad: float = 0.5, weight_epad: float = 1.0, weight_semantic: float = 100.0,
-            weight_acoustic: float = 1.0, weight_theirs: float = 0.0) -> Grid:
+            text_shift_s: float = 0.0, drop_text: float = 0.0, mask_theirs: float = 0.0,
+            weight_text: float = 1.0, weight_pad: float = 0.5, weight_epad: float = 1.0,
+            weight_semantic: float = 100.0, weight_acoustic: float = 1.0,
+            weight_theirs: float = 0.0) -> Grid:
     """One column per codec frame: words, then my codes, then theirs (arXiv 2410.00037 §3.4).
 
     ::
@@ -134,8 +135,9 @@ def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz:
     `mine` also 'random' (drawn at every call), for `theirs` also 'other' (the one that is not mine,
     if there is one). A speaker without a channel has NOTHING after the initial tokens. A
     vocabulary with one speaker simply has no rows for the other. `text` says whose words fill the
-    text row: 'mine', 'theirs' (with a text delay: streaming recognition) or 'none'; `drop_text` is
-    the probability of losing them, and `mask_theirs` that of each heard cell to become NOTHING, so
+    text row: 'mine', 'theirs' (with a text delay: streaming recognition) or 'none'; at every call
+    they are moved by one draw from -text_shift_s .. text_shift_s; `drop_text` is the probability of
+    losing them, and `mask_theirs` that of each heard cell to become NOTHING, so
     that a model learns what is said and not the recordings it was said in. A record without any
     words has no transcript: the text row is NOTHING, not silence.
 
@@ -149,6 +151,8 @@ def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz:
     _check_vocab(vocab, weight_theirs)
     if text not in (*SPEAKERS, 'none'):
         raise ValueError(f'layout.text must be mine, theirs or none, got {text!r}')
+    if not 0 <= text_shift_s < math.inf:
+        raise ValueError(f'layout.text_shift_s must not be negative, got {text_shift_s}')
     for name, p in (('drop_text', drop_text), ('mask_theirs', mask_theirs)):
         if not 0 <= p <= 1:
             raise ValueError(f'layout.{name} is a probability, got {p}')
@@ -171,8 +175,11 @@ def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz:
     tokens = np.full((len(vocab.rows), frames), NOTHING, np.int32)
     weights = np.zeros((len(vocab.rows), frames), np.float32)
     if text != 'none' and channel[text] is not None and record.words and not dropped:
-        line = place_words(spoken_by(record, channel[text]), frames, frame_hz=frame_hz, pad=pad,
-                           epad=epad, rule=text_rule)
+        words = spoken_by(record, channel[text])
+        if text_shift_s:
+            by = rng.uniform(-text_shift_s, text_shift_s)
+            words = [w._replace(start_s=w.start_s + by, end_s=w.end_s + by) for w in words]
+        line = place_words(words, frames, frame_hz=frame_hz, pad=pad, epad=epad, rule=text_rule)
         tokens[0] = _encode(record, vocab, 0, line)
         weights[0] = np.where(line == pad, weight_pad, np.where(line == epad, weight_epad,
                                                                 weight_text))
@@ -189,6 +196,36 @@ def columns(record: Record, *, vocab: Vocab, rng: np.random.Generator, frame_hz:
             weights[k] = bool(row.predicted) * weight * (weight_theirs if speaker == 'theirs'
                                                          else 1.0)
     return Grid.of(delay(tokens, vocab, late), _shift(weights, late, np.zeros(len(late))))
+
+
+def units(record: Record, *, vocab: Vocab, rng: np.random.Generator, mine: int | str = 0,
+          weight_held: float = 0.0) -> Grid:
+    """Two speakers without a text: one unit of each per column, at the rate of the units.
+
+    ::
+
+        mine 0    *  5  5' 5' 7  9  9'      the mark: a unit that is held
+        theirs 0  *  2  2' 4  4' 4' 4'
+
+    Where a unit differs from the one before it (an edge) it weighs 1, where it is held
+    `weight_held`: with 0 the model learns what comes next and not how long it stays (the edge
+    units of arXiv 2203.16502 §3.2). `mine` is a channel or 'random'.
+    """
+    names = [row.name for row in vocab.rows]
+    if names != ['mine 0', 'theirs 0']:
+        raise ValueError('duplex.units needs vocab.parallel without text, rows mine 0 and theirs 0')
+    if len(record.units) != 2:
+        raise ValueError(f'record {record.id} has units of {len(record.units)} channels, not of 2')
+    first = int(rng.integers(2)) if mine == 'random' else mine
+    if first not in (0, 1):
+        raise ValueError(f"layout.mine is 0, 1 or 'random', got {mine!r}")
+    both = np.stack([record.units[first], record.units[1 - first]]).astype(np.int32)
+    tokens = np.array([[initial(row)] + [0] * both.shape[1] for row in vocab.rows], np.int32)
+    weights = np.zeros(tokens.shape, np.float32)
+    for k, name in enumerate(names):
+        tokens[k, 1:] = vocab.encode(name, both[k])
+    weights[:, 1:] = np.where(tokens[:, 1:] == tokens[:, :-1], weight_held, 1.0)
+    return Grid.of(tokens, weights)
 
 
 def _check_vocab(vocab: Vocab, weight_theirs: float):

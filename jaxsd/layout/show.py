@@ -16,7 +16,7 @@ from jaxsd.vocab import Vocab, initial
 WIDTH = 110
 LEGEND = {'*': 'initial', '·': 'nothing', '_': 'pad', 'EP': 'a word comes next',
           "'": 'seen, never scored'}
-SHORT = {'pad': '_', 'epad': 'EP', 'bos': 'BOS', 'eos': 'EOS'}
+SHORT = {'pad': '_', 'epad': 'EP', 'bos': 'BOS', 'eos': 'EOS', 'end': 'END'}
 
 
 def text(grid: Grid, vocab: Vocab, *, columns: tuple[int, int] | None = None,
@@ -72,7 +72,7 @@ def _token(token: int, row, one: bool, vocab: Vocab, pieces) -> str:
         return '·'
     if not one and token == initial(row):
         return '*'
-    special = vocab.special_name(token)
+    special = vocab.special_name(token).split(' ')[-1]     # a row's own mark is 'audio 0 end'
     if special:
         return SHORT.get(special, special)
     name, local = vocab.name(token)
@@ -159,10 +159,12 @@ def _wrap(words, head: str, indent: str) -> list[str]:
 # Pictures. One hue per stream; lighter and darker by code, so that a delay shows as a shifted
 # texture and silence as a flat one.
 HUES = {'text': '#e9a23b', 'markers': '#39395a', 'mine': '#3b78b5', 'units': '#3b78b5',
+        'audio': '#3b78b5', 'codes': '#3b78b5',
         'theirs': '#4f9d69', 'nothing': '#ffffff', 'pad': '#f3efe6', 'epad': '#d8cbb0',
         'initial': '#8a8a94'}
 HATCH = '#94949e'
 MEANINGS = {'text': 'words', 'markers': 'marker, BOS, EOS', 'mine': 'my voice', 'units': 'units',
+            'audio': 'speech', 'codes': 'speech',
             'theirs': 'their voice', 'pad': 'pad', 'epad': 'a word comes next',
             'initial': 'initial token'}
 
@@ -211,7 +213,7 @@ def _hue(token: int, row, one: bool, vocab: Vocab) -> tuple[str, float]:
         return 'nothing', 0.5
     if not one and token == initial(row):
         return 'initial', 0.5
-    special = vocab.special_name(token)
+    special = vocab.special_name(token).split(' ')[-1]
     if special:
         return special if special in HUES else 'markers', 0.5
     name, local = vocab.name(token)
