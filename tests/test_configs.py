@@ -250,7 +250,7 @@ def test_the_grid_of_a_fixed_record_is_unchanged(name):
 # One of each kind at once: two modalities, streams, low-rank terms, two speakers, features, CTC.
 # The others' code is the same, or they differ in a head or a frontend, and their compilations take
 # minutes: they are slow tests.
-AT_ONCE = ('spirit_lm', 'moshi', 'usdm', 'llama_omni')
+AT_ONCE = ('spirit_lm', 'moshi', 'usdm')
 
 
 @pytest.mark.parametrize('name', [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow)
