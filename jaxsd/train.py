@@ -141,11 +141,12 @@ def _asked_to_stop():
 
 
 def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, profile_steps=(),
-        began_s: float | None = None):
+        began_s: float | None = None, made: dict | None = None):
     """Trains the named stage, or every stage in turn, resuming whatever `workdir` holds.
 
     probe_of(stage) -> Probe or None. profile_steps: (first, last) steps to trace with the profiler.
-    began_s: since when this run takes time (Unix; default now), for the ledger.
+    began_s: since when this run takes time (Unix; default now), for the ledger. made: as in
+    `run.open_run`.
     Raises SystemExit when the run was asked to stop and has saved. Returns the loss of the last
     step of the last stage (None if nothing was left to do).
     """
@@ -164,7 +165,7 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
                 and (folder := begin.start_folder(config, stage, workdir)) == stage.start):
             data.same_codec(checkpoint.fits(folder, begin.older(target))['data'], config)
         probes.append(probe_of(stage) if probe_of else None)
-    rundir.open_run(workdir, config)
+    rundir.open_run(workdir, config, made=made)
     loss = None
     with _asked_to_stop() as stop:
         for stage, probe in zip(which, probes, strict=True):
