@@ -279,6 +279,7 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
         return {k: jax.make_array_from_process_local_data(rows, x) for k, x in arrays.items()}
 
     # Filling the data pipeline and compiling come before the clock: every step's time is a step's.
+    log.info('reading the data of stage %s, then compiling', stage.name)
     start = time.perf_counter()
     ahead = [next(batches)]
     ready['data_s'] = time.perf_counter() - start
@@ -327,10 +328,12 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
             writers.write(entry)
             speed = tflops * count / spent_s
             log.info('completed step: %d, seconds: %.3f, TFLOP/s/device: %.3f, MFU: %s, '
-                     'tokens/s/device: %.0f, audio-hours/h: %.1f, data-wait: %.2f%%, loss: %.4f',
+                     'tokens/s/device: %.0f, audio-hours/h: %.1f, data-wait: %.2f%%, loss: %.4f, '
+                     'of: %d steps, left: %.1f min',
                      n, entry['step_s'], speed, f'{100 * speed / peak:.1f}%' if peak else 'unknown',
                      entry['tokens_per_s'] / mesh.size, entry['audio_hours_per_h'],
-                     100 * entry['data_wait_fraction'], loss)
+                     100 * entry['data_wait_fraction'], loss,
+                     stage.steps, (stage.steps - n) * entry['step_s'] / 60)
             waited = dispatched = 0.0
             since, since_step, before = now, n, counted
         if int(sums['bad_steps']) >= stage.bad_steps:
