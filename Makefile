@@ -15,6 +15,7 @@ TORCH ?= torch==2.13.0
 
 help:
 	@echo 'make quickstart   speech, two trained models, evaluation, audio and one report'
+	@echo 'make env          installs into $(VENV), about 1.5 GB; then: . $(VENV)/bin/activate'
 	@echo 'make test         the test suite (no accelerator needed)'
 	@echo 'make test-all     also the slow tests'
 	@echo 'make test-peers   compares with the PyTorch implementations, in $(PEERS)'
@@ -27,7 +28,7 @@ help:
 $(VENV)/.complete: setup.py
 	@$(if $(PYTHON),,echo 'make: needs Python 3.11 or 3.12 on the PATH, or PYTHON=/path/to/one' >&2; exit 1)
 	@'$(PYTHON)' -c '$(FITS)' || { echo 'make: $(PYTHON) is not Python 3.11 or 3.12' >&2; exit 1; }
-	@echo 'environment: installing into $(VENV) (some minutes the first time)'
+	@echo 'environment: installing into $(VENV) (about 1.5 GB, some minutes the first time)'
 	@'$(PYTHON)' -m venv '$(VENV)'
 	@'$(VENV)/bin/python' -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@

@@ -377,15 +377,19 @@ class Report:
     """Bad rows, said at once and counted: in bad_rows.jsonl, on stderr, and in the summary."""
 
     def __init__(self, fatal: bool, path: str):
-        self.kinds, self._fatal, self._path = collections.Counter(), fatal, path
+        self.kinds, self._fatal, self._path, self._first = collections.Counter(), fatal, path, ''
+
+    def settle(self) -> None:
+        """Raises ValueError if there were bad rows and they are fatal: all are said by then."""
+        if self._fatal and self._first:
+            raise ValueError(f'bad rows: {self.kinds.total()}, the first {self._first} (--bad skip '
+                             'goes on without such rows)')
 
     def __call__(self, manifest: str, line: int, bad: BadRow) -> None:
-        """Raises ValueError instead of counting when bad rows are fatal."""
         said = f'{manifest}:{line}: {bad.kind}: {bad.said}'
-        if self._fatal:
-            raise ValueError(f'{said} (--bad skip goes on without such rows)')
+        self._first = self._first or said
         self.kinds[bad.kind] += 1
-        print(f'skipped {said}', file=sys.stderr)
+        print(f'{"bad" if self._fatal else "skipped"} {said}', file=sys.stderr)
         with open(self._path, 'a', encoding='utf-8') as f:
             f.write(json.dumps({'manifest': manifest, 'line': line, 'kind': bad.kind,
                                 'said': bad.said}) + '\n')
@@ -429,10 +433,15 @@ def _tokenizers(staging: str, rows: list[Row], args) -> tuple[str, str]:
         print(f'learn tokenizers from up to {FIT_S:g} s of speech', file=sys.stderr)
         fit_text(text, _texts(rows), args.text_pieces)
         wavs = list(_heard(rows, args.max_seconds, args.seed))
-        codec.fit_kmeans(wavs, path=units, frame_hz=25.0, size=args.unit_size, seed=args.seed)
-        if not args.mimi:
-            codec.fit_rvq(wavs, path=codes, frame_hz=12.5, codebooks=args.codebooks,
-                          size=args.code_size, seed=args.seed)
+        flag = '--unit-size'
+        try:
+            codec.fit_kmeans(wavs, path=units, frame_hz=25.0, size=args.unit_size, seed=args.seed)
+            flag = '--code-size'
+            if not args.mimi:
+                codec.fit_rvq(wavs, path=codes, frame_hz=12.5, codebooks=args.codebooks,
+                              size=args.code_size, seed=args.seed)
+        except ValueError as e:
+            raise ValueError(f'{e} ({flag})') from None
     for given, target, books in ((args.units, units, 'one'), (args.codec, codes, 'several')):
         if given:
             many = codec.fitted(given).identity['codebooks'] > 1
@@ -505,6 +514,7 @@ def _made(args, staging: str, command: str, pronunciations) -> tuple[dict, Repor
         parts = {'train': train, 'test': test}
     else:
         parts = _divided(train, args.test_share, args.seed)
+    report.settle()
     units, codes = _tokenizers(staging, parts['train'], args)
     settings = Settings(units, codes, args.mimi, args.codebooks, args.max_seconds, args.language,
                         args.keep_wav, pronunciations)
@@ -520,6 +530,7 @@ def _made(args, staging: str, command: str, pronunciations) -> tuple[dict, Repor
                     bar.write(f'{row.manifest}:{row.line}: {row.path} has words but no phones',
                               sys.stderr)
                 yield made
+            report.settle()
 
         _start(settings)                    # also reads the identities
         units, codes = (c.identity if c else None for c in _codecs)
@@ -533,28 +544,50 @@ def _made(args, staging: str, command: str, pronunciations) -> tuple[dict, Repor
     return measured, report
 
 
+def overrides(out: str, manifest: dict) -> str:
+    """What lets a config train on the dataset `out`, for people to copy."""
+    from jaxsd import vocab
+    text = os.path.join(out, 'text.model')
+    told = [f'to train on it, with a config of one stream (units) or of several (codes):\n  '
+            f'--config.data.path={out} --config.vocab.tokenizer={text} '
+            f'--config.vocab.text_tokens={vocab.Text(text).size}']
+    for kind, file in (('units', 'units.safetensors'), ('codes', 'codec.safetensors')):
+        if (made := manifest[kind]) and os.path.exists(os.path.join(out, file)):
+            told.append(f'  {kind}: --config.codec.path={os.path.join(out, file)} ' + ' '.join(
+                f'--config.codec.{k}={made[k]}' for k in ('name', 'frame_hz', 'codebooks', 'size')))
+    names = ', '.join(f"'{s}'" for s in manifest['sources'])
+    return '\n'.join([*told, '  and for each SOURCE of the config (its data.sources): '
+                      f'"--config.data.sources.SOURCE.select=({names},)"'])
+
+
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog='python -m data_pipelines.speech', description=(
-        'Makes a dataset directory of your own speech: dialogues with word times, or clips with '
-        'transcripts.'))
+    parser = argparse.ArgumentParser(
+        prog='python -m data_pipelines.speech', epilog=__doc__.partition('\n\n')[2],
+        description=__doc__.partition('\n\n')[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--manifest', nargs='+', required=True, help='JSON lines of "path" and "duration", or of '
         '"path" and "text"')
     add('--test', nargs='+', default=[], help='manifests held out for evaluation')
-    add('--test-share', type=float, default=0.05, help='of the rows, where --test is not given')
+    add('--test-share', type=float, default=0.05, help='of the rows, where --test is not '
+        'given (default: %(default)s)')
     add('--out', required=True, help='dataset directory to make')
     add('--fit', action='store_true', help='learn the tokenizers from this speech')
     add('--units', default='', help='a units file to encode with')
     add('--codec', default='', help='a codec file to encode with')
     add('--mimi', default='', help='weights of Mimi to encode with: a local file or directory')
     add('--text-model', default='', help='the sentencepiece model that goes with them')
-    add('--unit-size', type=int, default=500, help='units to learn')
-    add('--code-size', type=int, default=256, help='codes per codebook to learn')
-    add('--codebooks', type=int, default=8, help='codebooks to learn, or to use of Mimi')
-    add('--text-pieces', type=int, default=1000, help='text pieces to learn')
+    add('--unit-size', type=int, default=500, help='units to learn (default: %(default)s)')
+    add('--code-size', type=int, default=256, help='codes per codebook to learn (default: '
+        '%(default)s)')
+    add('--codebooks', type=int, default=8, help='codebooks to learn, or to use of Mimi '
+        '(default: %(default)s)')
+    add('--text-pieces', type=int, default=1000, help='text pieces to learn (default: '
+        '%(default)s)')
     add('--bad', choices=('skip', 'fatal'), default='fatal', help='what a row that cannot be used '
-        'does')
-    add('--max-seconds', type=float, default=align.MAX_S, help='longer files are bad rows')
+        'does (default: %(default)s, once all rows were looked at)')
+    add('--max-seconds', type=float, default=align.MAX_S, help='longer files are bad rows '
+        '(default: %(default)s)')
     add('--pronunciations', default='', help='JSON of words the dictionary lacks, in ARPAbet')
     add('--language', default='en')
     add('--license', default='unknown')
@@ -587,6 +620,7 @@ def main(argv=None) -> int:
     print(f'skipped: {sum(report.kinds.values())} rows{": " if bad else ""}{bad}')
     print(f'{args.out}: {hours:.3f} h of audio in {measured["records"]} records, '
           f'{measured["bytes"] / max(hours, 1e-9) / 1e6:.2f} MB per audio hour')
+    print(overrides(args.out, measured['manifest']))
     return 0
 
 

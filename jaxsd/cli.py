@@ -21,9 +21,11 @@ log = logging.getLogger('jaxsd')
 
 EPILOG = """\
 A config is a Python file with get_config(arg): FILE.py is the published size, FILE.py:demo learns
-something on a laptop in minutes, FILE.py:tiny takes two steps. Any value can be overridden with
---config.path=value, as in --config.stages[0].lr=1e-4 or --config.mesh.fsdp=4, also one that the
-file leaves at its default.
+something on a laptop in minutes, FILE.py:tiny takes two steps. The file may take more arguments,
+words or key=value, between commas: FILE.py:demo,share=0.1. Any value can be overridden with
+--config.path=value, as in '--config.stages[0].lr=1e-4' (quoted: a shell may read brackets) or
+--config.mesh.fsdp=4, also one that the file leaves at its default. A run directory keeps its
+config: evaluate, generate and export need no --config.
 """
 
 
@@ -55,8 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         p = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.',
                              epilog=EPILOG, allow_abbrev=False,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
-        p.add_argument('--config', required=True, metavar='FILE.py[:arg]',
-                       nargs='+' if many else None)
+        reads = name in ('evaluate', 'generate', 'export')
+        p.add_argument('--config', required=not reads, metavar='FILE.py[:arg]',
+                       nargs='+' if many else None,
+                       help='default: the one that the run directory was made with' if reads
+                       else None)
         if workdir:
             p.add_argument('--workdir', required=True, metavar='DIR', help='the run directory')
         return p
@@ -216,7 +221,7 @@ def _train(args, config):
             raise ConfigError(f'--profile: FIRST must come before LAST, got {args.profile}')
     train.run(config, args.workdir, stage_name=args.stage,
               probe_of=lambda stage: evaluate.probe(config, stage), profile_steps=profile,
-              began_s=run.began_s())
+              began_s=run.began_s(), made=args.made)
 
 
 def _evaluate(args, config):
@@ -247,7 +252,8 @@ def _export(args, config):
 def _import(args, config):
     _devices()
     from jaxsd import export
-    export.import_run(config, args.source, args.workdir, args.format, stage_name=args.stage)
+    export.import_run(config, args.source, args.workdir, args.format, stage_name=args.stage,
+                      made=args.made)
     print(f'{args.workdir}: a run made from {args.source}')
 
 
@@ -339,14 +345,12 @@ def _end(error: BaseException, trace: str = '') -> int:
     return processes.end(error, trace) if processes else 1
 
 
-def _read(spec: str, overrides):
-    """The config that `spec` names, with overrides. Raises ConfigError."""
-    config = configs.read(spec)
+def _checked(config, overrides):
+    """`config` with overrides. Raises ConfigError for whatever its options tell to be wrong."""
     for path, value in overrides:
         configs.override(config, path, value)
     configs.bounded(config)
-    for slot in ('codec', 'vocab'):     # the model's own slots are bound when it is built
-        configs.bind(config[slot], f'jaxsd.{slot}', slot)
+    configs.complete(config)
     return config
 
 
@@ -374,9 +378,16 @@ def _main(argv: list[str]) -> int:
             from jaxsd.plan import targets
             targets.prepare(map(targets.parse, args.topology))
             args.command = shlex.join(['python', '-m', 'jaxsd', *argv])
-            config = [_read(spec, overrides) for spec in args.config]
+            config = [_checked(configs.read(spec), overrides) for spec in args.config]
         elif args.verb != 'report':
-            config = _read(args.config, overrides)
+            if args.config is None:
+                from jaxsd import run
+                config = configs.stored(run.read_run(args.workdir),
+                                        os.path.join(args.workdir, 'config.json'))
+            else:
+                config = configs.read(args.config)
+                args.made = configs.made_by(args.config, overrides)
+            config = _checked(config, overrides)
         elif overrides:
             raise ConfigError('report takes no --config overrides')
         VERBS[args.verb](args, config)

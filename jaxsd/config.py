@@ -66,14 +66,21 @@ def unknown(path: str, key: str, legal) -> ConfigError:
     return ConfigError(f'{path} has no option {key!r}{hint} (legal: {", ".join(legal)})')
 
 
+def _reach(path: str) -> None:
+    """Lets a config file import configs._parts, and name functions of files beside it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.dirname(folder) not in sys.path:
+        sys.path.insert(0, os.path.dirname(folder))
+    if folder not in sys.path:          # last: a config is named like the package it stands for
+        sys.path.append(folder)
+
+
 def _import_file(path: str):
     path = os.path.abspath(path)
     name = '_config_' + hashlib.sha256(path.encode()).hexdigest()[:12]
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    folder = os.path.dirname(os.path.dirname(path))
-    if folder not in sys.path:
-        sys.path.insert(0, folder)      # so that a config may import configs._parts
+    _reach(path)
     spec.loader.exec_module(module)
     return module
 
@@ -81,8 +88,11 @@ def _import_file(path: str):
 def read(spec: str) -> mlc.ConfigDict:
     """Reads `FILE.py` or `FILE.py:arg` and checks its top-level names. Raises ConfigError."""
     path, _, arg = spec.partition(':')
+    if os.path.isdir(path):
+        raise ConfigError(f'--config: {path} is a directory; name a file of it')
     if not os.path.isfile(path):
-        raise ConfigError(f'--config: no file {path}')
+        meant = f'; did you mean {path}.py?' if os.path.isfile(f'{path}.py') else ''
+        raise ConfigError(f'--config: no file {path}{meant}')
     if not path.endswith('.py'):
         raise ConfigError(f'--config: {path} is no Python file: its name must end in .py')
     try:
@@ -104,6 +114,21 @@ def read(spec: str) -> mlc.ConfigDict:
         raise ConfigError(f'--config: get_config of {path} must return a ConfigDict, not '
                           f'{type(config).__name__}')
     return checked(config, path)
+
+
+def made_by(spec: str, overrides) -> dict:
+    """What a run keeps of where its config came from: the file, the overrides, the docstring."""
+    with open(spec.partition(':')[0], encoding='utf-8') as f:
+        doc = ast.get_docstring(ast.parse(f.read())) or ''
+    return dict(file=spec, overrides=[f'--config.{path}={value}' for path, value in overrides],
+                doc=doc)
+
+
+def stored(run: dict, path: str) -> mlc.ConfigDict:
+    """The config of a run directory's config.json `path`, as `read` gave it when it was made."""
+    if file := run.get('file', '').partition(':')[0]:
+        _reach(file)
+    return checked(mlc.ConfigDict(plain(run['config'])), path)
 
 
 def checked(config: mlc.ConfigDict, path: str = 'config') -> mlc.ConfigDict:
@@ -138,7 +163,7 @@ def resolve(name: str, home: str):
     if found is None or attr.startswith('_'):
         module = importlib.import_module(module_name)
         legal = [k for k, v in vars(module).items() if not k.startswith('_') and callable(v)
-                 and getattr(v, '__module__', '') == module_name]
+                 and getattr(v, '__module__', '') == module_name and options_of(v)]
         raise unknown(module_name, attr, legal)
     return found
 
@@ -182,6 +207,23 @@ def bind(options, home: str, path: str, *, given=()):
         if not _fits(value, legal[key].annotation):
             raise ConfigError(f'{path}.{key} takes {_said(legal[key].annotation)}, got {value!r}')
     return functools.partial(fn, **options)
+
+
+GIVEN = dict(layout=('vocab', 'rng'), frontend=('rngs',), backbone=('rngs',), head=('rngs',),
+             objective=('sizes', 'ranges'))
+"""What the callers of a slot's function supply themselves."""
+
+
+def complete(config) -> None:
+    """Raises ConfigError with what is wrong in the options of all slots, in one line."""
+    wrong = []
+    for slot in SLOTS:
+        try:
+            bind(config[slot], f'jaxsd.{slot}', slot, given=GIVEN.get(slot, ()))
+        except ConfigError as e:
+            wrong.append(str(e))
+    if wrong:
+        raise ConfigError('; '.join(wrong))
 
 
 def _fits(value, annotation) -> bool:
@@ -268,7 +310,9 @@ def override(config: mlc.ConfigDict, path: str, text: str) -> None:
                 there = f'items 0..{len(at) - 1}' if isinstance(at, tuple | list) else 'no items'
                 raise ConfigError(f'--config.{path}: {where} has {there}, no item {key}')
         elif isinstance(at, tuple | list):
-            raise ConfigError(f'--config.{path}: {where} has items; write {where}[0].{key}')
+            rest = '.'.join(map(str, [*folders, last][i + key.isdecimal():]))
+            raise ConfigError(f'--config.{path}: {where} has items; write {where}'
+                              f'[{key if key.isdecimal() else 0}].{rest}')
         elif not isinstance(at, mlc.ConfigDict | dict):
             raise ConfigError(f'--config.{path}: {where} is a single value without {key!r}')
         elif key not in at:

@@ -534,7 +534,8 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
     for name, task in chosen.items():
         log.info('evaluating %s on split %s', name, split)
         found = task(lm, split=split, limit=limit)
-        entries.append(dict(task=name, split=split, stage=lm.stage.name, step=lm.step, **found))
+        entries.append(dict(task=name, split=split, stage=lm.stage.name, step=lm.step, limit=limit,
+                            **found))
         _table(entries[-1])
     record(workdir, entries)
     return entries
@@ -542,13 +543,30 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
 
 def record(workdir: str, entries: list[dict]) -> None:
     """Puts entries into WORKDIR/evaluation.json in place of older ones of the same task and split.
+
+    A measurement of fewer items does not replace one of more of the same step.
     """
     path = os.path.join(workdir, 'evaluation.json')
-    new = {(e['task'], e['split'], e.get('stage')) for e in entries}
-    kept = [e for e in recorded(workdir)
-            if (e.get('task'), e.get('split'), e.get('stage')) not in new]
+    old = {_what(e): e for e in recorded(workdir)}
+    for e in list(entries):
+        before = old.get(_what(e), {})
+        if before.get('step') == e.get('step') and _most(before) > _most(e):
+            log.info('%s keeps %s on %s of more items', path, e['task'], e['split'])
+            entries = [x for x in entries if x is not e]
+    new = {_what(e) for e in entries}
+    kept = [e for what, e in old.items() if what not in new]
     clean = json.loads(json.dumps(kept + entries), parse_constant=lambda _: None)   # NaN is no JSON
     rundir.write_atomic(path, json.dumps(clean, indent=1) + '\n')
+
+
+def _what(entry: dict) -> tuple:
+    return entry.get('task'), entry.get('split'), entry.get('stage')
+
+
+def _most(entry: dict) -> float:
+    """How many items were asked for at most."""
+    limit = entry.get('limit', entry.get('items', 0))
+    return math.inf if limit is None else limit
 
 
 def recorded(workdir: str) -> list[dict]:

@@ -146,7 +146,7 @@ def _read_run(folder: pathlib.Path) -> dict:
     config = run.get('config') if isinstance(run.get('config'), dict) else {}
     file = file or _namesake(folder, config)
     return {'folder': folder, 'name': folder.resolve().name, 'file': file,
-            'doc': ast.get_docstring(_tree(file)) or '',    # the paper card
+            'doc': str(run.get('doc') or ast.get_docstring(_tree(file)) or ''),  # the paper card
             'fingerprint': run.get('fingerprint', ''),
             'config': config, 'ledger': ledger,
             'stages': _stages(_read_lines(folder / 'metrics.jsonl')),

@@ -42,7 +42,7 @@ def write_atomic(path: str, content: bytes | str):
         raise
 
 
-def open_run(workdir: str, config, first: dict | None = None) -> bool:
+def open_run(workdir: str, config, first: dict | None = None, made: dict | None = None) -> bool:
     """Makes `workdir` the run of `config`, or recognizes it: True where the run existed before.
 
     A missing or empty directory becomes a run (config.json is written). Raises ConfigError for a
@@ -50,11 +50,12 @@ def open_run(workdir: str, config, first: dict | None = None) -> bool:
     is not touched. Process 0 looks and writes, the others hear its verdict.
 
     first: a ledger entry that is written before `workdir` is a run that anyone else would accept.
+    made: {file, overrides, doc}: which file and flags the config came from, kept for people.
     """
-    return bool(on_first_process(lambda: _open_run(workdir, config, first)))
+    return bool(on_first_process(lambda: _open_run(workdir, config, first, made or {})))
 
 
-def _open_run(workdir: str, config, first: dict | None) -> bool:
+def _open_run(workdir: str, config, first: dict | None, made: dict) -> bool:
     path = os.path.join(workdir, 'config.json')
     if os.path.exists(workdir) and not os.path.isdir(workdir):
         raise ConfigError(f'--workdir {workdir} is a file; name a directory')
@@ -69,7 +70,8 @@ def _open_run(workdir: str, config, first: dict | None) -> bool:
                 ledger(workdir, first)
             write_atomic(path, json.dumps({
                 'jaxsd_run': FORMAT, 'fingerprint': fingerprint(config),
-                'versions': versions(), 'config': json.loads(to_json(config))}, indent=1) + '\n')
+                'versions': versions(), **made, 'config': json.loads(to_json(config))},
+                indent=1) + '\n')
         except BaseException:
             if os.path.exists(noted):       # else the directory would be no run and not empty
                 os.remove(noted)
@@ -78,18 +80,20 @@ def _open_run(workdir: str, config, first: dict | None) -> bool:
     if 'config.json' not in there:
         raise ConfigError(f'--workdir {workdir} is not empty and no run of ours (it holds '
                           f'{min(there)}); name another directory')
-    same_run(workdir, config)
+    stored = read_run(workdir)
+    by = ' '.join(['--config', stored.get('file', ''), *stored.get('overrides', ())])
+    same_run(workdir, config, f'give {by} or ' if 'file' in stored else '')
     if first:
         ledger(workdir, first)
     return True
 
 
-def same_run(workdir: str, config) -> None:
+def same_run(workdir: str, config, fix: str = 'leave --config out or ') -> None:
     """Raises ConfigError unless `workdir` is a run of `config`, naming the keys that differ."""
     stored = read_run(workdir)
     if stored['fingerprint'] != fingerprint(config):
         raise ConfigError(f'--workdir {workdir} holds another run: '
-                          f'{differences(stored["config"], config)}; name another directory')
+                          f'{differences(stored["config"], config)}; {fix}name another directory')
 
 
 def read_run(workdir: str) -> dict:

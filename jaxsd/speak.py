@@ -22,6 +22,7 @@ from jaxsd.vocab import Text
 
 log = logging.getLogger('jaxsd')
 
+OTHERS = ('.mp3', '.flac', '.ogg', '.opus', '.m4a')     # kinds of sound that are not written
 MOST_INPUT_S = 600.0
 MOST_INPUT_WORDS = 2000     # about as long, read aloud
 
@@ -111,6 +112,13 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
                           f'--output {out} is a file; name a directory for the examples')
     if source is not None and task in ('asr', 't2t') and out.endswith('.wav'):
         raise ConfigError(f'--task {task} writes text, no sound: name --output {out} .txt')
+    kind = os.path.splitext(out)[1]
+    if source is None and kind in ('.wav', '.txt', *OTHERS):
+        raise ConfigError(f'--output {out}: examples go to a folder; name one without {kind}, or '
+                          'give --input')
+    if source is not None and kind in OTHERS:
+        raise ConfigError(f'--output {out}: sound is written as wav; name it .wav, or .txt for the '
+                          'words alone')
     codec = bind(config.codec, 'jaxsd.codec', 'codec')()
     rate = codec.identity['sample_rate_hz']
     if source is not None:      # before the model, which takes longer to read

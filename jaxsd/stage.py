@@ -111,7 +111,8 @@ def stages(config) -> tuple[Stage, ...]:
                               f'got {stage.schedule!r}')
         if stage.schedule in ('cosine', 'linear') and stage.warmup_steps >= stage.steps:
             raise ConfigError(f'stages[{i}].warmup_steps {stage.warmup_steps} must be below '
-                              f'stages[{i}].steps {stage.steps}')
+                              f'stages[{i}].steps {stage.steps}; add '
+                              f"'--config.stages[{i}].warmup_steps=0'")
         if not re.fullmatch(r'\w[\w.-]*', stage.name):
             raise ConfigError(f'stages[{i}].name {stage.name!r} must be a plain name: it becomes a '
                               'directory')

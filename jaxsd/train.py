@@ -173,11 +173,12 @@ def _asked_to_stop():
 
 
 def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, profile_steps=(),
-        began_s: float | None = None):
+        began_s: float | None = None, made: dict | None = None):
     """Trains the named stage, or every stage in turn, resuming whatever `workdir` holds.
 
     probe_of(stage) -> Probe or None. profile_steps: (first, last) steps to trace with the profiler.
-    began_s: since when this run takes time (Unix; default now), for the ledger.
+    began_s: since when this run takes time (Unix; default now), for the ledger. made: as in
+    `run.open_run`.
     Raises SystemExit when the run was asked to stop and has saved. Returns the loss of the last
     step of the last stage (None if nothing was left to do).
     """
@@ -196,7 +197,7 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
                 and (folder := begin.start_folder(config, stage, workdir)) == stage.start):
             data.same_codec(checkpoint.fits(folder, begin.older(target))['data'], config)
         probes.append(probe_of(stage) if probe_of else None)
-    rundir.open_run(workdir, config)
+    rundir.open_run(workdir, config, made=made)
     loss = None
     with _asked_to_stop() as stop:
         for stage, probe in zip(which, probes, strict=True):
@@ -305,6 +306,7 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
         return {k: jax.make_array_from_process_local_data(rows, x) for k, x in arrays.items()}
 
     # Filling the data pipeline and compiling come before the clock: every step's time is a step's.
+    log.info('reading the data of stage %s, then compiling', stage.name)
     start = time.perf_counter()
     ahead = [next(batches)]
     ready['data_s'] = time.perf_counter() - start
@@ -353,10 +355,12 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
             writers.write(entry)
             speed = tflops * count / spent_s
             log.info('completed step: %d, seconds: %.3f, TFLOP/s/device: %.3f, MFU: %s, '
-                     'tokens/s/device: %.0f, audio-hours/h: %.1f, data-wait: %.2f%%, loss: %.4f',
+                     'tokens/s/device: %.0f, audio-hours/h: %.1f, data-wait: %.2f%%, loss: %.4f, '
+                     'of: %d steps, left: %.1f min',
                      n, entry['step_s'], speed, f'{100 * speed / peak:.1f}%' if peak else 'unknown',
                      entry['tokens_per_s'] / mesh.size, entry['audio_hours_per_h'],
-                     100 * entry['data_wait_fraction'], loss)
+                     100 * entry['data_wait_fraction'], loss,
+                     stage.steps, (stage.steps - n) * entry['step_s'] / 60)
             waited = dispatched = 0.0
             since, since_step, before = now, n, counted
         if int(sums['bad_steps']) >= stage.bad_steps:

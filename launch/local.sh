@@ -11,7 +11,8 @@ if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then
   echo 'usage: launch/local.sh PROCESSES VERB [OPTIONS]' >&2; exit 2
 fi
 processes=$1; shift
-python=${PYTHON:-python3}
+python=${PYTHON:-$(dirname "$0")/../.venv/bin/python}
+[ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 export JAXSD_COORDINATOR=${JAXSD_COORDINATOR:-127.0.0.1:$("$python" -c "$free_port")}
 export JAXSD_PROCESSES=$processes

@@ -132,6 +132,7 @@ def test_help_comes_at_once_and_wakes_nothing():
         assert done.returncode == 0, done.stderr
         assert 'usage: jaxsd' in done.stdout and all(v in done.stdout for v in verb or VERBS)
         assert verb in ([], ['report']) or '--config.stages[0].lr=1e-4' in done.stdout
+        assert verb == ['report'] or 'FILE.py:demo,share=0.1' in done.stdout
 
 
 def test_a_config_is_refused_before_anything_is_woken(tmp_path):
@@ -274,6 +275,9 @@ def test_a_missing_config_file(refused, tmp_path):
     refused(['show', '--config', f'{ROOT}/configs/moshi.py:tinny'],
             "unknown config argument 'tinny'; legal: tiny, demo")
     refused(['show', '--config', f'{ROOT}/README.md'], 'README.md is no Python file')
+    refused(['show', '--config', f'{ROOT}/configs/moshi:demo'],
+            f'did you mean {ROOT}/configs/moshi.py')
+    refused(['show', '--config', f'{ROOT}/configs'], 'configs is a directory')
 
 
 # Datasets.
@@ -339,10 +343,42 @@ def test_a_directory_that_holds_another_run(refused, corpus, spirit):
                                                                     'o']),
                        ('generate', ['--task', 'asr', '--output', 'o']),
                        ('import', ['--format', 'hf', '--source', str(corpus)])):
+        file, *overrides = flags(corpus)[1:]
+        fix = (f'give --config {" ".join([file, *overrides])}' if verb == 'train' else
+               'leave --config out')
         says = ('already has checkpoints' if verb == 'import' else
-                'holds another run: seed: 0 there, 5 here; name another directory')
+                f'holds another run: seed: 0 there, 5 here; {fix} or name another directory')
         refused([verb, *flags(corpus), '--config.seed=5', '--workdir', spirit, *more], spirit, says)
     assert contents(spirit) == before and not os.path.exists('o')
+
+
+def test_a_run_is_read_without_its_config(spirit, tmp_path, monkeypatch, capsys):
+    out = tmp_path / 'said.txt'
+    argv = ['generate', '--workdir', str(spirit), '--task', 't2t', '--input', 'the', '--output']
+    assert cli.main([*argv, str(out)]) == 0
+    file, *overrides = (w for w in json.loads((spirit / 'config.json').read_text())['overrides'])
+    assert json.loads((spirit / 'config.json').read_text())['file'].endswith('spirit_lm.py:tiny')
+    again = tmp_path / 'again.txt'
+    assert cli.main([*argv, str(again), '--config', f'{ROOT}/configs/spirit_lm.py:tiny', file,
+                     *overrides]) == 0
+    assert out.read_text() == again.read_text()
+    assert cli.main(['generate', '--workdir', str(tmp_path), *argv[3:], str(out)]) == 1
+    assert f'--workdir {tmp_path} holds no run' in capsys.readouterr().err
+
+
+def test_the_config_of_the_contributing_page(corpus, tmp_path, capsys):
+    text = (ROOT / 'CONTRIBUTING.md').read_text().partition('```python\n')[2].partition('```')[0]
+    (tmp_path / 'my_system.py').write_text(text.replace('data/demo', str(corpus)))
+    work = str(tmp_path / 'run')
+    assert cli.main(['train', '--config', f'{tmp_path}/my_system.py:tiny', '--workdir', work,
+                     '--config.columns=128']) == 0
+    assert cli.main(['evaluate', '--workdir', work, '--limit', '4']) == 0
+    assert 'told/loss/tokens' in capsys.readouterr().out
+
+
+def test_all_that_is_missing_is_said_at_once(refused, config):
+    argv = config('c.backbone, c.head = dict(name="decoder"), {}; del c.layout["name"]')
+    refused(['show', *argv], 'layout needs a name; backbone', 'needs width, layers', 'head needs a')
 
 
 def test_a_directory_that_is_no_run(refused, corpus, tmp_path):
@@ -480,6 +516,8 @@ def test_a_checkpoint_of_another_config(refused, corpus, spirit, tmp_path):
      'is a directory; name a'),
     ('generate', ['--task', 'asr', '--input', '{full}/still.wav', '--output', '{out}.wav'],
      '--task asr writes text, no sound'),
+    ('generate', ['--task', 'tts', '--input', 'the', '--output', '{out}.mp3'], 'written as wav'),
+    ('generate', ['--task', 'tts', '--output', '{out}.wav'], 'examples go to a folder'),
     ('generate', ['--task', 'tts', '--output', '{full}/text.wav'], 'is a file; name a directory')])
 def test_what_is_asked_of_a_run(refused, corpus, spirit, inputs, tmp_path, verb, more, says):
     before = contents(spirit), contents(inputs)
@@ -647,6 +685,13 @@ def test_bugs_are_not_hidden(monkeypatch, capsys, corpus):
     monkeypatch.setitem(cli.VERBS, 'show', library)
     with pytest.raises(ValueError, match='could not be broadcast'):
         cli.main(argv)
+
+
+def test_a_python_without_the_packages():
+    done = subprocess.run([sys.executable, '-S', '-m', 'jaxsd'], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert 'has no ml_collections; run make env' in done.stderr
 
 
 def test_status_of_a_process(tmp_path):

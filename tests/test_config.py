@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a config say what is wrong with it, and is its fingerprint that of what is trained?"""
 
+import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -11,7 +13,20 @@ import ml_collections as mlc
 import pytest
 
 from jaxsd import config as configs
-from jaxsd.config import ConfigError, bind, fingerprint, override, parse_arg, plain, resolve
+from jaxsd.config import (
+    ConfigError,
+    bind,
+    fingerprint,
+    override,
+    parse_arg,
+    plain,
+    read,
+    resolve,
+    stored,
+    to_json,
+)
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 WHOLE = """
 import ml_collections as mlc
@@ -189,7 +204,7 @@ def test_what_a_file_leaves_out_can_be_overridden(path, text, value):
     ('stages[0].accumulate', '1.5', "takes int, got '1.5'"),
     ('stages[0].clip', 'much', "takes float, got 'much'"),
     ('stages[0].data.c', '1', 'legal: a, b'), ('mesh.fspd', '2', "did you mean 'fsdp'? (legal: "),
-    ('backbone.windw_columns', '2', "did you mean 'window_columns'? (legal: attention, "),
+    ('backbone.windw_columns', '2', "did you mean 'window_columns'? (legal: "),
     ('backbone.rngs', '2', "backbone has no option 'rngs'"),        # not the user's to give
     ('layout.rng', '2', "layout has no option 'rng'"),
     ('mesh.rules.column', 'data', 'no mesh.rules yet; give all of it, as in --config.mesh.rules='),
@@ -210,6 +225,7 @@ def test_what_cannot_be_added_to_a_file(path, text, says):
     ('stages[2].lr', '1', 'stages has items 0..1, no item 2'),
     ('stages[-1].lr', '1', 'stages has items 0..1, no item -1'),
     ('stages.lr', '1', 'stages has items; write stages[0].lr'),
+    ('stages.1.lr', '1', 'stages has items; write stages[1].lr'),
     ('stages[0]', '{}', 'set a name inside it'), ('span[0]', '1', 'set a name inside it'),
     ('seed[0]', '1', 'seed has no items'), ('seed.x', '1', "seed is a single value without 'x'"),
     ('seed', 'x', "takes int, got 'x'"), ('seed', '1.5', "takes int, got '1.5'"),
@@ -251,6 +267,14 @@ def test_a_fingerprint_is_the_same_in_another_process():
 
 
 # Files.
+
+@pytest.mark.parametrize('arg', ['', ':demo', ':tiny'])
+def test_a_stored_config_is_the_one_that_was_read(arg):
+    for path in sorted((ROOT / 'configs').glob('[a-z]*.py')):
+        c = read(f'{path}{arg}')
+        again = stored({'config': json.loads(to_json(c)), 'file': str(path)}, 'here')
+        assert fingerprint(again) == fingerprint(c) and plain(again) == plain(c)
+
 
 def test_a_file_is_read_with_its_argument(tmp_path):
     file = tmp_path / 'system.py'

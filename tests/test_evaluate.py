@@ -461,13 +461,22 @@ def test_results_replace_those_of_the_same_task_and_split(flat_lm, capsys):
     assert 'likelihood on test (3 items, stage pretrain, step 3)' in said.splitlines()
     evaluate.run(lm.config, lm.workdir, tasks=('likelihood',), split='train', limit=2)
     evaluate.run(lm.config, lm.workdir, tasks=('stories',), limit=4)
-    evaluate.run(lm.config, lm.workdir, tasks=('likelihood',), limit=1)
+    evaluate.run(lm.config, lm.workdir, tasks=('likelihood',), limit=3)
     stored = evaluate.recorded(lm.workdir)
     assert [(e['task'], e['split']) for e in stored] == [
         ('likelihood', 'train'), ('stories', 'test'), ('likelihood', 'test')]
     assert stored[2]['metrics'] != first[0]['metrics']
-    assert evaluate.likelihood(lm, split='test', limit=1, sources=tuple(
+    assert evaluate.likelihood(lm, split='test', limit=3, sources=tuple(
         lm.config.evals.likelihood.sources))['metrics'] == pytest.approx(stored[2]['metrics'])
+
+
+def test_fewer_items_do_not_replace_more_of_the_same_step(tmp_path):
+    work, before = str(tmp_path), dict(task='asr', split='test', stage='a', step=3, limit=100)
+    for entry, stays in ((before, False), (dict(before, limit=20), True),
+                         (dict(before, step=4, limit=20), False), (dict(before, step=4), False),
+                         (dict(before, step=4, limit=None), False), (before | dict(step=4), True)):
+        evaluate.record(work, [entry])
+        assert (evaluate.recorded(work) != [entry]) == stays
 
 
 def test_what_is_not_a_number_is_written_as_none(tmp_path):

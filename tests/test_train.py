@@ -128,13 +128,14 @@ def test_the_console_line_has_its_form(done):
     form = re.compile(
         rf'completed step: (\d+), seconds: {number}, TFLOP/s/device: {number}, MFU: unknown, '
         rf'tokens/s/device: (\d+), audio-hours/h: {number}, data-wait: {number}%, '
-        rf'loss: ({number})')
+        rf'loss: ({number}), of: 7 steps, left: ({number}) min')
     found = [m for m in map(form.fullmatch, said) if m]
     entries = [e for e in lines(work) if 'loss' in e]
     assert [int(m[1]) for m in found] == [2, 4, 6, 7]
     for m, e in zip(found, entries, strict=True):
         assert float(m[3]) == pytest.approx(e['loss'], abs=1e-4)
         assert int(m[2]) == pytest.approx(e['tokens_per_s'] / 8, abs=1)
+        assert float(m[4]) == pytest.approx((7 - e['step']) * e['step_s'] / 60, abs=0.06)
 
 
 def test_the_ledger_counts_what_was_read(done):
