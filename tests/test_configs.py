@@ -247,10 +247,14 @@ def test_the_grid_of_a_fixed_record_is_unchanged(name):
     assert found == path.read_text(encoding='utf-8')
 
 
-# One of each kind at once: two modalities, streams, low-rank terms, two speakers, features, CTC.
-# The others' code is the same, or they differ in a head or a frontend, and their compilations take
-# minutes: they are slow tests.
-AT_ONCE = ('spirit_lm', 'moshi', 'speechgpt', 'syncllm', 'mini_omni', 'llama_omni')
+# One of each kind at once: two modalities, streams, low-rank terms, two speakers. The others' code
+# is the same, or differs in a head or a frontend, and their compilations take minutes; drawing what
+# is heard costs seconds for every source. They are slow tests.
+AT_ONCE = ('spirit_lm', 'moshi', 'speechgpt', 'syncllm')
+
+
+@pytest.mark.parametrize('name', [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow)
+                                  for n in NAMES])
 
 
 @pytest.mark.parametrize('name', [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow)
