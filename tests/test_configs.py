@@ -255,10 +255,6 @@ AT_ONCE = ('spirit_lm', 'moshi', 'speechgpt', 'syncllm')
 
 @pytest.mark.parametrize('name', [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow)
                                   for n in NAMES])
-
-
-@pytest.mark.parametrize('name', [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow)
-                                  for n in NAMES])
 def test_tiny_learns(name, corpus, tmp_path):
     """Real steps on real speech: every stage ends, and the held-out loss is below that at random.
 
