@@ -56,8 +56,8 @@ def built(system: str, kind: str = 'llama', **head):
 def batch(c, rows: int = 2, segments: int = 3, columns: int | None = None, seed: int = 0) -> dict:
     """Random packed tokens [B, K, T] with the last columns empty and random weights.
 
-    Where an encoder listens, features of a sound in every segment. Where speech is not aligned,
-    answers of a unit in each column.
+    Beside speech, columns of text alone. Where speech is not aligned, answers of a unit in each
+    column. Where an encoder listens, features of a sound in every segment.
     """
     rng = np.random.default_rng(seed)
     v, T = model.make_vocab(c), columns or c.columns
@@ -76,8 +76,9 @@ def batch(c, rows: int = 2, segments: int = 3, columns: int | None = None, seed:
         tokens[0, 2, 3:5] = -1
         weights[0, 2, 3:5] = 0
     out = dict(tokens=tokens, weights=weights, position=position, segment=segment)
-    if 'decoder' in c.head:
-        tokens[:, 2:], tokens[:, 1:, cuts] = -1, -1
+    if c.vocab.name == 'parallel':
+        tokens[:, 1:, cuts] = -1
+        tokens[:, 2:] = -1 if 'decoder' in c.head else tokens[:, 2:]
         weights[tokens < 0] = 0
     if 'encoder' in c.frontend:
         out |= dict(feats=rng.normal(size=(rows, T, c.frontend.encoder.features)).astype(

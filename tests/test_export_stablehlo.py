@@ -151,6 +151,12 @@ def test_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='lora scale'):
         export.save(config, released.random_params(config, 1, dict(rank=2, scale=.5)),
                     str(tmp_path / 'out'), 'stablehlo')
+    listening = released.decoder('llama')
+    listening.frontend = dict(name='summed', encoder=dict(name='mlp', features=4, hidden=4))
+    for format in ('stablehlo', 'hf'):
+        with pytest.raises(ConfigError, match=f"frontend.encoder is 'mlp'; format '{format}' can "):
+            export.save(listening, released.random_params(listening, 1), str(tmp_path / 'out'),
+                        format)
     monkeypatch.setitem(sys.modules, 'flatbuffers', None)
     with pytest.raises(ConfigError, match=r"needs the package flatbuffers: pip install 'jaxsd\["):
         export.save(config, params, str(tmp_path / 'out'), 'stablehlo')

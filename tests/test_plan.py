@@ -288,12 +288,14 @@ def test_the_network_between_devices():
 
 # Plans.
 
-@pytest.mark.parametrize('name, arg', [
-    ('moshi', 'tiny'), ('moshi', 'tiny,course=paper'), ('mini_omni', 'tiny')])
-def test_a_batch_as_data_makes_it(corpus, name, arg):
-    """Two speakers' rows; steps apart; features."""
+@pytest.mark.parametrize('name, arg, source', [
+    ('moshi', 'tiny', 'stories'), ('moshi', 'tiny,course=paper', 'mono'),
+    ('mini_omni', 'tiny', 'text_qa')])
+def test_a_batch_as_data_makes_it(corpus, name, arg, source):
+    """Two speakers' rows; steps apart; features, of which these texts have none."""
     c = on(corpus, read(name, arg))
-    stage, mesh = stages.stages(c)[0], sharding.make_mesh(dict(fsdp=8), DEVICES)
+    stage = dataclasses.replace(stages.stages(c)[0], data={source: 1.0})
+    mesh = sharding.make_mesh(dict(fsdp=8), DEVICES)
     batches = data.batches(c, dataclasses.asdict(stage), model.make_vocab(c))
     real = next(batches)[0]
     batches.close()

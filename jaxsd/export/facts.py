@@ -68,7 +68,8 @@ def config_of(said: Mapping, *, like=None, columns: int = 4096, specials: Mappin
         name = options.pop('name', name)
         same = like is not None and like[slot]['name'] == name
         legal = options_of(resolve(name, f'jaxsd.{slot}'))
-        c[slot] = (plain(like[slot]) if same else dict(name=name)) | {
+        base = {k: v for k, v in plain(like[slot]).items() if k not in NESTED} if same else {}
+        c[slot] = base | dict(name=name) | {     # a checkpoint that has no encoder leaves none open
             k: v for k, v in options.items() if k in legal}
         if 'dtype' in legal and not same:
             c[slot].dtype = 'float32'
