@@ -214,12 +214,22 @@ GIVEN = dict(layout=('vocab', 'rng'), frontend=('rngs',), backbone=('rngs',), he
 """What the callers of a slot's function supply themselves."""
 
 
+NESTED = {'encoder': 'encoder', 'decoder': 'backbone'}
+"""Options that are mechanisms themselves, and the slot they are looked up in."""
+
+
+def nested(options, slot: str) -> dict:
+    """`options` with every mechanism inside them bound, so that slots need not know each other."""
+    return {key: bind(value, f'jaxsd.{NESTED[key]}', f'{slot}.{key}', given=('rngs',))
+            if key in NESTED else value for key, value in plain(options).items()}
+
+
 def complete(config) -> None:
     """Raises ConfigError with what is wrong in the options of all slots, in one line."""
     wrong = []
     for slot in SLOTS:
         try:
-            bind(config[slot], f'jaxsd.{slot}', slot, given=GIVEN.get(slot, ()))
+            bind(nested(config[slot], slot), f'jaxsd.{slot}', slot, given=GIVEN.get(slot, ()))
         except ConfigError as e:
             wrong.append(str(e))
     if wrong:

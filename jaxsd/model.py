@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsd import backbone, encoder, frontend, head, nn, objective, vocab
-from jaxsd.config import ConfigError, bind, plain
+from jaxsd.config import ConfigError, bind, nested
 from jaxsd.sharding import Place, anywhere
 from jaxsd.types import Where
 
@@ -85,16 +85,6 @@ def _later(x_BKT):
 def make_vocab(config):
     """The vocabulary of a config: `c.vocab` applied to `c.codec`."""
     return bind(config.vocab, 'jaxsd.vocab', 'vocab')(config.codec)
-
-
-NESTED = {'encoder': 'encoder', 'decoder': 'backbone'}
-"""Options that are mechanisms themselves, and the slot they are looked up in."""
-
-
-def nested(options, slot: str) -> dict:
-    """`options` with every mechanism inside them bound, so that slots need not know each other."""
-    return {key: bind(value, f'jaxsd.{NESTED[key]}', f'{slot}.{key}', given=('rngs',))
-            if key in NESTED else value for key, value in plain(options).items()}
 
 
 def build(config, *, rngs, lora: dict | None = None) -> Model:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import ml_collections as mlc
 
-from jaxsd.config import ConfigError, bind, options_of, plain, resolve
+from jaxsd.config import NESTED, ConfigError, bind, nested, options_of, plain, resolve
 from jaxsd.export.rules import Rule
 from jaxsd.layout import duplex
-from jaxsd.model import NESTED, make_vocab, nested
+from jaxsd.model import make_vocab
 
 BLOCKS = 'backbone/blocks/'
 
