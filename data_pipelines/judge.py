@@ -281,8 +281,8 @@ def main(argv=None) -> int:
     parser.add_argument('--workdir', help='run directory whose evaluation.json gets the rows')
     parser.add_argument('--task', default='judge', help='name of the rows')
     parser.add_argument('--split', default='test')
-    parser.add_argument('--step', type=int, default=0)
-    parser.add_argument('--stage', default='')
+    parser.add_argument('--step', type=int)
+    parser.add_argument('--stage')
     parser.add_argument('--jobs', type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(argv)
     try:
@@ -316,10 +316,15 @@ def main(argv=None) -> int:
         if args.out:
             _put(args.out, {'rows': rows, 'heard': heard, 'references': references})
         if args.workdir:
-            keys = [(r['task'], r['split'], r['step'], r['stage']) for r in rows]
-            held = [r for r in held if not isinstance(r, dict) or tuple(
-                r.get(k) for k in ('task', 'split', 'step', 'stage')) not in keys]
-            _put(target, held + rows)
+            where = {k: rows[0][k] for k in ('task', 'split', 'step', 'stage')}
+            names = {r['task'].removeprefix(args.task).strip() or 'generated': r for r in rows}
+            entry = where | dict(
+                metrics={f'{name}, WER %': 100 * r['metrics']['wer'] for name, r in names.items()},
+                items=rows[0]['items'],
+                note='; '.join(f'{name}: {r["note"]}' for name, r in names.items()))
+            held = [r for r in held if not isinstance(r, dict) or {
+                k: r.get(k) for k in where} != where]
+            _put(target, [*held, entry])
     except (ValueError, OSError) as e:
         print(e, file=sys.stderr)
         return 1

@@ -90,20 +90,24 @@ def _parser() -> argparse.ArgumentParser:
                    choices=('asr', 'tts', 's2s', 't2t', 'duplex'),
                    help='asr: speech to text; tts: text to speech; s2s, t2t: continuation; '
                         'duplex: answer the other speaker')
-    p.add_argument('--input', help='a wav file, or text in quotes (default: examples of --split)')
+    p.add_argument('--input', help='a wav file (duplex: the other speaker, or two channels, mine '
+                                   'and theirs), or text in quotes (default: examples of --split)')
     p.add_argument('--output', required=True, metavar='OUT',
                    help='a wav or txt file; with examples, a directory for them')
     p.add_argument('--split', default='test', help='split of the dataset (default: test)')
     p.add_argument('--count', type=_positive, default=4, help='how many examples')
-    p.add_argument('--temperature', type=float, default=None, help='0 is greedy')
-    p.add_argument('--top-k', type=int, default=None)
-    p.add_argument('--top-p', type=float, default=None)
+    p.add_argument('--temperature', type=float, default=None,
+                   help='0 is greedy (default: 0; duplex: 0.8)')
+    p.add_argument('--top-k', type=int, default=None, help='of so many likeliest (default: all; '
+                                                           'duplex: 250)')
+    p.add_argument('--top-p', type=float, default=None, help='of the likeliest of so much mass '
+                                                             '(default: 1, all)')
     p.add_argument('--seed', type=int, default=0)
 
     p = verb('export', 'write a trained model in the format of another program')
     p.add_argument('--stage', help='the stage to export (default: the last)')
     p.add_argument('--format', required=True, choices=EXPORTS)
-    p.add_argument('--out', required=True, metavar='DIR')
+    p.add_argument('--out', required=True, metavar='DIR', help='a new folder')
     p.add_argument('--dtype', choices=DTYPES,
                    help='of hf, kyutai and kyutai-hf: f32 (the default) or bf16; of the matrices '
                         'in gguf: f32, f16 (the default) or q8_0')
@@ -111,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     p = verb('import', 'make a run directory from weights in the format of another program')
     p.add_argument('--stage', help='the stage the weights stand for (default: the last)')
     p.add_argument('--format', required=True, choices=IMPORTS)
-    p.add_argument('--source', required=True, metavar='DIR')
+    p.add_argument('--source', required=True, metavar='DIR', help="the checkpoint's folder")
 
     p = verb('plan', 'compile the train step for machines that are not here: does it fit, how fast',
              workdir=False, many=True)

@@ -399,11 +399,11 @@ def _evaluation(run: dict) -> str:
             metrics = entry.get('metrics')
             names += [k for k in (metrics if isinstance(metrics, dict) else ()) if k not in names]
         heads = ['split', 'stage', 'step', 'items', *map(_e, names)]
-        rows = [[_e(e.get('split', '–')), _e(e.get('stage', '–')), _number(e.get('step')),
+        rows = [[_e(e.get('split') or '–'), _e(e.get('stage') or '–'), _number(e.get('step')),
                  _number(e.get('items')), *(_number(_inner(e, 'metrics', n)) for n in names)]
                 for e in entries]
         if len(names) > 6 and len(entries) <= 3:    # tall reads better than wide
-            labels = [' '.join(filter(None, (str(e.get('split', '')), str(e.get('stage', '')))))
+            labels = [' '.join(filter(None, (str(e.get('split') or ''), str(e.get('stage') or ''))))
                       for e in entries]
             heads = ['', *map(_e, labels)]
             rows = [[_e(n), *(_number(_inner(e, 'metrics', n)) for e in entries)] for n in names]
@@ -469,12 +469,26 @@ def _listen(run: dict, room: list[int]) -> str:
     kinds: dict[str, list[dict]] = {}       # tts-000.wav is of the kind tts
     for entry in listed:
         kinds.setdefault(re.split(r'[-_.\d]', entry['file'])[0], []).append(entry)
-    out = ['<h3>Listen</h3>']
+    out, left = ['<h3>Listen</h3>'], len(listed)
     for entries in itertools.islice(kinds.values(), CLIPS):
-        out += [_clip(folder, entry, room) for entry in entries[:max(1, CLIPS // len(kinds))]]
-    if (left := len(listed) - len(out) + 1) > 0:
+        shown = entries[:max(1, CLIPS // len(kinds))]
+        left -= len(shown)
+        out += [_clip(folder, entry, room) + _beside(folder, entry, room) for entry in shown]
+    if left > 0:
         out.append(f'<p class="soft">{left} more lie in {_e(folder)}.</p>')
     return ''.join(out)
+
+
+def _beside(folder: pathlib.Path, entry: dict, room: list[int]) -> str:
+    """What a recognizer heard in a clip (heard.json), and the recording it stands for (true/)."""
+    name, heard = entry['file'], _read_json(folder / 'heard.json', dict).get('heard')
+    texts = [clips[name] for clips in (heard.values() if isinstance(heard, dict) else ())
+             if isinstance(clips, dict) and isinstance(clips.get(name), str)]
+    out = f'<p class="soft">Heard by the judge: {_e(texts[0])}</p>' if texts else ''
+    if (folder / 'true' / name).is_file():
+        out += _clip(folder / 'true', dict(file=name, title='The same from the true recording'),
+                     room)
+    return out
 
 
 def _clip(folder: pathlib.Path, entry: dict, room: list[int]) -> str:

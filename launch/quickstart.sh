@@ -46,7 +46,7 @@ part tts 'spirit_lm reads unseen sentences aloud' jaxsd generate --config "$spir
   --workdir "$runs/spirit_lm" --task tts --count 40 --output "$samples"
 part judge 'an independent recognizer listens to them' "$python" -m data_pipelines.judge \
   --sentences data/demo/grammar.json --wav "$samples" --refs "$samples/refs.json" \
-  --ceiling "$samples/true" --workdir "$runs/spirit_lm" --task 'heard by pocketsphinx'
+  --ceiling "$samples/true" --out "$samples/heard.json" --workdir "$runs/spirit_lm" --task 'heard by pocketsphinx'
 part continue 'spirit_lm goes on with what was said' jaxsd generate --config "$spirit" \
   --workdir "$runs/spirit_lm" --task s2s --count 3 --output "$samples"
 

@@ -41,11 +41,21 @@ def same(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
+def test_a_run_directory_and_a_missing_one_are_named(tmp_path):
+    with pytest.raises(ValueError, match='^no file or folder .*nope'):
+        export.load(str(tmp_path / 'nope'))
+    (tmp_path / 'config.json').write_text('{}')
+    (tmp_path / 'ledger.jsonl').write_text('')
+    with pytest.raises(ValueError, match='is a run directory: jaxsd export'):
+        export.load(str(tmp_path))
+
+
 # What the peers say ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', ['mistral', 'qwen2'])
 def test_a_decoder_is_recognized_and_says_the_same(name):
     lm, golden = export.load(str(released.GOLDEN / name)), arrays(name)
+    assert len(repr(lm)) < 200 and 'M parameters, rows: 1, ids of text: ' in repr(lm)
     scores = lm.scores(golden['tokens'])
     assert lm.format == 'hf' and scores.dtype == np.float32
     assert scores.shape == (*golden['tokens'].shape, 96)

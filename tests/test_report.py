@@ -90,6 +90,10 @@ def run(tmp_path):
     (folder / 'samples' / 'samples.json').write_text(json.dumps([
         dict(file='answer.wav', title='What is two plus three?', text='It is five.',
              channels=['mine', 'theirs'])]))
+    (folder / 'samples' / 'true').mkdir()
+    soundfile.write(folder / 'samples' / 'true' / 'answer.wav', tone(1), 16000)
+    (folder / 'samples' / 'heard.json').write_text(json.dumps(
+        {'heard': {'judged': {'answer.wav': 'it is fife'}, 'judged ceiling': {}}}))
     (folder / 'export' / 'model.safetensors').write_bytes(b'0' * 2048)
     (folder / 'checkpoints' / 'learn' / 'x.safetensors').write_bytes(b'0')
     return folder
@@ -145,9 +149,24 @@ def test_a_complete_run_is_shown(run, tmp_path):
         assert said in page.words, said
     row = re.search(r'learn dialogue (\S+) (\S+) (\S+)', page.words)
     assert row.groups() == ('2.5', '250,000', '123')     # the last count, not the sum of counts
-    assert page.tags.count('audio') == 2
+    assert page.tags.count('audio') == 3
     assert 'x.safetensors' not in page.words            # checkpoints are not exports
     assert page.tags.count('svg') == 2 * 9 + 1          # per stage nine drawings, and a histogram
+
+
+def test_what_was_heard_and_the_true_recording_stand_beside_a_clip(run, tmp_path):
+    page = page_of(run, out=tmp_path)
+    assert 'Heard by the judge: it is fife' in page.words and page.tags.count('audio') == 3
+    assert page.words.index('It is five.') < page.words.index('The same from the true')
+
+
+def test_a_run_says_which_config_it_was_made_with(run, tmp_path):
+    stored = json.loads((run / 'config.json').read_text())
+    (run / 'ledger.jsonl').unlink()
+    (run / 'config.json').write_text(json.dumps(
+        stored | dict(file='gone/made_up.py:demo,share=0.1', doc='A card kept in the run.')))
+    page = page_of(run, out=tmp_path)
+    assert 'gone/made_up.py:demo,share=0.1' in page.words and 'A card kept in' in page.words
 
 
 def test_the_time_is_accounted_for(run, tmp_path):

@@ -77,6 +77,6 @@ def described(source: str, format: str = '') -> tuple[str, dict, str]:
     released = [k for k, f in FAMILIES.items() if f.without_config is not None]
     format = format or next(iter(released))
     if format not in released:
-        raise ValueError(f'--source: no {path}')
+        raise ValueError(f'no {path}')
     return format, family_of(format).without_config, f'{source} (which has no config.json)'
 

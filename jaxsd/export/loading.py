@@ -177,6 +177,12 @@ class Loaded:
     def _model(self):
         return jax.jit(functools.partial(_logits, model.abstract(self.config)[0]))
 
+    def __repr__(self) -> str:
+        rows, text = len(model.make_vocab(self.config).rows), self.config.vocab.text_tokens
+        stated = [s.get('license') or 'not stated' for s in self.history.get('sources', ())]
+        return (f'{self.format}: {model.count(self.params) / 1e6:.2f} M parameters, rows: {rows}, '
+                f'ids of text: {text}, license: {", ".join(stated) or "not stated"}')
+
     def scores(self, tokens, *, mask=None, segment=None):
         """Logits for what comes next, float32.
 

@@ -48,7 +48,9 @@ def read_json(path: str) -> dict:
 def folder_of(source: str) -> str:
     """The folder of a checkpoint that is named by its folder or by its one file."""
     if not os.path.exists(source):
-        raise ValueError(f'--source: no file or folder {source}')
+        raise ValueError(f'no file or folder {source}')
+    if os.path.exists(os.path.join(source, 'ledger.jsonl')):
+        raise ValueError(f'{source} is a run directory: jaxsd export writes a checkpoint from it')
     return source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
 
 

@@ -105,8 +105,8 @@ def check(ours, theirs, said: Mapping, graft: Mapping, where: str) -> dict[str, 
                 and not (other_head and k.startswith('head.'))
                 and not (one_line and k.startswith(('vocab.', 'layout.')))}
     if wrong := disagreements(mine, compared):
-        raise ConfigError(f'{where}: {"; ".join(wrong)}; where that is meant, name it in '
-                          'graft.unlike')
+        raise ConfigError(f'{where}: {"; ".join(wrong)}; sizes must be equal; where another '
+                          'difference is meant, name it in graft.unlike')
     shapes = [{p: tuple(leaf.shape) for p, leaf in flatten(model.abstract(c)[1]).items()}
               for c in (ours, theirs)]
     try:
