@@ -485,7 +485,7 @@ def _beside(folder: pathlib.Path, entry: dict, room: list[int]) -> str:
     texts = [clips[name] for clips in (heard.values() if isinstance(heard, dict) else ())
              if isinstance(clips, dict) and isinstance(clips.get(name), str)]
     out = f'<p class="soft">Heard by the judge: {_e(texts[0])}</p>' if texts else ''
-    if (folder / 'true' / name).is_file():
+    if name == os.path.basename(name) and (folder / 'true' / name).is_file():
         out += _clip(folder / 'true', dict(file=name, title='The same from the true recording'),
                      room)
     return out

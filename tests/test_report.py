@@ -295,12 +295,13 @@ def test_size_is_bounded(run, tmp_path, monkeypatch):
     for i in range(20):
         soundfile.write(run / 'samples' / f'long-{i:02d}.wav', tone(12), 16000)
     monkeypatch.setattr(report, 'CLIP_S', 5.0)
-    monkeypatch.setattr(report, 'AUDIO_BYTES', 20 * 16000)
+    most = 24 * 16000
+    monkeypatch.setattr(report, 'AUDIO_BYTES', most)
     page = page_of(run, out=tmp_path)
     assert 'the first 5 s here' in page.words and 'full of sound' in page.words
     assert '15 more lie in' in page.words       # of 22 clips: 5 of the 20 long ones, and the others
     sound = sum(len(r) for tag, r in page.refs if tag == 'audio') * 3 / 4
-    assert 20 * 16000 < sound < 20 * 16000 * 1.1
+    assert 0.5 * most < sound < 1.1 * most
     with open(run / 'metrics.jsonl', 'w') as f:
         for step in range(20_000):
             f.write(json.dumps(dict(stage='learn', step=step, loss=1 / (step + 1))) + '\n')

@@ -415,7 +415,7 @@ def test_columns_and_engines_are_checked_before_a_directory_is_made(corpus, tmp_
 def test_rows_of_a_process_follow_its_devices():
     """One process: everything. Devices that hold separate rows cannot be one consecutive part."""
     rows = sharding.batch_sharding(sharding.RULES, sharding.make_mesh(dict(fsdp=4, tensor=2)))
-    assert train._share_of_rows(rows, 8) == (0, 1)
+    assert train.share_of_rows(rows, 8) == (0, 1)
 
     class Half:     # what a process with some of the devices would be told
         def __init__(self, *starts):
@@ -423,10 +423,10 @@ def test_rows_of_a_process_follow_its_devices():
 
         def addressable_devices_indices_map(self, shape):
             return {i: (slice(s, s + 2),) for i, s in enumerate(self.starts)}
-    assert train._share_of_rows(Half(4, 4, 6, 6), 8) == (1, 2)
-    assert train._share_of_rows(Half(2, 2), 8) == (1, 4)
+    assert train.share_of_rows(Half(4, 4, 6, 6), 8) == (1, 2)
+    assert train.share_of_rows(Half(2, 2), 8) == (1, 4)
     with pytest.raises(ConfigError, match='separate rows'):
-        train._share_of_rows(Half(0, 4), 8)
+        train.share_of_rows(Half(0, 4), 8)
 
 
 def test_counts_grow_exactly_over_a_resume():

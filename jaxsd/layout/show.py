@@ -72,7 +72,7 @@ def _token(token: int, row, one: bool, vocab: Vocab, pieces) -> str:
         return '·'
     if not one and token == initial(row):
         return '*'
-    special = vocab.special_name(token).split(' ')[-1]     # a row's own mark is 'audio 0 end'
+    special = _special(vocab, token, one)
     if special:
         return SHORT.get(special, special)
     name, local = vocab.name(token)
@@ -145,6 +145,12 @@ def _flow(cells: list[str]) -> list[str]:
     return out
 
 
+def _special(vocab: Vocab, token: int, one: bool) -> str:
+    """The name of a special id; of several rows, without its row's: 'audio 0 end' is 'end'."""
+    name = vocab.special_name(token)
+    return name if one else name.rpartition(' ')[2]
+
+
 def _wrap(words, head: str, indent: str) -> list[str]:
     lines, line, fresh = [], head, True
     for word in words:
@@ -213,7 +219,7 @@ def _hue(token: int, row, one: bool, vocab: Vocab) -> tuple[str, float]:
         return 'nothing', 0.5
     if not one and token == initial(row):
         return 'initial', 0.5
-    special = vocab.special_name(token).split(' ')[-1]
+    special = _special(vocab, token, one)
     if special:
         return special if special in HUES else 'markers', 0.5
     name, local = vocab.name(token)
