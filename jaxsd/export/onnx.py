@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsd import model
+from jaxsd.config import ConfigError
 from jaxsd.export import safetensors, stablehlo
 from jaxsd.stage import flatten, unflatten
 from jaxsd.types import NOTHING, Row
@@ -30,6 +31,9 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int) -> dict:
     import jax2onnx
     import onnx_ir
     stablehlo.check(config, 'onnx')
+    if config.backbone.get('experts'):
+        raise ConfigError("format 'onnx' cannot say backbone.experts: jax2onnx does not translate "
+                          'how columns are sorted by expert')
     config = copy.deepcopy(config)
     config.frontend.dtype = 'float32'
     graph, _, _ = model.abstract(config)

@@ -74,10 +74,10 @@ def test_adapter(name, changes, tmp_path):
 
 
 @pytest.mark.parametrize('name, changes', [
-    ('llama', {}), ('llama', dict(kv_heads=4, pairs='interleaved', layers=3)), ('qwen2', {}),
-    ('qwen3', {}), ('qwen3', dict(kv_heads=1, pairs='interleaved'))])
+    ('llama', {}), ('llama', dict(kv_heads=4, pairs='interleaved', layers=3)), ('qwen2', {})])
 def test_gguf(name, changes, tmp_path):
-    """transformers reads GGUF files too, by a reader of its own."""
+    """transformers reads GGUF files too, by a reader of its own (of Qwen3 only the released width
+    of heads, whatever the file says)."""
     import torch
     import transformers
     config = released.decoder(name, **changes)
