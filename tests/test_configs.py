@@ -121,7 +121,7 @@ def on(corpus, c):
     """`c` with the files of the small corpus."""
     c.data.path = str(corpus)
     c.codec.path = str(corpus / os.path.basename(c.codec.path))
-    if c.vocab.tokenizer:       # a model of speech alone has none
+    if c.vocab.get('tokenizer'):        # a model of speech alone has none
         c.vocab.tokenizer = str(corpus / os.path.basename(c.vocab.tokenizer))
     return c
 
