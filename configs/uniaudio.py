@@ -51,7 +51,7 @@ def get_config(arg=None):
         parts.demo_answers(c, evals=('sound',), stages=[
             ('pretrain', dict(sound=1.0), dict(steps=1_000, lr=3e-3))])
     if arg.tiny:
-        c.backbone = parts.small(c.backbone, width=32, layers=1, heads=4, mlp=64)
+        c.backbone = parts.small(c.backbone, width=64, layers=1, heads=4, mlp=64)
         c.head = dict(name='local', width=16, layers=1, heads=2, mlp=32)
         parts.tiny(c, columns=96)
     return c
