@@ -140,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--workdir', required=True, action='append', metavar='DIR',
                    help='a run directory; may be given several times')
     p.add_argument('--out', required=True, metavar='OUT.html')
+    p.add_argument('--note', default='', help='a paragraph for the reader, above the runs')
     return parser
 
 
@@ -322,7 +323,7 @@ def _report(args, _):
     for workdir in args.workdir:
         if os.path.isdir(workdir) and not os.path.exists(os.path.join(workdir, 'config.json')):
             raise ConfigError(f'--workdir {workdir} holds no run (no config.json)')
-    report.write(args.workdir, args.out)
+    report.write(args.workdir, args.out, note=args.note)
     print(args.out)
 
 

@@ -34,11 +34,11 @@ AUDIO_BYTES = 16 << 20      # of sound in one page
 FAILURE_EVERY_S, NOTICED_S = 3 * 3600.0, 10.0       # of the forecast: how often, how soon seen
 
 
-def write(workdirs: list[str], out_path: str) -> str:
+def write(workdirs: list[str], out_path: str, *, note: str = '') -> str:
     """Writes the page of the runs in `workdirs` to `out_path` and returns the path.
 
-    Raises ValueError for a directory that does not exist; pieces that are missing inside one are
-    said on the page.
+    note: a paragraph for the reader, above the runs. Raises ValueError for a directory that does
+    not exist; pieces that are missing inside one are said on the page.
     """
     if not workdirs:
         raise ValueError('report: name at least one --workdir')
@@ -59,6 +59,7 @@ def write(workdirs: list[str], out_path: str) -> str:
 <title>Spoken language models: what the runs did</title><style>{style}</style></head><body>
 <header><h1>Spoken language models: what the runs did</h1>
 <p class="soft">Written {when} from {len(runs)} run director{"y" if len(runs) == 1 else "ies"}.</p>
+{f"<p>{_e(note)}</p>" if note else ""}
 <nav aria-label="Runs">{links if len(runs) > 1 else ""}</nav></header>
 <main>{"".join(articles)}</main>
 <footer class="small">Made by jaxsd. This page holds everything it shows and loads nothing.</footer>
@@ -494,6 +495,8 @@ def _beside(folder: pathlib.Path, entry: dict, room: list[int]) -> str:
 def _clip(folder: pathlib.Path, entry: dict, room: list[int]) -> str:
     path = folder / entry['file']
     head = f'<h4>{_e(entry.get("title") or entry["file"])}</h4>'
+    lines = entry.get('lines') if isinstance(entry.get('lines'), dict) else {}
+    head += ''.join(f'<p class="soft">{_e(name)}: {_e(line)}</p>' for name, line in lines.items())
     head += f'<p>{_e(entry["text"])}</p>' if entry.get('text') else ''
     try:
         if path.resolve().parent != folder.resolve():

@@ -23,6 +23,8 @@ from jaxsd.vocab import Text
 log = logging.getLogger('jaxsd')
 
 OTHERS = ('.mp3', '.flac', '.ogg', '.opus', '.m4a')     # kinds of sound that are not written
+TITLES = {'tts': 'Reads {} aloud', 's2s': 'Hears the first half of {} and goes on',
+          'duplex': 'Answers the caller of {}'}
 MOST_INPUT_S = 600.0
 MOST_INPUT_WORDS = 2000     # about as long, read aloud
 
@@ -181,8 +183,8 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
         if result.get('wav') is not None:
             write_wav(os.path.join(out, f'{stem}.wav'), result['wav'], rate)
             references[f'{stem}.wav'] = given[i] if task == 'tts' else result['text']
-            entries.append(dict(file=f'{stem}.wav', title=f'{task}: {r.id}', text=result['text'],
-                                **({'channels': ['mine', 'theirs']} if task == 'duplex' else {})))
+            entries.append(dict(file=f'{stem}.wav', title=TITLES[task].format(r.id),
+                                text=result['text'], **_asked(r, task)))
             if task == 'tts':       # what the same units, had they been right, would sound like
                 true = os.path.join(out, 'true')
                 os.makedirs(true, exist_ok=True)
@@ -194,6 +196,15 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
     rundir.write_atomic(path, json.dumps(_others(path, task) + entries, indent=1) + '\n')
     if task == 'tts':
         rundir.write_atomic(os.path.join(out, 'refs.json'), json.dumps(references, indent=1) + '\n')
+
+
+def _asked(r, task: str) -> dict:
+    """What a listener to a dialogue must know: who speaks on which channel, and what is right."""
+    if task != 'duplex':
+        return {}
+    turns = [' / '.join(t.text for t in r.turns if t.channel == c) for c in (0, 1)]
+    return {'channels': ['mine', 'theirs'],
+            'lines': {'The caller says': turns[1], 'A right answer': turns[0]}}
 
 
 def _others(path: str, task: str) -> list[dict]:

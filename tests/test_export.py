@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is an exported checkpoint whole, does it come back to the bit, and what does a bad one get?"""
 
+import copy
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 import released
 from safetensors.numpy import load_file, save_file
 
-from jaxsd import checkpoint, export, model
+from jaxsd import checkpoint, codec, export, model
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, read
 from jaxsd.export import kyutai_lora, rules
@@ -225,6 +226,24 @@ def test_tokenizer_travels(tmp_path):
     with pytest.raises(ConfigError, match='vocab.tokenizer: cannot copy'):
         export.save(config, released.random_params(config, 1), str(tmp_path / 'two'), format)
     assert os.listdir(tmp_path) == ['out']       # nothing half-written, no partial folder
+
+
+def test_a_fitted_codec_travels(tmp_path):
+    """The one that was trained with, apart from the weights; another of the same name does not."""
+    config, format = CASES['llama']
+    config, units = copy.deepcopy(config), str(tmp_path / 'units.safetensors')
+    rng = np.random.default_rng(0)
+    codec.fit_kmeans([rng.standard_normal(16000).astype(np.float32)], path=units, frame_hz=25.0,
+                     size=4)
+    config.codec.path, params = units, released.random_params(config, 1)
+    for name, sha, found in (('one', codec.fitted(units).identity['sha256'], ['units.safetensors']),
+                             ('other', '0' * 64, [])):
+        export.save(config, params, str(tmp_path / name), format,
+                    history={'codec': {'name': 'kmeans', 'sha256': sha}})
+        assert sorted(f.name for f in (tmp_path / name).glob('codec/*')) == found
+        card = (tmp_path / name / 'README.md').read_text()
+        assert str(tmp_path) not in card and ('path codec/units' in card) == bool(found)
+    assert (tmp_path / 'one/codec/units.safetensors').read_bytes() == open(units, 'rb').read()
 
 
 def test_low_rank_terms_are_folded(tmp_path):

@@ -177,7 +177,10 @@ def test_examples_of_many_streams(streams_lm, tmp_path):
     record = next(data.examples(streams_lm.config, 'test', 'dialogue'))
     assert sorted(os.listdir(out)) == ['duplex-000.wav', 'samples.json']
     (entry,) = json.loads((out / 'samples.json').read_text())
-    assert entry['channels'] == ['mine', 'theirs'] and entry['title'] == f'duplex: {record.id}'
+    assert entry['channels'] == ['mine', 'theirs']
+    assert entry['title'] == f'Answers the caller of {record.id}'
+    assert entry['lines']['A right answer'] == ' / '.join(
+        t.text for t in record.turns if t.channel == 0) != ''
     late = max(generate.layout_delays(streams_lm.config, streams_lm.vocab))
     assert sound_of(out / entry['file']).shape == (2, (record.codes.shape[-1] - late) * 1280)
     times = [float(t) for t in re.findall(r'\[(\S+) s\]', entry['text'])]

@@ -20,6 +20,7 @@ import numpy as np
 
 import jaxsd
 from jaxsd import model, sharding
+from jaxsd.codec import fitted
 from jaxsd.config import ConfigError, fingerprint, plain, to_json, unknown
 from jaxsd.export import rules, runtimes, safetensors, tokens
 from jaxsd.export.facts import facts
@@ -208,8 +209,9 @@ def _beside(folder: str, config, format: str, about: str, numbers: int, notes, h
             raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
         if format == 'hf':
             tokens.write_tokenizer(folder, vocab, config.columns)
+    copy = _codec(folder, config, history.get('codec', {}))
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
-        f.write(card(config, format, about, numbers, notes_of(history) | notes))
+        f.write(card(config, format, about, numbers, notes_of(history) | notes, copy))
     return sorted(os.listdir(folder))
 
 
@@ -257,15 +259,35 @@ def about(format: str, spelled: Mapping) -> str:
     return CARDS[format][1].format(architecture=spelled.get('architectures', [''])[0])
 
 
-def card(config, format: str, about: str, numbers: int, notes: Mapping[str, str]) -> str:
+def _codec(folder: str, config, trained: Mapping) -> str:
+    """Copies the fitted codec that the run was `trained` with, if it still lies where it did.
+
+    Into a folder of its own, as servers take every safetensors file beside the weights for weights.
+    Returns the copy's name in `folder`, or '' (a released codec is large, and has its own home).
+    """
+    path = plain(config.codec).get('path', '')
+    try:
+        if not path or fitted(path).identity['sha256'] != trained.get('sha256'):
+            return ''
+    except ValueError:
+        return ''
+    copy = os.path.join('codec', os.path.basename(path))
+    os.mkdir(os.path.join(folder, 'codec'))
+    shutil.copyfile(path, os.path.join(folder, copy))
+    return copy
+
+
+def card(config, format: str, about: str, numbers: int, notes: Mapping[str, str],
+         codec_file: str = '') -> str:
     """The model card: what these files are, what made them, and what runs them.
 
-    about: what follows `This folder is`; numbers: how many parameters.
+    about: what follows `This folder is`; numbers: how many parameters; codec_file: the codec's name
+    in the folder, if it goes along.
     """
     library = (CARDS[format][0] if format in CARDS else runtimes.RUNTIMES[format].library)
-    codec = plain(config.codec)
+    codec = plain(config.codec) | {'path': codec_file}
     lines = {'format': format, 'config fingerprint': fingerprint(config),
-             'codec': ', '.join(f'{k} {v}' for k, v in sorted(codec.items())),
+             'codec': ', '.join(f'{k} {v}' for k, v in sorted(codec.items()) if v),
              'parameters': f'{numbers:,}', 'seed': config.seed,
              'license of the weights': 'not stated', **notes}
     stated = lines['license of the weights']
@@ -274,8 +296,8 @@ def card(config, format: str, about: str, numbers: int, notes: Mapping[str, str]
         *([] if stated == 'not stated' else [f'license: {json.dumps(stated)}']),
         'tags: [speech, jaxsd]', '---', '# A spoken language model', '',
         f'This folder is {about}.', '',
-        'Sound is not in it: the ids of units and codes (`vocabulary.json` says which are which) '
-        'are those of the codec named below, with which they must be made and played.', '',
+        'It takes and gives no sound: the ids of units and codes (`vocabulary.json` says which are '
+        'which) are those of the codec named below, with which they must be made and played.', '',
         '| | |', '|---|---|', *(f'| {k} | {_cell(v)} |' for k, v in lines.items()), ''])
 
 

@@ -172,7 +172,7 @@ HATCH = '#94949e'
 MEANINGS = {'text': 'words', 'markers': 'marker, BOS, EOS', 'mine': 'my voice', 'units': 'units',
             'audio': 'speech', 'codes': 'speech',
             'theirs': 'their voice', 'pad': 'pad', 'epad': 'a word comes next',
-            'initial': 'initial token'}
+            'initial': 'initial token', 'nothing': 'nothing, or masked'}
 
 
 def picture(grid: Grid, vocab: Vocab, path: str, *, columns: tuple[int, int] | None = None,
