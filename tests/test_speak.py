@@ -143,7 +143,7 @@ def test_examples_of_one_stream(flat_lm, tmp_path, task):
     listed = json.loads((out / 'samples.json').read_text())
     assert [e['file'] for e in listed] == ([f'{s}.wav' for s in stems] if spoken else [])
     for entry, r in zip(listed, records, strict=False):
-        assert entry['title'] == f'{task}: {r.id}' and sound_of(out / entry['file']).shape[0] == 1
+        assert r.id in entry['title'] and sound_of(out / entry['file']).shape[0] == 1
     if task == 'tts':
         assert json.loads((out / 'refs.json').read_text()) == {
             f'{s}.wav': text for s, text in zip(stems, said, strict=True)}
