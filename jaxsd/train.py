@@ -321,8 +321,8 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
 
     writers = journal.Writers(workdir, first, stage.name)
     pending = loss = None
-    # waited: for data; dispatched: this thread's work to hand a step over, without its waiting for a
-    # core, which it shares with the step before where the host is the device; since the last line.
+    # Since the last line. waited: for data; dispatched: this thread's work to hand a step over, not
+    # its waiting for a core, which runs the step before where the host is the device.
     waited = dispatched = 0.0
     since, since_step, before = time.perf_counter(), first, consumed.before
 
