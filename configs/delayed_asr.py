@@ -54,7 +54,7 @@ def get_config(arg=None):
             heard=dict(select=('story',)),
             users=dict(select=('dialogue',), layout=dict(c.layout) | dict(theirs=1))))
         parts.demo_answers(c, evals=('heard',), stages=[
-            ('pretrain', dict(heard=0.5, users=0.5), dict(steps=800, lr=3e-3))])
+            ('pretrain', dict(heard=0.5, users=0.5), dict(steps=600, lr=3e-3))])
         c.evals.listening = dict(name='listening', source='heard')
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=1, heads=4, mlp=64)
