@@ -11,10 +11,11 @@ PLANS ?= .plans
 RUNS ?= runs
 TORCH ?= torch==2.13.0
 
-.PHONY: help env quickstart plans test test-all test-peers test-plans test-slurm lint clean
+.PHONY: help env quickstart demos plans test test-all test-peers test-plans test-slurm lint clean
 
 help:
 	@echo 'make quickstart   speech, two trained models, evaluation, audio and one report'
+	@echo 'make demos        docs/systems.md: every system trained at demo size and measured, hours'
 	@echo 'make env          installs into $(VENV), about 1.5 GB; then: . $(VENV)/bin/activate'
 	@echo 'make test         the test suite (no accelerator needed)'
 	@echo 'make test-all     also the slow tests'
@@ -37,6 +38,9 @@ env: $(VENV)/.complete
 
 quickstart: env
 	@PYTHON='$(VENV)/bin/python' RUNS='$(RUNS)' bash launch/quickstart.sh
+
+demos: env
+	@PYTHON='$(VENV)/bin/python' RUNS='$(RUNS)/demos' bash launch/demos.sh
 
 test: env
 	'$(VENV)/bin/python' -m pytest

@@ -9,6 +9,8 @@ spoken, in one go.
   smoke    python -m jaxsd train    --config configs/audiopalm.py:tiny --workdir runs/audiopalm_tiny
   demo     python -m jaxsd train    --config configs/audiopalm.py:demo --workdir runs/audiopalm
   train    python -m jaxsd train    --config configs/audiopalm.py --workdir $WORKDIR
+Size       8 B in the paper: PaLM 8B (8.63 B with its table of 256,000 rows) and a row for each of
+           1,024 units.
 Evidence   the grids against hand-drawn ones. Trained by us at scale: no. Departures: PaLM 8B's size
            in this project's sequential blocks; AdamW where the paper has Adafactor; no dropout (0.1
            in the paper). Steps, batch and the mixture's weights are not stated by the source, nor

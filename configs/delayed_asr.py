@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming recognition by delay alone, as Kyutai STT 1B (arXiv 2509.08753).
+"""Kyutai STT: streaming recognition by delay alone (arXiv 2509.08753), the 1B model.
 
 Thirty-two codebooks are heard, one column per 80 ms; the text row says each word half a second
 after it begins. No depth transformer: nothing is spoken.
@@ -8,9 +8,10 @@ after it begins. No depth transformer: nothing is spoken.
   smoke    python -m jaxsd train    --config configs/delayed_asr.py:tiny --workdir runs/tiny
   demo     python -m jaxsd train    --config configs/delayed_asr.py:demo --workdir runs/delayed_asr
   train    python -m jaxsd train    --config configs/delayed_asr.py --workdir $WORKDIR
-Evidence   grid drawn by hand (tests/golden/layout/duplex_recognition_by_delay.txt). Trained here on
-           the tiny size only. Delays are those of the released config; sizes of the 1B model are
-           not in it and recalled, and how it was trained is not stated by the source.
+Size       1 B by the name of the released model.
+Evidence   grid drawn by hand (tests/golden/layout/duplex_recognition_by_delay.txt). Trained by us
+           at scale: no. Delays are those of the released config; sizes of the 1B model are not in
+           it and recalled, and how it was trained is not stated by the source.
 """
 
 import ml_collections as mlc
@@ -53,7 +54,8 @@ def get_config(arg=None):
             heard=dict(select=('story',)),
             users=dict(select=('dialogue',), layout=dict(c.layout) | dict(theirs=1))))
         parts.demo_answers(c, evals=('heard',), stages=[
-            ('pretrain', dict(heard=0.5, users=0.5), dict(steps=800, lr=3e-3))])
+            ('pretrain', dict(heard=0.5, users=0.5), dict(steps=600, lr=3e-3))])
+        c.evals.listening = dict(name='listening', source='heard')
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=1, heads=4, mlp=64)
         parts.tiny(c, columns=192)

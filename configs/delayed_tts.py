@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming synthesis by delay alone, as Kyutai TTS (arXiv 2509.08753).
+"""Kyutai TTS: streaming synthesis by delay alone (arXiv 2509.08753).
 
 The same grid as a dialogue model of one speaker, with all sound two seconds behind the text: what
 is to be said is known when it is said. Acoustic codebooks are two columns later still.
@@ -8,9 +8,10 @@ is to be said is known when it is said. Acoustic codebooks are two columns later
   smoke    python -m jaxsd train    --config configs/delayed_tts.py:tiny --workdir runs/tiny
   demo     python -m jaxsd train    --config configs/delayed_tts.py:demo --workdir runs/delayed_tts
   train    python -m jaxsd train    --config configs/delayed_tts.py --workdir $WORKDIR
-Evidence   grid drawn by hand (tests/golden/layout/duplex_synthesis_by_delay.txt). Trained here on
-           the tiny size only. Sizes are those of the released 2-billion family (Hibiki), and how it
-           was trained is not stated by the source; voices are not chosen by cross-attention.
+Size       2 B by the name of the family whose sizes these are.
+Evidence   grid drawn by hand (tests/golden/layout/duplex_synthesis_by_delay.txt). Trained by us at
+           scale: no. Sizes are those of the released 2-billion family (Hibiki), and how it was
+           trained is not stated by the source; voices are not chosen by cross-attention.
 """
 
 import ml_collections as mlc
@@ -55,6 +56,7 @@ def get_config(arg=None):
         c.data = dict(path='', sources=dict(read=dict(select=('story',))))
         parts.demo_answers(c, evals=('read',), stages=[
             ('pretrain', dict(read=1.0), dict(steps=1_000, lr=3e-3))])
+        c.evals.matched = dict(name='matched', source='read', given='text')
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=1, heads=4, mlp=64)
         c.head = dict(name='depth', width=16, layers=1, heads=2, mlp=32, fraction=0.5)

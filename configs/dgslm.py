@@ -7,9 +7,10 @@ One column per unit, one row per speaker. Only edges, where a unit changes, are 
   smoke    python -m jaxsd train    --config configs/dgslm.py:tiny --workdir runs/dgslm_tiny
   demo     python -m jaxsd train    --config configs/dgslm.py:demo --workdir runs/dgslm
   train    python -m jaxsd train    --config configs/dgslm.py --workdir $WORKDIR
-Evidence   grid drawn by hand (tests/test_layout_duplex.py); trained here on the tiny size only. In
-           place of two towers with cross-attention both speakers share one column, durations are
-           not predicted (a held unit is just said again), and the layers are gated.
+Size       not stated by the source; six layers of width 512, one tower where the paper has two.
+Evidence   grid drawn by hand (tests/test_layout_duplex.py); trained by us at scale: no. In place of
+           two towers with cross-attention both speakers share one column, durations are not
+           predicted (a held unit is just said again), and the layers are gated.
 """
 
 import ml_collections as mlc
@@ -47,7 +48,8 @@ def get_config(arg=None):
                                  block_columns=64)
         c.data = dict(path='', sources=dict(dialogue=dict(select=('dialogue',))))
         parts.demo_answers(c, evals=('dialogue',), stages=[
-            ('pretrain', dict(dialogue=1.0), dict(steps=1_000, lr=2e-3))])
+            ('pretrain', dict(dialogue=1.0), dict(steps=1_000, lr=2e-3, batch=8))])
+        c.evals.matched = dict(name='matched', source='dialogue', given='theirs')
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=1, heads=4, mlp=64)
         parts.tiny(c, columns=192)

@@ -9,6 +9,7 @@ the units, so that it can condition them and the decoder behind them. (Vision is
   smoke    python -m jaxsd train    --config configs/emova.py:tiny --workdir runs/emova_tiny
   demo     python -m jaxsd train    --config configs/emova.py:demo --workdir runs/emova
   train    python -m jaxsd train    --config configs/emova.py --stage align --workdir $WORKDIR
+Size       8 B in the paper: Llama 3.1 8B and rows for 4,096 units, without what sees.
 Evidence   the grids against hand-drawn ones. Trained by us at scale: no. Instructions are worded by
            us; released checkpoints number their speech tokens in no particular order, so that ids
            must be looked up by name. Batches (per device in the configs) are times 64 devices here,

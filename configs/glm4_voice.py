@@ -9,6 +9,7 @@ dialogue is learned twice: for its text, and five times as often for its speech.
   smoke    python -m jaxsd train    --config configs/glm4_voice.py:tiny --workdir runs/glm4_tiny
   demo     python -m jaxsd train    --config configs/glm4_voice.py:demo --workdir runs/glm4_voice
   train    python -m jaxsd train    --config configs/glm4_voice.py --workdir $WORKDIR
+Size       9 B in the paper: GLM-4-9B with the released table of 168,960 rows, and its head.
 Evidence   the grids against hand-drawn ones. Trained by us at scale: no. Departures: rotary
            positions turn whole heads (half of each in GLM-4); no dropout (0.5 in fine-tuning).
            Batches are not stated by the source; steps follow from tokens and an assumed batch.

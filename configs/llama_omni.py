@@ -8,9 +8,10 @@ decoder on the repeated states of the answer speaks it while it is being written
   smoke    python -m jaxsd train    --config configs/llama_omni.py:tiny --workdir runs/llama_tiny
   demo     python -m jaxsd train    --config configs/llama_omni.py:demo --workdir runs/llama_omni
   train    python -m jaxsd train    --config configs/llama_omni.py --workdir $WORKDIR
+Size       8 B in the paper: Llama 3.1 8B, and the 425 M of its speech decoder, with the adaptor.
 Evidence   CTC against every path, optax and torch, streaming against the training forward
-           (tests/test_head_beside.py, tests/peers/test_ctc.py). Trained here on the tiny size only.
-           The frozen Whisper-large-v3 is not part of this yet: the published size begins at five
+           (tests/test_head_beside.py, tests/peers/test_ctc.py). Trained by us at scale: no. The
+           frozen Whisper-large-v3 is not part of this yet: the published size begins at five
            stacked states of it. States that speak are those that predict the answer's tokens, as
            the paper defines them; the released code trains on the states one later.
 """

@@ -14,6 +14,8 @@ over columns and a small depth transformer over the rows of one column.
   released python -m jaxsd import   --config configs/moshi.py:mine --stage instruct --format kyutai
                                     --source path/to/moshiko --workdir $WORKDIR
   adapt    python -m jaxsd train    --config configs/moshi.py:mine --stage adapt --workdir $WORKDIR
+Size       7.69 B released, which `mine` has to the last one (7,687,729,152 with vocab.multiple=1);
+           in training both speakers are predicted, with depth steps for each.
 Evidence   same logits as the released implementation with tiny random weights
            (tests/test_parity.py); the demo (own codec, own corpus) is trained and judged by make
            quickstart. Trained by us at scale: no.

@@ -9,6 +9,7 @@ the two voices alone. The user's tokens are heard and never learned.
   smoke    python -m jaxsd train    --config configs/omniflatten.py:tiny --workdir runs/flat_tiny
   demo     python -m jaxsd train    --config configs/omniflatten.py:demo --workdir runs/omniflatten
   train    python -m jaxsd train    --config configs/omniflatten.py --stage align --workdir $WORKDIR
+Size       0.5 B in the paper: Qwen2-0.5B and rows for 4,096 units and eight markers.
 Evidence   the grids against hand-drawn ones and property tests of what stands at the borders of
            chunks. Trained by us at scale: no. The rate of the units (50 or 25 Hz) and which stage
            has which optimizer settings are not stated by the source; the steps are ours.
@@ -97,9 +98,9 @@ def demo(c) -> None:
         name: dict(select=('story',) if name in ('asr', 'tts') else ('dialogue',), layout=layout)
         for name, layout in drawn.items()})
     c.stages = (
-        parts.demo_stage('align', 300, dict(asr=0.5, tts=0.5), batch=8),
-        parts.demo_stage('half', 150, dict(half=1.0), batch=8, start='align'),
-        parts.demo_stage('three', 250, dict(three=1.0), batch=8, start='half', lr=2e-3),
-        parts.demo_stage('two', 150, dict(two=1.0), batch=8, start='three', lr=1e-3))
+        parts.demo_stage('align', 250, dict(asr=0.5, tts=0.5), batch=8),
+        parts.demo_stage('half', 100, dict(half=1.0), batch=8, start='align'),
+        parts.demo_stage('three', 150, dict(three=1.0), batch=8, start='half', lr=2e-3),
+        parts.demo_stage('two', 100, dict(two=1.0), batch=8, start='three', lr=1e-3))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('half', 'three', 'two')),
                    exchanges=dict(name='exchanges', source='half'))

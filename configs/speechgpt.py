@@ -11,6 +11,7 @@ repeats kept; its flow matching from semantic to all codebooks is not part of th
   smoke    python -m jaxsd train    --config configs/speechgpt.py:tiny --workdir runs/speechgpt_tiny
   demo     python -m jaxsd train    --config configs/speechgpt.py:demo --workdir runs/speechgpt
   train    python -m jaxsd train    --config configs/speechgpt.py --stage adapt --workdir $WORKDIR
+Size       7 B in the paper: LLaMA 7B and 1,006 rows in both tables, for units and markers.
 Evidence   the grids against hand-drawn ones. Trained by us at scale: no. Batches and steps are the
            paper's (from memory; the released scripts' batches do not reproduce them); the third
            stage's low-rank terms sit in every linear map and only those of q and v are trained.
@@ -124,9 +125,9 @@ def demo(c) -> None:
                                         ('write', 'hear')))
         for name, layout in drawn.items()})
     c.stages = (
-        parts.demo_stage('adapt', 200, dict(units=1.0)),
-        parts.demo_stage('cross', 500, dict(asr=0.45, tts=0.45, written=0.1), start='adapt'),
-        parts.demo_stage('chain', 400, dict(s2s=0.6, s2t=0.15, t2s=0.15, written=0.1),
+        parts.demo_stage('adapt', 150, dict(units=1.0)),
+        parts.demo_stage('cross', 450, dict(asr=0.45, tts=0.45, written=0.1), start='adapt'),
+        parts.demo_stage('chain', 350, dict(s2s=0.6, s2t=0.15, t2s=0.15, written=0.1),
                          start='cross', lora=dict(rank=32, scale=2.0),
                          train=(('.*/(q|v)/lora_[ab]', 1.0), ('.*', None))))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('asr', 's2s')),

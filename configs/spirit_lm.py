@@ -12,6 +12,8 @@ vary how finely text and speech are aligned, and whether they continue or corres
   smoke    python -m jaxsd train    --config configs/spirit_lm.py:tiny --workdir runs/spirit_lm_tiny
   demo     python -m jaxsd train    --config configs/spirit_lm.py:demo --workdir runs/spirit_lm
   train    python -m jaxsd train    --config configs/spirit_lm.py --workdir $WORKDIR
+Size       7 B in the paper: Llama 2 7B and 512 rows in both tables, for 501 units, two markers and
+           padding.
 Evidence   the demo (own units, own corpus, closed vocabulary) is trained and judged by make
            quickstart. Trained by us at scale: no. The optimizer's betas, decay and warm-up are not
            stated by the paper; the values here are the project's defaults.

@@ -9,6 +9,8 @@ without overlap, then real telephone talk.
   smoke    python -m jaxsd train    --config configs/syncllm.py:tiny --workdir runs/syncllm_tiny
   demo     python -m jaxsd train    --config configs/syncllm.py:demo --workdir runs/syncllm
   train    python -m jaxsd train    --config configs/syncllm.py:chunk=5 --workdir $WORKDIR
+Size       8 B in the paper: Llama 3 8B and 512 rows in both tables, for 501 units, two markers and
+           padding.
 Evidence   the paper's own example, and property tests of what stands at the borders of chunks.
            Trained by us at scale: no. The first stage's share of speech rises in steps here; the
            schedule stands in a figure only, and the paper warns that one large step diverges.
@@ -81,4 +83,5 @@ def demo(c) -> None:
         parts.demo_stage('turns_0', 200, dict(turns_0=1.0), batch=8),
         parts.demo_stage('turns_1', 200, dict(turns_1=1.0), batch=8, start='turns_0'),
         parts.demo_stage('duplex', 400, dict(duplex=1.0), batch=8, start='turns_1', lr=2e-3))
-    c.evals = dict(likelihood=dict(name='likelihood', sources=('turns_1', 'duplex')))
+    c.evals = dict(likelihood=dict(name='likelihood', sources=('turns_1', 'duplex')),
+                   matched=dict(name='matched', source='duplex', given='half'))

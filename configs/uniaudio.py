@@ -9,9 +9,10 @@ Text tokens fill a patch each.
   smoke    python -m jaxsd train    --config configs/uniaudio.py:tiny --workdir runs/tiny
   demo     python -m jaxsd train    --config configs/uniaudio.py:demo --workdir runs/uniaudio
   train    python -m jaxsd train    --config configs/uniaudio.py --workdir $WORKDIR
-Evidence   head by hand and cell by cell (tests/test_head_beside.py). Trained here on the tiny size
-           only. Layers are rotary and gated where the released code has learned positions and
-           LayerNorm; tasks beside speech, and their tokens, are left out.
+Size       1 B in the paper, which counts what its other tasks need as well.
+Evidence   head by hand and cell by cell (tests/test_head_beside.py). Trained by us at scale: no.
+           Layers are rotary and gated where the released code has learned positions and LayerNorm;
+           tasks beside speech, and their tokens, are left out.
 """
 
 import ml_collections as mlc
@@ -50,6 +51,7 @@ def get_config(arg=None):
         c.data = dict(path='', sources=dict(sound=dict(select=('story',))))
         parts.demo_answers(c, evals=('sound',), stages=[
             ('pretrain', dict(sound=1.0), dict(steps=1_000, lr=3e-3))])
+        c.evals.matched = dict(name='matched', source='sound')
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=64, layers=1, heads=4, mlp=64)
         c.head = dict(name='local', width=16, layers=1, heads=2, mlp=32)

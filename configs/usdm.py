@@ -10,6 +10,8 @@ text and then speaks the answer. Units keep their repeats, which carry prosody.
   smoke    python -m jaxsd train    --config configs/usdm.py:tiny --workdir runs/usdm_tiny
   demo     python -m jaxsd train    --config configs/usdm.py:demo --workdir runs/usdm
   train    python -m jaxsd train    --config configs/usdm.py --stage pretrain --workdir $WORKDIR
+Size       7 B in the paper: Mistral 7B and 10,002 rows in both tables; the released one has one
+           more, for padding.
 Evidence   the layout's relations against the paper's statistics (tests/test_layout_spans.py) and
            both grids against hand-drawn ones. Trained by us at scale: no. The number of steps is
            not stated by the source; the released table has one more row, a padding token.

@@ -9,9 +9,10 @@ continuing.
   smoke    python -m jaxsd train    --config configs/voicecraft.py:tiny --workdir runs/tiny
   demo     python -m jaxsd train    --config configs/voicecraft.py:demo --workdir runs/voicecraft
   train    python -m jaxsd train    --config configs/voicecraft.py --workdir $WORKDIR
-Evidence   stretches read back one by one (tests/test_layout_parallel.py). Trained here on the tiny
-           size only. Heads are linear, layers rotary and gated, of the same size; gaps are ids of
-           every row in place of embeddings of a column; words stand in for phonemes in the demo.
+Size       830 M in the paper; heads are linear here, and each table has rows for all codebooks.
+Evidence   stretches read back one by one (tests/test_layout_parallel.py). Trained by us at scale:
+           no. Heads are linear, layers rotary and gated, of the same size; gaps are ids of every
+           row in place of embeddings of a column; words stand in for phonemes in the demo.
 """
 
 import ml_collections as mlc
@@ -54,6 +55,7 @@ def get_config(arg=None):
         c.data = dict(path='', sources=dict(sound=dict(select=('story',))))
         parts.demo_answers(c, evals=('sound',), stages=[
             ('pretrain', dict(sound=1.0), dict(steps=1_000, lr=3e-3))])
+        c.evals.matched = dict(name='matched', source='sound')
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=1, heads=4, mlp=64)
         parts.tiny(c, columns=192)

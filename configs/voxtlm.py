@@ -7,6 +7,8 @@ The first marker says what is given and the second what is asked; only what is a
   smoke    python -m jaxsd train    --config configs/voxtlm.py:tiny --workdir runs/voxtlm_tiny
   demo     python -m jaxsd train    --config configs/voxtlm.py:demo --workdir runs/voxtlm
   train    python -m jaxsd train    --config configs/voxtlm.py --workdir $WORKDIR
+Size       350 M by the name of the model that it begins from (OPT-350M, 331 M); gated layers with
+           three matrices make the rest.
 Evidence   the grids against hand-drawn ones. Trained by us at scale: no. Departures: the decoder
            has the size of OPT-350M and this project's rotary positions, root-mean-square norms and
            gated feed-forward; a unit is a token, where the paper spells units as letters of one

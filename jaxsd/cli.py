@@ -83,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--tasks', help='comma-separated names of config.evals (default: all)')
     p.add_argument('--split', default='test', help='split of the dataset (default: test)')
     p.add_argument('--limit', type=_positive, help='at most so many items per task')
+    p.add_argument('--untrained', action='store_true',
+                   help='measure the model as it was before any training: a floor')
 
     p = verb('generate', 'speak or write with a trained model, from a file or the dataset')
     p.add_argument('--stage', help='the stage to speak with (default: the last)')
@@ -134,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--stage', help='the stage to time (default: the first)')
     p.add_argument('--steps', type=_positive, default=20, help='steps to time (default: 20)')
     p.add_argument('--out', metavar='OUT.json', help='also write the figures here')
+
+    p = verb('systems', 'write one page of all systems and what their demos do', workdir=False,
+             many=True)
+    p.add_argument('--runs', required=True, metavar='DIR',
+                   help='run directories of the demos, named like the config files')
+    p.add_argument('--out', required=True, metavar='OUT.md')
 
     p = verbs.add_parser('report', help='one HTML page with curves, grids, tables and audio',
                          description='One HTML page with curves, grids, tables and audio.')
@@ -234,7 +242,7 @@ def _evaluate(args, config):
     from jaxsd import evaluate
     tasks = tuple(filter(None, (args.tasks or '').split(',')))
     evaluate.run(config, args.workdir, stage_name=args.stage, tasks=tasks, split=args.split,
-                 limit=args.limit)
+                 limit=args.limit, untrained=args.untrained)
 
 
 def _generate(args, config):
@@ -327,8 +335,14 @@ def _report(args, _):
     print(args.out)
 
 
+def _systems(args, _):
+    from jaxsd import systems
+    systems.write(args.config, args.runs, args.out)
+    print(args.out)
+
+
 VERBS = dict(show=_show, train=_train, evaluate=_evaluate, generate=_generate, export=_export,
-             plan=_plan, bench=_bench, report=_report)
+             plan=_plan, bench=_bench, report=_report, systems=_systems)
 VERBS['import'] = _import
 
 
@@ -384,6 +398,9 @@ def _main(argv: list[str]) -> int:
             targets.prepare(map(targets.parse, args.topology))
             args.command = shlex.join(['python', '-m', 'jaxsd', *argv])
             config = [_checked(configs.read(spec), overrides) for spec in args.config]
+        elif args.verb == 'systems':
+            if overrides:
+                raise ConfigError('systems takes no --config overrides')
         elif args.verb != 'report':
             if args.config is None:
                 from jaxsd import run

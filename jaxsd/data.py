@@ -460,6 +460,11 @@ def examples(config, split: str, source: str, *, vocab: Vocab | None = None,
         yield fill(dataset.record(split, int(i)), options.get('fields', {}))
 
 
+def layout_of(config, source: str) -> dict:
+    """The options of the layout that draws `source`: its own or the config's."""
+    return _source_options(config, source)[0]['layout']
+
+
 def grid(config, source: str, vocab: Vocab, *, split: str = 'train', index: int = 0) -> Grid:
     """Record `index` of `source` as its layout draws it. Raises ConfigError past the end."""
     dataset = open_dataset(_data_options(config)['path'], config['codec'])

@@ -2,12 +2,12 @@
 """Likelihood and generation metrics as functions of a trained stage and a data source.
 
 A task is a function `task(lm, *, split, limit, <options>) -> dict` named in `config.evals`. It
-returns `metrics` (name -> number), `items` (how many things were measured), and perhaps a `note`
-and a `histogram`. Results go to WORKDIR/evaluation.json, one entry per task and split.
+returns `metrics` (name -> number), `items` (how many things were measured), and perhaps a `note`,
+a `histogram` and `judged`: the metric to look at first, and its floor, which is another metric (the
+same answers beside a wrong input) or a number. Results go to WORKDIR/evaluation.json, one entry per
+task, split and stage; the untrained model is a stage of its own.
 """
 
-import copy
-import csv
 import json
 import logging
 import math
@@ -16,15 +16,15 @@ import sys
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsd import data, generate, model, reply, sharding, speak
+from jaxsd import data, generate, likelier, model, reply, sharding, speak
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
 from jaxsd.layout import duplex, flat, template
+from jaxsd.likelier import gold_pairs, pair_scores, preferred
 from jaxsd.state import mesh_of
 from jaxsd.types import NOTHING, Record, positive
 
@@ -38,10 +38,7 @@ def _totals(config, stage: stages.Stage, place: sharding.Place = sharding.anywhe
 
     A head that trains on a random share of the columns scores all of them here.
     """
-    whole = copy.deepcopy(config)
-    if 'fraction' in whole.head:
-        whole.head.fraction = 1.0
-    graph, objective = model.abstract(whole, stage.lora)[0], model.objective_of(config)
+    graph, objective = likelier.whole(config, stage), model.objective_of(config)
 
     @jax.jit
     def totals(params, batch):
@@ -120,14 +117,26 @@ def error_rates(said: list[str], heard: list[str]) -> dict[str, float]:
     return {'WER %': 100 * jiwer.wer(said, heard), 'exact %': 100 * float(exact)}
 
 
+JUDGED_BY_WORDS = ('WER %', 'wrong-sentence WER %')
+
+
+def beside_others(said: list[str], heard: list[str]) -> dict[str, float]:
+    """`error_rates`, and the words heard against the sentence after each: what a guess is worth."""
+    others = error_rates(said[1:] + said[:1], heard)['WER %']
+    return error_rates(said, heard) | {'wrong-sentence WER %': others}
+
+
 def asr(lm: generate.LM, *, split: str, limit: int | None, source: str) -> dict:
-    """Word error rate of writing down held-out speech (jiwer), greedy."""
+    """Word error rate of writing down held-out speech (jiwer), greedy.
+
+    The floor is the same transcripts against other sentences, as in the tasks below.
+    """
     records = list(data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit))
     given, asked = generate.markers(lm.config, source)
     units = [flat.speech_tokens(r.units[0], lm.vocab) for r in records]
     heard = generate.transcribe(lm, units, given, asked)
-    return dict(metrics=error_rates([_said(r) for r in records], heard), items=len(records),
-                note='greedy; words pooled over sentences')
+    return dict(metrics=beside_others([_said(r) for r in records], heard), items=len(records),
+                judged=JUDGED_BY_WORDS, note='greedy; words pooled over sentences')
 
 
 def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener: str = 'asr'
@@ -140,10 +149,70 @@ def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener
     said = [_said(r) for r in records]
     spoken = generate.read_aloud(lm, said, *generate.markers(lm.config, source))
     heard = generate.transcribe(lm, spoken, *generate.markers(lm.config, listener))
-    others = said[1:] + said[:1]
-    return dict(metrics={'round-trip WER %': error_rates(said, heard)['WER %'],
-                         'wrong-sentence WER %': error_rates(others, heard)['WER %']},
-                items=len(records), note='greedy synthesis, transcribed by the same model')
+    found = beside_others(said, heard)
+    return dict(metrics={'round-trip WER %': found['WER %'],
+                         'wrong-sentence WER %': found['wrong-sentence WER %']},
+                items=len(records), judged=('round-trip WER %', 'wrong-sentence WER %'),
+                note='greedy synthesis, transcribed by the same model')
+
+
+def listening(lm: generate.LM, *, split: str, limit: int | None, source: str, batch: int = 16
+              ) -> dict:
+    """Word error rate of what is written while held-out speech is heard, a frame at a time, greedy.
+
+    Recognition by delay alone (arXiv 2410.00037 §5.7): `source` is drawn with a speaker who is only
+    heard and with that speaker's words some columns late. Words that its grid has no room for at
+    the end are not counted.
+    """
+    positive('evals.listening', batch=batch)
+    v, text = lm.vocab, lm.text()
+    options = data.layout_of(lm.config, source)
+    if options['name'] != 'duplex.columns' or options.get('text') != 'theirs':
+        raise ConfigError(f'listening: data.sources.{source} must be drawn by duplex.columns with '
+                          "text='theirs'")
+    late = generate.layout_delays(options, v)
+    records = list(data.examples(lm.config, split, source, vocab=v, limit=limit))
+    records.sort(key=lambda r: r.codes.shape[-1])       # so that few columns are padding
+    silent = [k for k, row in enumerate(v.rows) if row.name.startswith('mine')]
+
+    def words(columns):
+        return ' '.join(w for _, w in generate.words_at(v, text, duplex.undelay(columns, late)[0]))
+    said, heard = [], []
+    for part in generate.in_parts(records, batch):
+        plans = [generate.conversation_plan(v, r.codes[options['theirs']], late) for r in part]
+        for plan in plans:
+            plan[silent] = np.where(plan[silent] == generate.FREE, NOTHING, plan[silent])
+        plans += plans[-1:] * (batch - len(part))
+        heard += [words(x) for x in generate.converse(lm.speaker(), plans)[:len(part)]]
+        said += [words(data.drawn(lm.config, source, v, r).tokens) for r in part]
+    return dict(metrics=beside_others(said, heard), items=len(records), judged=JUDGED_BY_WORDS,
+                note='greedy, frame by frame; words pooled over records')
+
+
+# What was given, or another's.
+
+def matched(lm: generate.LM, *, split: str, limit: int | None, source: str, given: str = 'before',
+            batch: int = 16) -> dict:
+    """Is what follows likelier after what belongs to it than after what another record begins with?
+
+    given: 'before', a question or a text to be read, the columns before the first scored one;
+    'half', the first half of a record; or rows, by the first word of their name: 'text' beside
+    which a voice speaks, 'theirs' beside whom I do. nats: of the same scored cells, by weight, upon
+    their own and upon another's. right: how often their own is the likelier; guessing makes 50. The
+    other record is one in the same voice, where there is one.
+    """
+    positive('evals.matched', batch=batch)
+    records = reply.examples(lm, source, split=split, limit=limit)
+    pairs = [likelier.given_another(*pair, given, lm.vocab.rows)
+             for pair in likelier.beside_another(records, reply.drawn(lm, source, records)[0])]
+    if not pairs:
+        raise ConfigError(f'matched: split {split} of {source} has no two records that say '
+                          'different things')
+    own, wrong = (likelier.grid_scores(lm, list(x), batch=batch) for x in zip(*pairs, strict=True))
+    return dict(metrics={'right %': 100 * preferred(own, wrong), 'nats': -float(own.mean()),
+                         'nats/another': -float(wrong.mean())},
+                items=len(pairs), judged=('right %', 50.0), note='teacher-forced; given: '
+                f'{given}; right by guessing: 50 %')
 
 
 # Answers by a template.
@@ -196,7 +265,8 @@ def exchanges(lm: generate.LM, *, split: str, limit: int | None, source: str,
     return dict(metrics={
         'correct %': 100 * float(np.mean([right(q, a) for q, a in zip(found, heard, strict=True)])),
         'chance %': 100 * float(np.mean([right(q, a) for q, a in zip(others, heard, strict=True)]))
-    }, items=len(found), note='greedy; the written answer, one question at a time')
+    }, items=len(found), judged=('correct %', 'chance %'),
+        note='greedy; the written answer, one question at a time')
 
 
 # Answers written and spoken side by side.
@@ -235,7 +305,9 @@ def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
                 metrics |= {'UER %': rates['WER %'], 'UER %/floor': other['WER %']}
             else:
                 metrics |= rates | {'WER %/floor': other['WER %']}
-    return dict(metrics=metrics, items=len(records), note='greedy; floors: another one\'s answer')
+    judged = 'WER %' if 'WER %' in metrics else 'UER %'
+    return dict(metrics=metrics, items=len(records), judged=(judged, f'{judged}/floor'),
+                note='greedy; floors: another one\'s answer')
 
 
 # Continuations across modalities.
@@ -249,23 +321,6 @@ def _split_story(record, unit_hz: float):
     first = [w for w in record.words if w.start_s < cut_s]
     second = [w for w in record.words if w.start_s >= cut_s]
     return first, units[:cut], second, units[cut:]
-
-
-def sequence_score(logp_KT, weights_KT, norm: str) -> float:
-    """How likely a sequence is: sum of weight x log-probability, or that per scored column.
-
-    weights: 0 where nothing is scored; codebooks may weigh differently (arXiv 2410.00037 §5.4).
-    """
-    if norm not in ('mean', 'sum'):
-        raise ConfigError(f"norm is 'mean' or 'sum', got {norm!r}")
-    total = float(np.sum(np.where(weights_KT > 0, logp_KT, 0.0) * weights_KT))
-    return total / max(1, int((weights_KT > 0).any(0).sum())) if norm == 'mean' else total
-
-
-def preferred(good, bad) -> float:
-    """The share of pairs whose first member scores higher; a tie counts half."""
-    good, bad = np.asarray(good), np.asarray(bad)
-    return float(np.mean(np.where(good == bad, 0.5, good > bad)))
 
 
 def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'aligned',
@@ -287,15 +342,6 @@ def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'al
     parts = [_split_story(r, lm.config.codec.frame_hz) for r in records]
     v = lm.vocab
 
-    def wrong_of(i):
-        """The next story in the same voice whose second sentence is another one."""
-        said = records[i].turns[1].text
-        order = [(i + k) % len(records) for k in range(1, len(records))]
-        fits = [j for j in order if records[j].turns[1].text != said]
-        same = [j for j in fits if records[j].style[:1] and
-                records[j].style[0].split()[0] == records[i].style[0].split()[0]]
-        return (same or fits or [i])[0]
-
     def tokens(kind, words, units):
         return flat.text_tokens(words, v) if kind == 'T' else flat.speech_tokens(units, v)
 
@@ -305,7 +351,8 @@ def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'al
         for b in 'TS':
             rows, legal = [], generate.allowed_ids(v, 'text' if b == 'T' else 'speech')
             for i, (w1, u1, w2, u2) in enumerate(parts):
-                j = wrong_of(i)
+                j = likelier.other(records, i, lambda r: r.turns[1].text)
+                j = i if j is None else j
                 for words, units in ((w2, u2), (parts[j][2], parts[j][3])):
                     # A continuation in the same modality goes on without a new marker.
                     middle = [marker[b]] if a != b else []
@@ -314,74 +361,9 @@ def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'al
             scores = pair_scores(lm, rows, norm=norm, scope=scope, legal=legal if alone else None)
             metrics[f'nats/{a}->{b}'] = -float(np.mean(scores[0::2]))
             metrics[f'right %/{a}->{b}'] = 100 * preferred(scores[0::2], scores[1::2])
-    return dict(metrics=metrics, items=len(records),
+    return dict(metrics=metrics, items=len(records), judged=('right %/S->T', 50.0),
                 note=f'{norm} nats ({scope}) of the second sentence given the first; T text, '
                      'S speech')
-
-
-def pair_scores(lm: generate.LM, rows, *, norm: str, scope: str, legal=None, batch: int = 32
-                ) -> np.ndarray:
-    """`sequence_score` of each (prompt, continuation): ids of one row.
-
-    scope: 'continuation', or 'full', everything but the first id. legal: bool [V], the ids that the
-    probability is shared among; a token outside them is not scored.
-    """
-    if scope not in ('continuation', 'full'):
-        raise ConfigError(f"scope is 'continuation' or 'full', got {scope!r}")
-    columns = -(-max(len(p) + len(c) for p, c in rows) // 64) * 64
-
-    @jax.jit
-    def logp_of(params, arrays):
-        lm_ = nnx.merge(lm.graph, params)
-        if legal is None:
-            return lm_(arrays, jax.random.key(0))[0]
-        logits = jnp.where(legal, lm_.scores(arrays)[0][:, :-1], -jnp.inf)
-        chosen = jnp.maximum(arrays['tokens'][:, 0, 1:], 0)[..., None]
-        found = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)
-        return jnp.pad(found[..., 0], ((0, 0), (1, 0)))[:, None]
-    out = []
-    for part in generate.in_parts(rows, batch):
-        tokens = np.full((batch, 1, columns), NOTHING, np.int32)
-        weights = np.zeros((batch, 1, columns), np.float32)
-        for i, (prompt, continuation) in enumerate(part):
-            n, m = len(prompt), len(continuation)
-            tokens[i, 0, :n + m] = np.concatenate([prompt, continuation])
-            weights[i, 0, n if scope == 'continuation' else 1:n + m] = 1
-        if legal is not None:
-            weights *= legal[np.maximum(tokens, 0)]
-        arrays = dict(tokens=tokens, weights=weights, segment=(tokens[:, 0] >= 0).astype(np.int32),
-                      position=np.tile(np.arange(columns, dtype=np.int32), (batch, 1)))
-        logp = np.asarray(logp_of(lm.params, arrays))
-        out += [sequence_score(x, w, norm) for x, w in zip(logp, weights, strict=True)][:len(part)]
-    return np.array(out)
-
-
-def gold_pairs(path: str) -> dict[str, list[tuple[str, str]]]:
-    """{item: [(right file, wrong file) in each voice]} of a ZeroSpeech 2021 gold.csv.
-
-    Its columns id, voice, filename and correct are read; a pair is what one voice says of one item.
-    Raises ConfigError for another file and for a pair that is none.
-    """
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    try:
-        with open(path, newline='', encoding='utf-8') as f:
-            for row in csv.DictReader(f):
-                one = found.setdefault((row['id'], row['voice']), {})
-                if row['correct'] not in ('0', '1') or row['correct'] in one:
-                    raise ValueError(f'item {row["id"]} of voice {row["voice"]} is no pair of '
-                                     'correct 1 and 0')
-                one[row['correct']] = row['filename']
-        lone = [key for key, one in found.items() if len(one) != 2]
-        if lone or not found:
-            raise ValueError(f'item {lone[0][0]} of voice {lone[0][1]} has no pair' if lone else
-                             'it lists nothing')
-    except (OSError, KeyError, ValueError, csv.Error) as e:
-        said = f'it has no column {e}' if isinstance(e, KeyError) else e
-        raise ConfigError(f'{path} lists no pairs: {said}') from None
-    out: dict[str, list[tuple[str, str]]] = {}
-    for (item, _), one in found.items():
-        out.setdefault(item, []).append((one['1'], one['0']))
-    return out
 
 
 def pairs(lm: generate.LM, *, split: str, limit: int | None, path: str, source: str,
@@ -413,6 +395,7 @@ def pairs(lm: generate.LM, *, split: str, limit: int | None, path: str, source: 
         by_item.append(preferred(mine[0::2], mine[1::2]))
         at += 2 * len(files)
     return dict(metrics={'right %': 100 * float(np.mean(by_item))}, items=len(items),
+                judged=('right %', 50.0),
                 note=f'{norm} over the whole row; voices averaged first, ties count half')
 
 
@@ -495,7 +478,7 @@ def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batc
     asked, kinds = _questions(config, os.path.join(config.data.path, questions))
     records = list(data.examples(config, split, source, vocab=v, limit=limit))
     hz = config.codec.frame_hz
-    late = generate.layout_delays(config, v)
+    late = generate.layout_delays(plain(config.layout), v)
     speaker = lm.speaker()
     text = lm.text()
     records.sort(key=lambda r: r.codes.shape[-1])       # so that few columns are padding
@@ -510,15 +493,23 @@ def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batc
     if not found:
         raise ConfigError(f'answers: split {split} of {source} asks no question of {questions}')
     metrics, latency = summary(found)
-    return dict(metrics=metrics, items=len(found), histogram=dict(
+    return dict(metrics=metrics, items=len(found), judged=('correct %', None), histogram=dict(
         name=f'latency in frames of {1000 / hz:.0f} ms', values=[float(x) for x in latency]),
         note='the model hears the user frame by frame; everything it says is its own')
 
 
 # Running tasks.
 
-def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=None) -> list[dict]:
-    """Runs the named tasks (default: all of config.evals) and writes evaluation.json."""
+UNTRAINED = 'untrained'
+"""The stage that entries of the model as it was drawn are of; its step is 0."""
+
+
+def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=None,
+        untrained: bool = False) -> list[dict]:
+    """Runs the named tasks (default: all of config.evals) and writes evaluation.json.
+
+    untrained: measures the stage's model as the seed draws it, the floor of everything learned.
+    """
     every = plain(config.evals)
     for task in tasks:
         if task not in every:
@@ -529,13 +520,13 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
     if not chosen:
         raise ConfigError('config.evals names no task')
     recorded(workdir)       # a file that cannot be added to is said before the work
-    lm = generate.load(config, workdir, stage_name)
+    lm = generate.load(config, workdir, stage_name, untrained=untrained)
     entries = []
     for name, task in chosen.items():
         log.info('evaluating %s on split %s', name, split)
         found = task(lm, split=split, limit=limit)
-        entries.append(dict(task=name, split=split, stage=lm.stage.name, step=lm.step, limit=limit,
-                            **found))
+        entries.append(dict(task=name, split=split, stage=UNTRAINED if untrained else lm.stage.name,
+                            step=lm.step, limit=limit, **found))
         _table(entries[-1])
     record(workdir, entries)
     return entries

@@ -20,7 +20,7 @@ from flax import nnx
 
 from jaxsd import checkpoint, data, model
 from jaxsd import stage as stages
-from jaxsd.config import ConfigError, plain
+from jaxsd.config import ConfigError
 from jaxsd.layout import chunks, duplex, flat
 from jaxsd.types import NOTHING, Where
 from jaxsd.vocab import Text, Vocab, initial
@@ -466,10 +466,17 @@ class LM:
         return Text(self.vocab.tokenizer)
 
 
-def load(config, workdir: str, stage_name: str | None = None) -> LM:
-    """The newest sound checkpoint of a stage. Raises CheckpointError or ConfigError."""
+def load(config, workdir: str, stage_name: str | None = None, *, untrained: bool = False) -> LM:
+    """The newest sound checkpoint of a stage, or its model as the config's seed draws it.
+
+    Raises CheckpointError or ConfigError.
+    """
     stage = stages.find(config, stage_name)
     graph, shapes, _ = model.abstract(config, stage.lora)
+    if untrained:
+        params = jax.jit(lambda key: model.init(config, key, stage.lora))(
+            jax.random.key(config.seed))
+        return LM(config, stage, model.make_vocab(config), graph, params, 0, workdir)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, stage.name), target)
@@ -488,7 +495,7 @@ def prompt(vocab: Vocab, *parts) -> np.ndarray:
 
 def markers(config, source: str) -> tuple[str, str]:
     """The two markers of a source that pairs fields: of what is given, of what is asked."""
-    layout = plain(config.data.sources[source]).get('layout') or plain(config.layout)
+    layout = data.layout_of(config, source)
     fields = layout.get('fields', ())
     if len(fields) != 2:
         raise ConfigError(f'data.sources.{source} must be drawn by two fields, got {fields}')
@@ -525,9 +532,8 @@ def read_aloud(lm: LM, texts: list[str], given: str, asked: str, *, most_tokens:
     return out
 
 
-def layout_delays(config, vocab: Vocab) -> tuple[int, ...]:
-    """Each row's delay in columns under the config's own layout."""
-    layout = plain(config.layout)
+def layout_delays(layout: dict, vocab: Vocab) -> tuple[int, ...]:
+    """Each row's delay in columns under the options of a layout."""
     return duplex.delays(vocab, acoustic_delay_columns=layout.get('acoustic_delay_columns', 1),
                          text_delay_columns=layout.get('text_delay_columns', 0))
 

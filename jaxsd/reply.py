@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxsd import data, generate
-from jaxsd.config import ConfigError, bind, plain
+from jaxsd.config import ConfigError, bind
 from jaxsd.generate import FREE, Manners, Speaker, Stream
 from jaxsd.layout import parallel
 from jaxsd.types import NOTHING, Grid, Record
@@ -155,12 +155,9 @@ def spoken(config, layout: dict, vocab: Vocab, columns_KT: np.ndarray) -> np.nda
 
 def drawn(lm: generate.LM, source: str, records: list[Record]) -> tuple[list[Grid], dict]:
     """The grids of `records` as `source` draws them, and that layout's options."""
-    options = plain(lm.config.data.sources[source]).get('layout') or plain(lm.config.layout)
+    options = data.layout_of(lm.config, source)
     make = bind(options, 'jaxsd.layout', f'data.sources.{source}.layout', given=('vocab', 'rng'))
     grids = [make(r, vocab=lm.vocab, rng=np.random.default_rng(i)) for i, r in enumerate(records)]
-    if not options['name'].startswith('parallel.'):
-        raise ConfigError(f'data.sources.{source} is drawn by {options["name"]}: replies are those '
-                          'of the layouts of layout.parallel')
     return grids, options
 
 
@@ -169,7 +166,11 @@ def replies(lm: generate.LM, grids: list[Grid], layout: dict, *, most_columns: i
     """(text ids, codes [books, frames]) of the answer to each grid's question, greedy.
 
     Where a model can be asked in text alone, too, that answer guides the spoken one (`in_pairs`).
+    Raises ConfigError for grids of other layouts than those of `layout.parallel`.
     """
+    if not layout['name'].startswith('parallel.'):
+        raise ConfigError(f'replies are those of the layouts of layout.parallel, not of '
+                          f'{layout["name"]}')
     v, out = lm.vocab, []
     speaker = lm.speaker()._replace(manners=manners_of(v))
     paired = 'answer' in v.specials and bool(speaker.manners.ends) and layout.get('said') != 'text'

@@ -16,7 +16,7 @@ import numpy as np
 from jaxsd import data, generate, model
 from jaxsd import run as rundir
 from jaxsd.codec import whole_wav
-from jaxsd.config import ConfigError, bind
+from jaxsd.config import ConfigError, bind, plain
 from jaxsd.layout import duplex, flat
 from jaxsd.vocab import Text
 
@@ -294,7 +294,7 @@ def _t2t(lm, codec, texts, sampler, seed, records=None):
 
 def _duplex(lm, codec, wavs, sampler, seed, records=None):
     """Plays the other speaker's sound to the model and records both: [2, samples], mine first."""
-    late = generate.layout_delays(lm.config, lm.vocab)
+    late = generate.layout_delays(plain(lm.config.layout), lm.vocab)
     heard = ([r.codes[1] for r in records] if records else
              [codec.encode(w[-1]) for w in wavs])        # the second channel of two is the user's
     if min(codes.shape[1] for codes in heard) <= max(late):

@@ -2,6 +2,7 @@
 """Is what `evaluate` reports what a plain reading of the model's own scores says?"""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -14,7 +15,7 @@ import pytest
 from flax import nnx
 from test_configs import on, read
 
-from jaxsd import checkpoint, data, evaluate, generate, model, speak
+from jaxsd import checkpoint, data, evaluate, generate, likelier, model, speak
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind
@@ -160,6 +161,8 @@ def test_recognition_is_greedy_and_scored_over_all_words(flat_lm, heard):
     found = evaluate.asr(flat_lm, split='train', limit=3, source='asr')
     said = [' '.join(w.text for w in r.words) for r in records]
     assert found['metrics']['WER %'] == pytest.approx(100 * jiwer.wer(said, wrote))
+    assert found['metrics']['wrong-sentence WER %'] == pytest.approx(
+        100 * jiwer.wer([said[1], said[2], said[0]], wrote))
     assert found['metrics']['exact %'] == 0 and found['items'] == 3
     assert any(wrote)
 
@@ -193,6 +196,33 @@ def test_reading_aloud_stays_in_its_units(flat_lm):
     prompt = [v.specials['bos'], v.specials['[Text]'], *flat_lm.text().encode('the'),
               v.specials['[TTS]']]
     assert list(spoken[0]) == greedy(flat_lm, prompt, 'speech', 40)
+
+
+def test_listening_is_greedy_frame_by_frame(streams_lm):
+    """By whole forward passes over what there is so far: their codes are given, mine are nothing,
+    and words are read off the text row that many columns late."""
+    lm, v = streams_lm, streams_lm.vocab
+    found = evaluate.listening(lm, split='train', limit=2, source='stories')
+    said, heard, mine = [], [], [k for k, r in enumerate(v.rows) if r.name.startswith('mine')]
+    records = data.examples(lm.config, 'train', 'stories', vocab=v, limit=2)
+    for r in sorted(records, key=lambda r: r.codes.shape[-1]):
+        true = data.drawn(lm.config, 'stories', v, r).tokens
+        tokens = true.copy()
+        for k, row in enumerate(v.rows):
+            if row.name.startswith('theirs'):       # nothing is masked when it is measured
+                late = 0 if row.name == 'theirs 0' else 1
+                tokens[k, 1 + late:] = (row.start + r.codes[0, int(row.name.split()[1])]
+                                        )[:tokens.shape[1] - 1 - late]
+        assert (tokens[mine, 2:] == NOTHING).all()
+        for t in range(9, tokens.shape[1]):
+            tokens[0, t] = alone(lm, tokens[:, :t])[0][-1].argmax() + v.rows[0].start
+        for out, columns in ((said, true), (heard, tokens)):
+            out.append(' '.join(w for _, w in words_at(v, lm.text(), columns[0, 9:])))
+    assert all(said) and any(heard)
+    assert all(r.startswith(x) for r, x in zip(
+        sorted(' '.join(w.text for w in r.words) for r in data.examples(
+            lm.config, 'train', 'stories', vocab=v, limit=2)), sorted(said), strict=True))
+    assert found['metrics'] == pytest.approx(evaluate.beside_others(said, heard))
 
 
 # Stories.
@@ -239,16 +269,16 @@ def test_stories_are_scored_like_a_reader_would(flat_lm):
 def test_scores_of_pairs_are_what_they_say():
     """Ten tokens at -1.0 against eight at -1.1: the sum prefers the second, the mean the first."""
     def score(values, norm, weight=1.0):
-        return evaluate.sequence_score(np.array([values]), np.full((1, len(values)), weight), norm)
+        return likelier.sequence_score(np.array([values]), np.full((1, len(values)), weight), norm)
     first, second = [-1.0] * 10, [-1.1] * 8
     assert score(first, 'sum') == -10 and score(second, 'sum') == pytest.approx(-8.8)
     assert score(first, 'mean') == -1 and score(second, 'mean') == pytest.approx(-1.1)
     # A column of eight codebooks, weighted 100 and 1 (arXiv 2410.00037 §5.4).
     logp, weights = -np.array([[2.0], *[[1.5]] * 7]), np.array([[100.0], *[[1.0]] * 7])
-    assert evaluate.sequence_score(logp, weights, 'mean') == pytest.approx(-210.5)
+    assert likelier.sequence_score(logp, weights, 'mean') == pytest.approx(-210.5)
     # What weighs nothing is not scored, even where it is impossible.
     never, weights = np.array([[-np.inf, -1.0]]), np.array([[0.0, 1.0]])
-    assert evaluate.sequence_score(never, weights, 'mean') == -1
+    assert likelier.sequence_score(never, weights, 'mean') == -1
     assert evaluate.preferred([1, 2, 3, 4], [0, 2, 5, 4]) == 0.5
     with pytest.raises(ConfigError, match="norm is 'mean' or 'sum', got 'max'"):
         score(first, 'max')
@@ -466,6 +496,14 @@ def test_results_replace_those_of_the_same_task_and_split(flat_lm, capsys):
     assert [(e['task'], e['split']) for e in stored] == [
         ('likelihood', 'train'), ('stories', 'test'), ('likelihood', 'test')]
     assert stored[2]['metrics'] != first[0]['metrics']
+    # The model as it was drawn is measured beside it, and does not take its place.
+    floor, = evaluate.run(lm.config, lm.workdir, tasks=('likelihood',), limit=2, untrained=True)
+    assert (floor['stage'], floor['step']) == ('untrained', 0)
+    drawn = model.init(lm.config, jax.random.key(lm.config.seed))
+    assert floor['metrics'] == pytest.approx(evaluate.likelihood(
+        dataclasses.replace(lm, params=drawn), split='test', limit=2,
+        sources=tuple(lm.config.evals.likelihood.sources))['metrics'], rel=1e-5)
+    assert evaluate.recorded(lm.workdir) == stored + json.loads(json.dumps([floor]))
     assert evaluate.likelihood(lm, split='test', limit=2, sources=tuple(
         lm.config.evals.likelihood.sources))['metrics'] == pytest.approx(stored[2]['metrics'])
 

@@ -200,3 +200,45 @@ def test_the_quickstart_skips_what_is_done(tmp_path):
     assert run('quickstart.sh', **settings, HOURS=3).returncode == 0
     other = run('quickstart.sh', **settings, HOURS=30)
     assert other.returncode == 1 and 'move it away' in other.stderr
+
+
+def test_demos_go_on_and_skip_what_is_done(tmp_path):
+    """Every stage by one train, measured twice; a system that fails holds nobody up."""
+    for name in ('_parts', 'moshi', 'twist', 'voxtlm'):
+        (tmp_path / 'configs').mkdir(exist_ok=True)
+        (tmp_path / 'configs' / f'{name}.py').touch()
+    (tmp_path / 'data' / 'demo').mkdir(parents=True)
+    (tmp_path / 'data' / 'demo' / 'manifest.json').touch()
+    shutil.copytree(LAUNCH, tmp_path / 'launch')
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/bash\necho "$*" >> calls\n'
+                      '[[ -e broken && "$*" == *evaluate*twist* ]] && exit 1; exit 0\n')
+    python.chmod(0o755)
+
+    def called(**env):
+        (tmp_path / 'calls').unlink(missing_ok=True)
+        out = run('demos.sh', folder=tmp_path / 'launch', PYTHON=python, LIMIT=5, **env)
+        lines = (tmp_path / 'calls').read_text().splitlines()
+        assert lines[-1] == ('-m jaxsd systems --config configs/moshi.py configs/twist.py '
+                             'configs/voxtlm.py --runs runs/demos --out docs/systems.md')
+        return out, lines[:-1]
+    (tmp_path / 'broken').touch()
+    out, lines = called()
+    assert out.returncode == 1 and out.stderr == 'demos: failed: twist\n'
+    assert lines == [
+        '-m jaxsd train --config configs/moshi.py:demo,share=0.25 --workdir runs/demos/moshi',
+        '-m jaxsd evaluate --workdir runs/demos/moshi --limit 5',
+        '-m jaxsd evaluate --workdir runs/demos/moshi --limit 5 --untrained',
+        '-m jaxsd train --config configs/twist.py:demo --workdir runs/demos/twist',
+        '-m jaxsd evaluate --workdir runs/demos/twist --limit 5',
+        '-m jaxsd train --config configs/voxtlm.py:demo --workdir runs/demos/voxtlm',
+        '-m jaxsd evaluate --workdir runs/demos/voxtlm --limit 5',
+        '-m jaxsd evaluate --workdir runs/demos/voxtlm --limit 5 --untrained']
+    (tmp_path / 'broken').unlink()
+    out, lines = called()
+    assert out.returncode == 0 and len(lines) == 3 and all('twist' in x for x in lines)
+    later = time.time() + 5
+    os.utime(tmp_path / 'configs' / 'moshi.py', (later, later))     # it was changed since
+    out, lines = called(SYSTEMS='voxtlm')
+    assert out.returncode == 0 and lines == [] and '-- done before: voxtlm' in out.stdout
+    assert len(called()[1]) == 3

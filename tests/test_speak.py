@@ -13,7 +13,7 @@ from test_configs import on, read
 from test_evaluate import made
 
 from jaxsd import cli, codec, data, generate, speak
-from jaxsd.config import ConfigError
+from jaxsd.config import ConfigError, plain
 from jaxsd.layout import flat
 
 FLAT = ('asr', 'tts', 's2s', 't2t')
@@ -116,7 +116,7 @@ def test_a_conversation_about_a_file(streams_lm, sounds, tmp_path):
         wav = sound_of(run(streams_lm, 'duplex', tmp_path / name, sounds / name))
         said = soundfile.read(sounds / name, dtype='float32', always_2d=True)[0].T
         codes = heard.encode(said[-1])
-        late = max(generate.layout_delays(streams_lm.config, streams_lm.vocab))
+        late = max(generate.layout_delays(plain(streams_lm.config.layout), streams_lm.vocab))
         n = codes.shape[1] - late           # the last columns have no fine codes of mine yet
         assert wav.shape == (2, n * 1280)
         theirs = np.clip(heard.decode(codes[:, :n]), -1, 1)
@@ -181,7 +181,7 @@ def test_examples_of_many_streams(streams_lm, tmp_path):
     assert entry['title'] == f'Answers the caller of {record.id}'
     assert entry['lines']['A right answer'] == ' / '.join(
         t.text for t in record.turns if t.channel == 0) != ''
-    late = max(generate.layout_delays(streams_lm.config, streams_lm.vocab))
+    late = max(generate.layout_delays(plain(streams_lm.config.layout), streams_lm.vocab))
     assert sound_of(out / entry['file']).shape == (2, (record.codes.shape[-1] - late) * 1280)
     times = [float(t) for t in re.findall(r'\[(\S+) s\]', entry['text'])]
     assert times == sorted(times) and all(0 <= t < record.duration_s for t in times)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One page of every system: how it writes time down, how it is trained, what its demo can do.
+
+The page is written from the config files, from run directories made of their demos, and from
+nothing else. A figure appears only where the run is whole, of the config as it stands and of the
+corpus at hand; otherwise there is a dash and the reason. Who runs the demos is not its business
+(launch/demos.sh does).
+"""
+
+import datetime
+import json
+import os
+import re
+from typing import NamedTuple
+
+from jaxsd import config as configs
+from jaxsd import data, dataset, evaluate, goodput, model
+from jaxsd import run as rundir
+from jaxsd import stage as stages
+from jaxsd.config import ConfigError, plain
+from jaxsd.layout import show
+from jaxsd.vocab import Text
+
+COLUMNS = 12            # drawn of a grid of streams; of one row, as a text, four times as many
+
+
+class Run(NamedTuple):
+    """A demo that was trained: its evaluation's entries and where and when it was made."""
+
+    spec: str           # the config file and its argument: demo, perhaps a shorter one
+    entries: list
+    revision: str
+    day: str
+    minutes: float      # of steps
+
+
+def write(specs: list[str], runs: str, out: str) -> None:
+    """Writes the page of the config files `specs`, whose demos lie in `runs`/NAME, to `out`.
+
+    Raises ConfigError for a file that is no config with a demo or has no Size and Evidence.
+    """
+    cards, rows, made = [], [], []
+    for spec in specs:
+        doc = configs.made_by(spec, ())['doc']
+        for name in ('Size', 'Evidence'):
+            if not told(doc, name):
+                raise ConfigError(f'{spec}: its docstring has no line {name}')
+        published, demo = configs.read(spec), configs.read(f'{spec}:demo')
+        name = os.path.basename(spec).removesuffix('.py')
+        run = read_run(os.path.join(runs, name), spec)
+        if isinstance(run, Run):
+            made.append(run)
+            demo = configs.read(run.spec)
+        rows.append(_row(doc, demo, run))
+        cards.append(_card(spec, doc, published, demo, run))
+    rundir.write_atomic(out, '\n'.join([*_head(demo, made), *rows, '', *cards]))
+
+
+def told(doc: str, name: str) -> str:
+    """What a docstring says behind `name` at the left edge, its continued lines joined."""
+    found = re.search(rf'^{name}  +(.*(?:\n {{6,}}\S.*)*)', doc, re.MULTILINE)
+    return ' '.join(found[1].split()) if found else ''
+
+
+def read_run(workdir: str, spec: str) -> Run | str:
+    """The run of the demo of the config file `spec` in `workdir`, or why nothing of it is shown."""
+    if not os.path.exists(os.path.join(workdir, 'config.json')):
+        return 'not run'
+    try:
+        file = rundir.read_run(workdir).get('file', '')
+        if not file.startswith(f'{spec}:demo'):
+            return f'not shown: {workdir} is a run of {file or "an unknown config"}'
+        config = configs.read(file)
+        rundir.same_run(workdir, config, '')
+        ledger = rundir.read_ledger(workdir)
+        entries = evaluate.recorded(workdir)
+    except ConfigError as e:
+        return f'not shown: {e}'
+    last = stages.stages(config)[-1]
+    begun = [e for e in ledger if e.get('event') in ('start', 'resume') and 'dataset' in e]
+    marks = data.fingerprint(config, plain(config.stages)[-1], model.make_vocab(config))
+    if {e['dataset'] for e in begun} != {marks['dataset']}:
+        return f'not shown: trained on another corpus than {config.data.path}'
+    shown = [e for e in entries if e.get('split') == 'test' and e.get('judged') and
+             (e['stage'] == evaluate.UNTRAINED or
+              (e['stage'], e['step']) == (last.name, last.steps))]
+    if not any(e['stage'] == last.name for e in shown):
+        return 'not shown: not trained to the end and evaluated'
+    revisions = dict.fromkeys(e['revision'] for e in begun)
+    day = datetime.datetime.fromtimestamp(begun[-1]['time_s'], datetime.UTC).strftime('%Y-%m-%d')
+    seconds = goodput.account(ledger).get('stepping', 0.0)
+    return Run(file, shown, ' and '.join(revisions), day, seconds / 60)
+
+
+def figures(run: Run) -> list[tuple]:
+    """(task, metric, trained, untrained, wrong input, items) of every task that is judged."""
+    untrained = {e['task']: e for e in run.entries if e['stage'] == evaluate.UNTRAINED}
+    out = []
+    for e in run.entries:
+        if e['stage'] != evaluate.UNTRAINED:
+            metric, floor = e['judged']
+            before = untrained.get(e['task'], {}).get('metrics', {}).get(metric)
+            beside = e['metrics'].get(floor) if isinstance(floor, str) else floor
+            out.append((e['task'], metric, e['metrics'].get(metric), before, beside, e['items']))
+    return out
+
+
+def _number(x) -> str:
+    return '–' if x is None else f'{x:.1f}'
+
+
+def _title(doc: str) -> tuple[str, str]:
+    """(name, what it is) of a docstring's first line."""
+    name, _, rest = doc.partition('\n')[0].partition(': ')
+    return name, rest.rstrip('.')
+
+
+def _papers(doc: str) -> str:
+    found = dict.fromkeys(re.findall(r'arXiv (\d{4}\.\d{5})', ' '.join(doc.split())))
+    links = [f'[{x}](https://arxiv.org/abs/{x})' for x in found]
+    links += [f'[{x}](https://{x})' for x in dict.fromkeys(
+        re.findall(r'\b[\w-]+\.com/[\w/.-]*\w', doc))]
+    return ', '.join(links)
+
+
+def _head(config, made: list[Run]) -> list[str]:
+    manifest = dataset.open_dataset(config.data.path, config.codec).manifest
+    hours = manifest['splits']['train']['hours']
+    revisions = sorted({r.revision for r in made})
+    days = sorted({r.day for r in made})
+    when = (f'The demos shown were trained at {", ".join(revisions)} on {" and ".join(days)}'
+            if made else 'No demo has been trained here')
+    return [
+        '# Systems', '',
+        'Written by `jaxsd systems` from the config files and the run directories of their demos, '
+        'which `launch/demos.sh` trains and evaluates: one command for all of it.', '',
+        f'{when}. Corpus: `{manifest["command"]}`, synthesized speech of a closed vocabulary, '
+        f'{hours:.1f} h to train on; figures are of its split `test`, sentences and wordings '
+        'never heard in training.', '',
+        '*Untrained* is the same model as the seed draws it. *Wrong input* is the same answers '
+        'beside what was not asked (another sentence, another question), or what guessing makes. '
+        'A dash: not run, or not measurable so. *Minutes* are those of steps, on two cores '
+        'and beside other work. Nothing here was trained at its published size.', '',
+        '| system | demo figure | demo | untrained | wrong input | minutes |',
+        '|---|---|---:|---:|---:|---:|']
+
+
+def _row(doc: str, demo, run) -> str:
+    name, _ = _title(doc)
+    link = f'[{name}](#{_anchor(name)})'
+    if isinstance(run, str):
+        task = ', '.join(sorted(set(plain(demo.evals)) - {'likelihood'}))
+        return f'| {link} | {task} | – | – | – | – |'
+    return '\n'.join(
+        f'| {link if i == 0 else ""} | {task}: {metric} | {_number(x)} | {_number(before)} | '
+        f'{_number(beside)} | {f"{run.minutes:.0f}" if i == 0 else ""} |'
+        for i, (task, metric, x, before, beside, _) in enumerate(figures(run)))
+
+
+def _anchor(name: str) -> str:
+    return re.sub(r'[^\w -]', '', name.lower()).replace(' ', '-')
+
+
+def _card(spec: str, doc: str, published, demo, run) -> str:
+    name, what = _title(doc)
+    lines = [f'## {name}', '', f'{what[:1].upper()}{what[1:]}. `{spec}`. {_papers(doc)}', '',
+             '```', _grid(doc, demo), '```', '']
+    lines += ['| stage | begins from | steps × rows | trained | reads |', '|---|---|---|---|---|']
+    for size, config in (('', published), ('demo: ', demo)):
+        lines += [f'| {size}{s.name} | {s.start} | {s.steps:,} × {s.batch:,} | {_trained(s)} | '
+                  f'{_mixture(s)} |' for s in stages.stages(config)]
+    counts = [model.count(model.abstract(c)[1]) for c in (published, demo)]
+    lines += ['', f'Parameters: {counts[0]:,} at published size, {counts[1]:,} in the demo. '
+              f'{_sentence(told(doc, "Size"))}', '']
+    if isinstance(run, str):
+        lines += [f'Demo: {run}.', '']
+    else:
+        lines += ['| demo: task | metric | trained | untrained | wrong input | items |',
+                  '|---|---|---:|---:|---:|---:|']
+        lines += [f'| {task} | {metric} | {_number(x)} | {_number(before)} | {_number(beside)} | '
+                  f'{items} |' for task, metric, x, before, beside, items in figures(run)]
+        lines += ['', f'`{run.spec}`, trained at {run.revision}, {run.day}, in {run.minutes:.0f} '
+                  'minutes of steps.', '']
+    lines += [f'Reproduced, and not: {told(doc, "Evidence")}', '']
+    return '\n'.join(lines)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith('.') else f'{text}.'
+
+
+def _grid(doc: str, config) -> str:
+    """What the docstring's command `look` draws, narrow enough for a page."""
+    found = re.search(r'^  look .*--source (\w+)', doc, re.MULTILINE)
+    source = found[1] if found else next(iter(config.data.sources))
+    v = model.make_vocab(config)
+    try:
+        grid = data.grid(config, source, v)
+    except ValueError as e:
+        return f'{source}: {e}'
+    columns = COLUMNS if len(v.rows) > 1 else 4 * COLUMNS
+    piece = Text(v.tokenizer).piece if v.tokenizer else None
+    return f'{source}\n' + show.text(grid, v, columns=(0, columns), pieces=piece).rstrip()
+
+
+def _trained(stage: stages.Stage) -> str:
+    rules = [f'`{pattern}` {"frozen" if m is None else f"× {m:.3g}"}' for pattern, m in stage.train]
+    out = 'everything' if stage.train == (('.*', 1.0),) else '; '.join(rules).replace('|', '\\|')
+    return out + (f'; low-rank terms {json.dumps(stage.lora)}' if stage.lora else '')
+
+
+def _mixture(stage: stages.Stage) -> str:
+    def shares(weights):
+        total = sum(weights.values())
+        return ', '.join(f'{name} {100 * w / total:.3g} %' for name, w in sorted(
+            weights.items(), key=lambda x: -x[1]) if w)
+    apart = stage.apart and (f'; apart, {100 * stage.apart["share"]:.3g} % of the steps: '
+                             f'{shares(stage.apart["data"])}')
+    return shares(stage.data) + (apart or '')

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the page of systems show a figure only where there is one, and what every config says?"""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from jaxsd import cli, data, evaluate, model, systems
+from jaxsd import config as configs
+from jaxsd import run as rundir
+from jaxsd.config import ConfigError, plain
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SPEC = str(ROOT / 'configs' / 'twist.py')
+
+
+@pytest.fixture
+def here(corpus, tmp_path, monkeypatch):
+    """A folder with the corpus where the configs look for it."""
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'demo').symlink_to(corpus)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(folder, arg='demo', *, step=500, dataset=None):
+    """A run directory as training and evaluation leave it, of three minutes of steps."""
+    spec = f'{SPEC}:{arg}'
+    c, work = configs.read(spec), str(folder / 'runs' / 'twist')
+    mark = data.fingerprint(c, plain(c.stages)[-1], model.make_vocab(c))['dataset']
+    rundir.open_run(work, c, made=configs.made_by(spec, ()))
+    begun = dict(stage='text', step=0, revision='abc123', dataset=dataset or mark, began_s=1e9)
+    (folder / 'runs' / 'twist' / 'ledger.jsonl').write_text('\n'.join(map(json.dumps, (
+        dict(time_s=1e9, event='start', **begun),
+        dict(time_s=1e9 + 10, event='ready', stage='text', restore_s=0, compile_s=9, data_s=0),
+        dict(time_s=1e9 + 200, event='finished', stage='text', step=300,
+             spent=dict(data_s=0, save_s=4, probe_s=6))))) + '\n')
+    first = dict(split='test', items=7, judged=['right %', 50])
+    evaluate.record(work, [
+        dict(task='matched', stage='speech', step=step, metrics={'right %': 87.25, 'nats': 2.0},
+             **first),
+        dict(task='matched', stage='untrained', step=0, metrics={'right %': 51.0}, **first),
+        dict(task='likelihood', split='test', stage='speech', step=step, items=1, metrics={})])
+
+
+def page(folder) -> str:
+    assert cli.main(['systems', '--config', SPEC, '--runs', str(folder / 'runs'), '--out',
+                     str(folder / 'page.md')]) == 0
+    return (folder / 'page.md').read_text()
+
+
+def test_a_demo_that_was_run(here):
+    run(here)
+    text = page(here)
+    assert '| [TWIST](#twist) | matched: right % | 87.2 | 51.0 | 50.0 | 3 |' in text
+    assert '| matched | right % | 87.2 | 51.0 | 50.0 | 7 |' in text
+    assert 'trained at abc123 on 2001-09-09.' in text
+    assert ':demo`, trained at abc123, 2001-09-09, in 3 minutes of steps.' in text
+    assert '[2305.13009](https://arxiv.org/abs/2305.13009)' in text
+    count = model.count(model.abstract(configs.read(SPEC))[1])
+    assert f'Parameters: {count:,} at published size' in text
+    assert '| speech | init | 400,000 × 64 | everything | speech 100 % |' in text
+    assert '| demo: speech | text | 500 × 16 | everything | speech 100 % |' in text
+    assert re.search(r'speech\nK=1  T=\d+  columns .*\n(.*\n)?BOS u\d+', text)
+    assert 'likelihood' not in text
+
+
+@pytest.mark.parametrize('why, options', [
+    ('not run', None), ('not trained to the end', dict(step=499)),
+    ('a run of .*:tiny', dict(arg='tiny')), ('another corpus', dict(dataset='000'))])
+def test_a_dash_and_why(here, why, options):
+    """What is not whole, of another size or of another corpus is not shown."""
+    if options is not None:
+        run(here, **options)
+    text = page(here)
+    assert '| [TWIST](#twist) | matched | – | – | – | – |' in text and '87.2' not in text
+    assert re.search(f'\nDemo: .*{why}', text)
+
+
+def test_a_changed_config_has_no_figures(here):
+    run(here, 'demo,cold')      # a demo by other arguments is one
+    assert '87.2' in page(here) and ':demo,cold`' in page(here)
+    stored = json.loads((here / 'runs' / 'twist' / 'config.json').read_text())
+    stored['config']['seed'] = 1
+    stored['fingerprint'] = configs.fingerprint(stored['config'])
+    (here / 'runs' / 'twist' / 'config.json').write_text(json.dumps(stored))
+    assert 'holds another run: seed: 1 there, 0 here' in page(here)
+
+
+def test_every_config_says_its_size_and_evidence():
+    for path in sorted((ROOT / 'configs').glob('[!_]*.py')):
+        doc = configs.made_by(str(path), ())['doc']
+        assert systems.told(doc, 'Size') and systems.told(doc, 'Evidence'), path.name
+        assert re.search(r'^  look .*--source \w+', doc, re.MULTILINE), path.name
+        assert set(plain(configs.read(f'{path}:demo').evals)) - {'likelihood'}, path.name
+
+
+def test_a_docstring_is_read_up_to_the_next_word():
+    doc = 'T: x\n\n  look   a\nSize       1 B,\n           by hand.\nEvidence   none\n\nmore'
+    assert systems.told(doc, 'Size') == '1 B, by hand.' and systems.told(doc, 'Evidence') == 'none'
+    assert systems.told(doc, 'Other') == ''
+
+
+def test_a_config_without_a_size_is_named(here):
+    (here / 'x.py').write_text('"""X: y."""\n')
+    with pytest.raises(ConfigError, match='x.py: its docstring has no line Size'):
+        systems.write([str(here / 'x.py')], 'runs', 'page.md')
+    assert not (here / 'page.md').exists()
