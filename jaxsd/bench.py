@@ -35,7 +35,7 @@ def run(config, *, stage_name: str | None = None, steps: int = 20) -> dict[str, 
     """
     stage = stages.find(config, stage_name) if stage_name else stages.stages(config)[0]
     mesh, v = mesh_of(config), model.make_vocab(config)
-    train.check_batch(config, stage, mesh, v)
+    train.check_batch(config, stage, mesh)
     step_fn, target, by_path = train.step_on(config, stage, mesh)
     rows = sharding.batch_sharding(sharding.rules_of(plain(config.mesh).get('rules', {})), mesh)
 

@@ -44,12 +44,33 @@ class Codec:
     encode:   float32 [S] mono at `sample_rate_hz`, in -1..1 -> int16 [K, T],
               T = ceil(S / samples per frame), the last frame filled with zeros.
     decode:   integers [K, T] -> float32 [S], S = T * samples per frame.
-    Both raise ValueError for another shape, a value that is not finite or a code out of range.
+    latents:  integers [k, T] of the first k codebooks -> float32 [T, W], what they stand for.
+    sound:    float32 [T, W] -> float32 [S]; decode is the sound of all codebooks' latents.
+    All raise ValueError for another shape, a value that is not finite or a code out of range.
     """
 
     identity: dict
     encode: Callable[[np.ndarray], np.ndarray]
     decode: Callable[[np.ndarray], np.ndarray]
+    latents: Callable[[np.ndarray], np.ndarray]
+    sound: Callable[[np.ndarray], np.ndarray]
+
+
+class Latents:
+    """Codes [K, T] as what they stand for, [T, 2, W]: the first codebook alone, and all of them.
+
+    Made when sliced.
+    """
+
+    def __init__(self, codec: Codec, codes: np.ndarray):
+        self._latents, self._codes = codec.latents, codes
+
+    def __len__(self) -> int:
+        return self._codes.shape[1]
+
+    def __getitem__(self, frames: slice) -> np.ndarray:
+        codes = self._codes[:, frames]
+        return np.stack([self._latents(codes[:1]), self._latents(codes)], axis=1)
 
 
 # ----------------------------------------------------------------------------------- log-mel frames
@@ -229,6 +250,16 @@ def _spoken(log_mel: np.ndarray, unmel: np.ndarray) -> np.ndarray:
     mel[mel <= _FLOOR * 1.5] = 0.0
     wav = _griffin_lim(np.maximum(mel @ unmel.T, 0.0).astype(np.float32))
     return (wav / max(1.0, float(np.abs(wav).max()) / 0.99)).astype(np.float32)
+
+
+def heard(frames: np.ndarray) -> np.ndarray:
+    """float32 [S * 160]: a wave of frames [S, 80] as `LogMel` has them, by Griffin-Lim."""
+    frames = np.asarray(frames, np.float32)
+    if frames.ndim != 2 or frames.shape[1] != _MELS or not np.isfinite(frames).all():
+        raise ValueError(f'log-mel frames are finite [S, {_MELS}], got {frames.shape}')
+    unmel = np.linalg.pinv(_mel(SAMPLE_RATE_HZ).astype(np.float64)).astype(np.float32)
+    with _one_thread():
+        return _spoken((np.clip(frames, -2.0, 2.0) - 0.5) * 4, unmel)
 
 
 # ------------------------------------------------------------------------------------------ fitting
@@ -445,13 +476,22 @@ def _load(name: str, path: str, frame_hz: float, codebooks: int, size: int,
             x = (_log_mel(wav, mel, samples) - mean) @ basis
             return _quantize(x, books).astype(np.int16)
 
-    def decode(codes: np.ndarray) -> np.ndarray:
-        codes = _checked_codes(codes, codebooks, size)
-        with _one_thread():
-            frames = _neighbors(_sum_of(codes, books)) @ decoder if codes.size else codes[0]
-            return _spoken(frames.reshape(-1, _MELS), unmel)
+    def latents(codes: np.ndarray) -> np.ndarray:
+        codes = _checked_codes(codes, min(len(codes), codebooks), size)
+        return _sum_of(codes, books[:len(codes)])
 
-    return Codec({**asked, 'sha256': sha256}, encode, decode)
+    def sound(x: np.ndarray) -> np.ndarray:
+        if x.ndim != 2 or x.shape[1] != basis.shape[1] or not np.isfinite(x).all():
+            raise ValueError(f'codec: latents are finite [T, {basis.shape[1]}], got {x.shape}')
+        if not len(x):
+            return np.zeros(0, np.float32)
+        with _one_thread():
+            return _spoken((_neighbors(x) @ decoder).reshape(-1, _MELS), unmel)
+
+    def decode(codes: np.ndarray) -> np.ndarray:
+        return sound(latents(_checked_codes(codes, codebooks, size)))
+
+    return Codec({**asked, 'sha256': sha256}, encode, decode, latents, sound)
 
 
 # --------------------------------------------------------------------------------------- the codecs
@@ -595,8 +635,11 @@ def mimi(*, path: str, codebooks: int = 8, frame_hz: float = 12.5, size: int = 2
             wav = model.decode(torch.from_numpy(codes)[None].to(device)).audio_values
         return wav[0, 0].float().cpu().numpy()
 
+    def missing(x: np.ndarray) -> np.ndarray:
+        raise ValueError('codec: the latents of mimi are not taken out of its model here')
+
     identity = {'name': 'mimi', 'frame_hz': frame_hz, 'codebooks': codebooks, 'size': size,
                 'sample_rate_hz': sample_rate_hz}
     with open(weights, 'rb') as f:
         identity['sha256'] = hashlib.file_digest(f, 'sha256').hexdigest()
-    return Codec(identity, encode, decode)
+    return Codec(identity, encode, decode, missing, missing)

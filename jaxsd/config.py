@@ -214,7 +214,7 @@ GIVEN = dict(layout=('vocab', 'rng'), frontend=('rngs',), backbone=('rngs',), he
 """What the callers of a slot's function supply themselves."""
 
 
-NESTED = {'encoder': 'encoder', 'decoder': 'backbone'}
+NESTED = {'encoder': 'encoder', 'prenet': 'encoder', 'decoder': 'backbone'}
 """Options that are mechanisms themselves, and the slot they are looked up in."""
 
 

@@ -136,21 +136,57 @@ def _tokenizer(vocab: Vocab) -> Callable[[Record, dict], Record]:
     return fill
 
 
-def features(config) -> int:
-    """How many features a column has for the frontend's encoder; 0 without one."""
-    frontend = config_lib.plain(config['frontend']) if 'frontend' in config else {}
-    return int(frontend.get('encoder', {}).get('features', 0))
+_EXTRAS = {'frontend.encoder.features': ('slot', 'feats'),
+           'frontend.prenet.features': ('framed', 'frames'),
+           'head.latents': ('framed', 'frames', 'means')}
+"""Where a config says how wide what columns carry is: what says where there is some, and names."""
+
+
+def extras(config, stage) -> dict[str, int]:
+    """What columns carry beside tokens: by name how many numbers, 0 for one integer (see `lay`).
+
+    feats, in the columns whose slot is not 0, for an encoder; frames, where framed is not 0, that a
+    head speaks and a prenet hears; means, what they are expected to be before. Frames are left out
+    of a stage of which every layout is one of ours that draws none.
+    """
+    out, tree = {}, config_lib.plain(config)
+    sources = tree.get('data', {}).get('sources', {})
+    drawn = [(sources[name].get('layout') or stage.get('layout') or tree['layout'])['name']
+             for name in {**stage['data'], **(stage.get('apart') or {}).get('data', {})}
+             if name in sources]
+    silent = not any(':' in name or name.startswith('framed.') for name in drawn)
+    for place, (where, *names) in _EXTRAS.items():
+        at = tree
+        for key in place.split('.'):
+            at = at.get(key, {})
+        if at and not (where == 'framed' and silent):
+            out |= dict.fromkeys(names, int(at)) | {where: 0}
+    return out
 
 
 def _filler(config, vocab: Vocab) -> Callable[[Record, dict], Record]:
-    """As `_tokenizer` makes it; it fills in log-mel frames, too, where an encoder listens."""
+    """As `_tokenizer` makes it; it fills in log-mel frames, too, where columns carry sound, and
+    latents where a head speaks them. On a line, units are the codes of the first codebook."""
     words = _tokenizer(vocab)
-    if not features(config):
+    tree = {slot: config_lib.plain(config[slot]) for slot in ('frontend', 'head', 'codec')
+            if slot in config}
+    frontend, head = tree.get('frontend', {}), tree.get('head', {})
+    first = 'units' in vocab.ranges and tree['codec'].get('codebooks', 1) > 1
+    codec = None
+    if 'latents' in head:
+        codec = config_lib.bind(tree['codec'], 'jaxsd.codec', 'codec')()
+    elif not first and not {'encoder', 'prenet'} & set(frontend):
         return words
 
     def fill(record: Record, given: dict) -> Record:
-        feats = codec_lib.log_mel(record.wav) if record.wav else ()
-        return dataclasses.replace(words(record, given), feats=feats)
+        filled = {}
+        if record.wav and {'encoder', 'prenet'} & set(frontend):
+            filled['feats'] = codec_lib.log_mel(record.wav)
+        if record.codes is not None and first:
+            filled['units'] = tuple(record.codes[:, 0])
+        if record.codes is not None and codec:
+            filled['latents'] = tuple(codec_lib.Latents(codec, codes) for codes in record.codes)
+        return dataclasses.replace(words(record, given), **filled)
     return fill
 
 
@@ -169,7 +205,7 @@ class _Source:
     columns: int
     fill: Callable[[Record, dict], Record]
     fields: dict
-    features: int
+    extras: dict[str, int]
 
     def record(self, i: int) -> Record:
         return self.fill(self.dataset.record(self.split, int(self.numbers[i])), self.fields)
@@ -186,11 +222,14 @@ class _Source:
         if grid.tokens.shape[0] != len(self.vocab.rows):
             raise ValueError(f'data.sources.{self.name}: its layout draws {grid.tokens.shape[0]} '
                              f'streams, the vocabulary has {len(self.vocab.rows)} rows')
-        drawn = grid.extra['feats'].shape[1] if 'feats' in grid.extra else self.features
-        if drawn != self.features:
-            raise ValueError(f'data.sources.{self.name}: its layout draws {drawn} features per '
-                             f'column, frontend.encoder.features is {self.features}')
-        if set(grid.extra) - {'feats', 'slot'}:
+        for place, (_, *names) in _EXTRAS.items():
+            for name in names:
+                wanted = self.extras.get(name, 0)
+                drawn = grid.extra[name].shape[1] if name in grid.extra else wanted
+                if wanted and drawn != wanted:
+                    raise ValueError(f'data.sources.{self.name}: its layout draws {drawn} features '
+                                     f'per column, {place} is {wanted}')
+        if set(grid.extra) - set(self.extras):
             raise ValueError(f'data.sources.{self.name}: its layout draws {", ".join(grid.extra)} '
                              'beside the grid, which rows cannot hold')
         return record, grid
@@ -202,7 +241,7 @@ class _Source:
         for placed in packing.best_fit(widths, rows=rows, columns=self.columns):
             row = packing.lay([(drawn[i][1], kept) for i, kept in placed],
                               streams=len(self.vocab.rows), columns=self.columns,
-                              features=self.features)
+                              extras=self.extras)
             kept = sum(n for _, n in placed)
             out.append((row, {
                 'columns': kept,
@@ -214,19 +253,25 @@ class _Source:
 
     def _audio_s(self, record: Record, grid: Grid) -> float:
         """Seconds of sound behind `grid`: none when it was drawn as text alone."""
-        first = min(start for name, (start, _) in self.vocab.ranges.items()
-                    if name not in ('text', 'markers'))
-        return record.duration_s if grid.tokens.max(initial=-1) >= first else 0.0
+        first = min((start for name, (start, _) in self.vocab.ranges.items()
+                     if name not in ('text', 'markers')), default=self.vocab.size)
+        sounds = grid.tokens.max(initial=-1) >= first or any(
+            grid.extra[where].any() for where, *_ in _EXTRAS.values() if where in grid.extra)
+        return record.duration_s if sounds else 0.0
 
 
-def _open_source(dataset: Dataset, config, name: str, vocab: Vocab, *, split: str, layout, fill
-                 ) -> _Source:
+def _open_source(dataset: Dataset, config, name: str, vocab: Vocab, *, split: str, layout, fill,
+                 extras: dict[str, int]) -> _Source:
     options, where = _source_options(config, name, layout)
     draw = config_lib.bind(options['layout'], 'jaxsd.layout', where, given=('vocab', 'rng'))
     _check_layout(draw, config, where)
     numbers = dataset.select(split, options['select'], f'data.sources.{name}.select')
     return _Source(name, dataset, split, numbers, draw, vocab, int(config['columns']), fill,
-                   options.get('fields', {}), features(config))
+                   options.get('fields', {}), extras)
+
+
+def _own_extras(config, source: str) -> dict[str, int]:
+    return extras(config, dict(data={source: 1.0}))
 
 
 def _check_layout(draw: functools.partial, config, where: str):
@@ -362,7 +407,8 @@ def batches(config, stage, vocab: Vocab, *, split: str = 'train', start_step: in
     key, fill = (int(config['seed']), stage.get('name', ''), split), _filler(config, vocab)
     apart = _apart(config, stage)
     rows = {name: _Rows(_open_source(dataset, config, name, vocab, split=split, fill=fill,
-                                     layout=stage.get('layout')), key)
+                                     layout=stage.get('layout'), extras=extras(config, stage)),
+                        key)
             for name in sorted(weights | apart)}
 
     def turns(weights):
@@ -397,7 +443,7 @@ def check(config, stage, vocab: Vocab, *, split: str = 'train') -> None:
     fill = _filler(config, vocab)
     for name in weights:
         source = _open_source(dataset, config, name, vocab, split=split, fill=fill,
-                              layout=stage.get('layout'))
+                              layout=stage.get('layout'), extras=extras(config, stage))
         _some_records(source)
         for kind in _source_options(config, name)[0]['select']:
             first = dataset.select(split, (kind,), f'data.sources.{name}.select')[:1]
@@ -421,11 +467,12 @@ def one_pass(config, source: str, vocab: Vocab, *, batch: int, split: str = 'tes
     """
     part = _slice(batch, process_index, process_count)
     dataset = open_dataset(_data_options(config)['path'], config['codec'])
-    source = _open_source(dataset, _with_layout(config, source, layout), source, vocab, split=split,
-                          layout=None, fill=_filler(config, vocab))
+    drawn = _with_layout(config, source, layout)
+    source = _open_source(dataset, drawn, source, vocab, split=split, layout=None,
+                          fill=_filler(config, vocab), extras=_own_extras(drawn, source))
     numbers = source.numbers[:limit]
     empty = packing.lay([], streams=len(vocab.rows), columns=source.columns,
-                        features=source.features)
+                        extras=source.extras)
     waiting: list[tuple[str, dict, dict]] = []
     for first in range(0, len(numbers), 256):
         drawn = [source.draw(i, int(config['seed']), 'one pass')
@@ -446,7 +493,7 @@ def _with_layout(config, source: str, layout):
     data = _data_options(config)
     if layout is not None and source in data['sources']:
         data['sources'][source] = data['sources'][source] | {'layout': config_lib.plain(layout)}
-    parts = ('codec', 'columns', 'layout', 'frontend')
+    parts = ('codec', 'columns', 'layout', 'frontend', 'head')
     return {k: config[k] for k in parts if k in config} | {'data': data}
 
 
@@ -469,7 +516,7 @@ def grid(config, source: str, vocab: Vocab, *, split: str = 'train', index: int 
     """Record `index` of `source` as its layout draws it. Raises ConfigError past the end."""
     dataset = open_dataset(_data_options(config)['path'], config['codec'])
     opened = _open_source(dataset, config, source, vocab, split=split, layout=None,
-                          fill=_filler(config, vocab))
+                          fill=_filler(config, vocab), extras=_own_extras(config, source))
     if not 0 <= index < len(opened.numbers):
         raise ConfigError(f'--index {index}: source {source} has records 0..'
                           f'{len(opened.numbers) - 1} in split {split}')

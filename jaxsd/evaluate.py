@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxsd import data, generate, likelier, model, reply, sharding, speak
+from jaxsd import data, frames, generate, likelier, model, reply, sharding, speak
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
-from jaxsd.layout import duplex, flat, template
+from jaxsd.layout import duplex, flat, framed, template
 from jaxsd.likelier import gold_pairs, pair_scores, preferred
 from jaxsd.state import mesh_of
 from jaxsd.types import NOTHING, Record, positive
@@ -308,6 +308,82 @@ def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
     judged = 'WER %' if 'WER %' in metrics else 'UER %'
     return dict(metrics=metrics, items=len(records), judged=(judged, f'{judged}/floor'),
                 note='greedy; floors: another one\'s answer')
+
+
+# Sound that is no tokens.
+
+def sounds(lm: generate.LM, *, split: str, limit: int | None, source: str,
+           most_columns: int = 256) -> dict:
+    """Frames that follow the true text of what `source` draws, against those that should.
+
+    distance: mean absolute difference of log-mel numbers along the best alignment. Its floor is
+    that of the same frames to another record's, and mean is that of a sound that never changes,
+    the mean of all frames, which a regression that learned nothing says. length: how long they
+    last, in percent of the true ones. Where something is heard, WER: of how it is written down, the
+    first words of the text against as many that were heard.
+    """
+    positive('evals.sounds', most_columns=most_columns)
+    config, v, bins = lm.config, lm.vocab, lm.config.objective.bins
+    records = list(data.examples(config, split, source, vocab=v, limit=limit))
+    grids = [data.drawn(config, source, v, r) for r in records]
+    said = [x.reshape(-1, bins) for x in frames.spoken(lm, grids, most_columns=most_columns)]
+    true = [frames.true_frames(g).reshape(-1, bins) for g in grids]
+    mean = np.concatenate(true).mean(0, keepdims=True)
+
+    def far(a, b):
+        return float(np.mean([frames.distance(x, y) for x, y in zip(a, b, strict=True)]))
+    metrics = {'distance': far(said, true), 'distance/floor': far(said, true[1:] + true[:1]),
+               'distance/mean': far([np.repeat(mean, len(x), 0) for x in true], true),
+               'length %': 100 * sum(map(len, said)) / sum(map(len, true))}
+    if all('slot' in g.extra for g in grids):
+        text, heard, written = lm.text(), [], []
+        for part in generate.in_parts(list(zip(records, grids, strict=True)), 16):
+            asked = [reply.asked(g) for _, g in part]
+            asked += [asked[-1]] * (16 - len(part))
+            found = reply.answer(lm.speaker(), [p for p, _ in asked], stop=reply.ended(v),
+                                 heard=[h for _, h in asked], most_columns=64)
+            for (record, _), columns in zip(part, found, strict=False):
+                count = framed.cut(record.words, _prompt_s(config, source))[0]
+                heard.append(' '.join(w.text for w in record.words[:count]))
+                ids = reply.written(v, columns)
+                written.append(' '.join(text.decode(ids).split()[:count]))
+        metrics['WER %'] = error_rates(heard, written)['WER %']
+        metrics['WER %/floor'] = error_rates(heard[1:] + heard[:1], written)['WER %']
+    return dict(metrics=metrics, items=len(records), judged=('distance', 'distance/mean'),
+                note='each frame read back before the next; floors: another record\'s')
+
+
+def refined(lm: generate.LM, *, split: str, limit: int | None, source: str,
+            steps: tuple[int, ...] = (1, 2, 8)) -> dict:
+    """Latents that the flow makes of true units, against true latents: what part of the units'
+    error is left, in percent, in the columns that were not given.
+
+    left/N: after N steps. left/mean: of the mean of all latents, which knows no units; units are
+    100. spread/N: the deviation of latents from column to column in percent of the true one, which
+    a flow that gives the mean of what could be said falls short of.
+    """
+    positive('evals.refined', **{f'steps {n}': n for n in steps})
+    records = list(data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit))
+    grids = [data.drawn(lm.config, source, lm.vocab, r) for r in records]
+    asked = [g.weights[0] * g.extra['framed'] > 0 for g in grids]
+    true = np.concatenate([g.extra['frames'][a] for g, a in zip(grids, asked, strict=True)])
+    units = np.concatenate([g.extra['means'][a] for g, a in zip(grids, asked, strict=True)])
+    whole = np.mean((units - true) ** 2)
+    metrics = {'left %/mean': 100 * float(np.mean((true - true.mean(0)) ** 2) / whole),
+               'spread %/units': 100 * float(units.std(0).mean() / true.std(0).mean())}
+    for n in steps:
+        found = frames.refined(lm, grids, steps=n)
+        found = np.concatenate([x[a[g.extra['framed'] > 0]] for x, g, a in
+                                zip(found, grids, asked, strict=True)])
+        metrics[f'left %/{n} steps'] = 100 * float(np.mean((found - true) ** 2) / whole)
+        metrics[f'spread %/{n} steps'] = 100 * float(found.std(0).mean() / true.std(0).mean())
+    return dict(metrics=metrics, items=len(records), judged=(f'left %/{steps[-1]} steps', 100.0),
+                note='true units, and the voice they are given; one draw')
+
+
+def _prompt_s(config, source: str) -> float:
+    layout = plain(config.data.sources[source]).get('layout') or plain(config.layout)
+    return layout['prompt_s']
 
 
 # Continuations across modalities.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How symbols and sound enter: a Batch becomes x_BTD. One table over the vocabulary's line.
 
-Where a config gives a frontend an encoder, the batch's features enter too (see `encoder`).
+Where a config gives a frontend an encoder, the batch's features enter too (see `encoder`), and with
+a prenet, another one, its frames: sound that the model itself has said.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +26,12 @@ def _table(rngs, ids: int, width: int):
     return nnx.Param(nn.truncated(rngs.params(), (ids, width), width), axes=('vocab', 'embed'))
 
 
-def _features(encoder, batch, dtype, place: Place):
+def _features(encoder, batch, dtype, place: Place, numbers: str = 'feats', slot: str = 'slot'):
     """What an encoder makes of the columns in which something is heard, zeros elsewhere."""
     where = Where(batch['position'], batch['segment'])
-    feats = place(batch['feats'].astype(dtype), 'batch', 'column', None)
-    x_BTD = encoder(feats, place(batch['slot'], 'batch', 'column'), where)
-    return jnp.where((batch['slot'] > 0)[..., None], x_BTD, 0.0)
+    feats = place(batch[numbers].astype(dtype), 'batch', 'column', None)
+    x_BTD = encoder(feats, place(batch[slot], 'batch', 'column'), where)
+    return jnp.where((batch[slot] > 0)[..., None], x_BTD, 0.0)
 
 
 class Summed(nnx.Module):
@@ -39,11 +40,13 @@ class Summed(nnx.Module):
     With one row this is a plain embedding. No scaling, no norm (arXiv 2410.00037 §3.4.2).
 
     heard: the first words of the names of the rows that enter; () is all of them. Rows left out are
-    only spoken. encoder: adds what is heard as features.
+    only spoken. encoder: adds what is heard as features. prenet: an encoder that adds the frames
+    that have been spoken (arXiv 2305.15255 §3.2); a narrow one keeps the next frame from being no
+    more than a copy of the last.
     """
 
     def __init__(self, sizes: Sizes, *, rngs, dtype: str = 'bfloat16', heard: Sequence[str] = (),
-                 encoder: Callable | None = None):
+                 encoder: Callable | None = None, prenet: Callable | None = None):
         self.dtype = _dtype(dtype)
         kinds = [row.name.split()[0] for row in sizes.rows]
         if not set(heard) <= set(kinds):
@@ -52,6 +55,8 @@ class Summed(nnx.Module):
         self.table = _table(rngs, sizes.vocab, sizes.width)
         if encoder is not None:
             self.encoder = encoder(sizes.width, rngs=rngs)
+        if prenet is not None:
+            self.prenet = prenet(sizes.width, rngs=rngs)
         self.rows = len(sizes.rows)
         self.heard = tuple(k for k, kind in enumerate(kinds) if not heard or kind in heard)
 
@@ -62,6 +67,8 @@ class Summed(nnx.Module):
         x_BTD = nn.embedded(self.table[...], tokens_BKT, place)
         if hasattr(self, 'encoder') and 'feats' in batch:
             x_BTD = x_BTD + _features(self.encoder, batch, self.dtype, place)
+        if hasattr(self, 'prenet') and 'frames' in batch:
+            x_BTD = x_BTD + _features(self.prenet, batch, self.dtype, place, 'frames', 'framed')
         return x_BTD.astype(self.dtype)
 
 

@@ -153,6 +153,29 @@ def _advance(graph, rows, samplers, manners, params, cache, column_BK, ended_BK,
     return out, ended, cache
 
 
+def at_the_right(prompts: list[np.ndarray], longest: int, heard=None):
+    """(tokens [B, K, longest], where, features or None) of `prompts` [K, T_i] that end together.
+
+    What comes before a shorter one lies in segment 0. heard: see `Stream.first`.
+    """
+    tokens = np.full((len(prompts), len(prompts[0]), longest), NOTHING, np.int32)
+    position = np.zeros((len(prompts), longest), np.int32)
+    segment = np.zeros((len(prompts), longest), np.int32)
+    for i, p in enumerate(prompts):
+        n = p.shape[1]
+        tokens[i, :, longest - n:] = p
+        position[i, longest - n:] = np.arange(n)
+        segment[i, longest - n:] = 1
+    features = None
+    if heard is not None:
+        features = dict(feats=np.zeros((*segment.shape, heard[0][0].shape[1]), np.float32),
+                        slot=np.zeros_like(segment))
+        for i, (feats, slot) in enumerate(heard):
+            features['feats'][i, longest - len(feats):] = feats
+            features['slot'][i, longest - len(slot):] = slot
+    return tokens, Where(jnp.asarray(position), jnp.asarray(segment)), features
+
+
 class Stream:
     """A batch of sequences being decoded. `first` reads the prompts, `more` goes on from there.
 
@@ -177,27 +200,11 @@ class Stream:
         heard: (feats [T_i, F], slot [T_i]) of each prompt, where the frontend has an encoder.
         """
         longest = _round_up(max(p.shape[1] for p in prompts), multiple)
-        tokens = np.full((len(prompts), len(self._speaker.rows), longest), NOTHING, np.int32)
-        position = np.zeros((len(prompts), longest), np.int32)
-        segment = np.zeros((len(prompts), longest), np.int32)
-        for i, p in enumerate(prompts):
-            n = p.shape[1]
-            tokens[i, :, longest - n:] = p
-            position[i, longest - n:] = np.arange(n)
-            segment[i, longest - n:] = 1
-        features = None
-        if heard is not None:
-            features = dict(
-                feats=np.zeros((*segment.shape, heard[0][0].shape[1]), np.float32),
-                slot=np.zeros_like(segment))
-            for i, (feats, slot) in enumerate(heard):
-                features['feats'][i, longest - len(feats):] = feats
-                features['slot'][i, longest - len(slot):] = slot
+        tokens, where, features = at_the_right(prompts, longest, heard)
         s = self._speaker
         self._column, self._ended, self._cache = _prefill(
-            s.graph, s.rows, s.samplers, s.manners, s.params, self._cache, tokens,
-            Where(jnp.asarray(position), jnp.asarray(segment)), jnp.asarray(plan_BK), allowed,
-            self._keys(1)[0], features)
+            s.graph, s.rows, s.samplers, s.manners, s.params, self._cache, tokens, where,
+            jnp.asarray(plan_BK), allowed, self._keys(1)[0], features)
         self._position = jnp.asarray([p.shape[1] for p in prompts], jnp.int32)
         return self._column
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the next column is spoken: h_BTD becomes log-probabilities of, or samples for, its rows.
 
-Three methods make a head:
+Three methods make a head, and a fourth (`frames`) one that speaks sound that is no tokens:
 
     log_prob(h_BTD, target_BKT, embed_VD, key, place)
         log-probabilities of given targets, and hits, both [B, K, T]
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsd import nn, objective
+from jaxsd import flow, nn, objective
 from jaxsd.sharding import Place, anywhere
 from jaxsd.types import NOTHING, Row, Sizes, Where, check, positive
 from jaxsd.within import Within
@@ -100,6 +100,105 @@ class Tied(Flat):
 
     def _logits(self, h, embed_VD):
         return jnp.tensordot(h, embed_VD.astype(h.dtype), [[-1], [1]])
+
+
+class Spectrogram(Flat):
+    """A softmax over the line and, beside it, the frame of sound that the next column holds.
+
+    The frame is a regression from the same hidden state by two linear maps with a rectifier between
+    them (the post-net of arXiv 2305.15255 §3.2). Which columns hold one is said by their tokens, so
+    that the model ends its speech as it ends a text.
+
+    features: numbers of a column's frame. hidden: between the two maps.
+    """
+
+    def __init__(self, sizes: Sizes, *, rngs, features: int, hidden: int,
+                 chunk_columns: int = 512):
+        super().__init__(sizes, rngs=rngs, chunk_columns=chunk_columns)
+        positive('head', features=features, hidden=hidden)
+        self.up = nn.Dense((sizes.width,), (hidden,), ('embed', 'mlp'), rngs=rngs, bias=True)
+        self.down = nn.Dense((hidden,), (features,), ('mlp', 'stream'), rngs=rngs, bias=True)
+
+    def frame(self, h):
+        """The frame [..., M] of the column after one whose hidden state is `h` [..., D]."""
+        return self.down(jax.nn.relu(self.up(h))).astype(jnp.float32)
+
+    def frames(self, before_BTD, batch, key=None, place: Place = anywhere):
+        """What is said in columns whose past is `before_BTD`, and what should be, [B, T, M]."""
+        del key
+        return self.frame(before_BTD), place(batch['frames'], 'batch', 'column', None)
+
+
+class _Mover(nnx.Module):
+    """How latents move: a transformer over the columns of a sound that all see each other."""
+
+    def __init__(self, *, rngs, latents, inside, layers, heads, mlp):
+        self.up = nn.Dense((3 * latents + 1,), (inside,), ('embed', 'mlp'), rngs=rngs, bias=True)
+        self.time = nn.Dense((inside,), (inside,), ('embed', 'mlp'), rngs=rngs)
+        self.within = Within(rngs=rngs, width=inside, layers=layers, heads=heads, mlp=mlp)
+        self.down = nn.Dense((inside,), (latents,), ('mlp', 'stream'), rngs=rngs, bias=True)
+        self.inside = inside
+
+    def __call__(self, x_BTM, t_BT, means_BTM, frames_BTM, batch):
+        given = _given(batch)
+        z = jnp.concatenate([jnp.where(given, 0.0, x_BTM), means_BTM,
+                             jnp.where(given, frames_BTM, 0.0), given], axis=-1)
+        h = self.up(z) + self.time(flow.clock(t_BT, self.inside))
+        sound = jnp.where(batch['framed'] > 0, batch['segment'], -1)
+        mask = (sound[:, :, None] == sound[:, None, :]) & (sound[:, None, :] >= 0)
+        return self.down(self.within(h, mask, batch['position']))
+
+
+class Flowing(Flat):
+    """A softmax over the line and, beside it, a flow from what units mean to how they sound.
+
+    A transformer without direction over the columns of a sound learns how latents move from the
+    prior, a normal distribution of deviation `sigma` around the column's `means`, to the true ones,
+    `frames` (arXiv 2401.13527 §3.3; `flow`). Frames of weight 0 are given, as a prompt whose voice
+    is to be kept. It reads units by their means and nothing of the model that said them.
+
+    latents: their width. scale: what they are divided by. inside, layers, heads, mlp: of the flow.
+    """
+
+    def __init__(self, sizes: Sizes, *, rngs, latents: int, scale: float, sigma: float, inside: int,
+                 layers: int, heads: int, mlp: int, chunk_columns: int = 512):
+        super().__init__(sizes, rngs=rngs, chunk_columns=chunk_columns)
+        positive('head', latents=latents, inside=inside)
+        if scale <= 0 or sigma < 0:
+            raise ValueError(f'head.scale must be above 0 and head.sigma at least 0, got {scale} '
+                             f'and {sigma}')
+        self.flow = _Mover(rngs=rngs, latents=latents, inside=inside, layers=layers, heads=heads,
+                           mlp=mlp)
+        self.scale, self.sigma = scale, sigma
+
+    def _scaled(self, batch, key):
+        """Means, true latents and a draw of the prior, all in units of `scale`."""
+        means = batch['means'] / self.scale
+        return (means, batch['frames'] / self.scale,
+                means + self.sigma * jax.random.normal(key, means.shape))
+
+    def frames(self, before_BTD, batch, key=None, place: Place = anywhere):
+        """The velocity at a random time of each sound, and what it should be, [B, T, M]."""
+        del before_BTD
+        noise, when = jax.random.split(jax.random.key(0) if key is None else key)
+        means, true, drawn = self._scaled(batch, noise)
+        B, T = batch['segment'].shape
+        t_BT = jnp.take_along_axis(jax.random.uniform(when, (B, T + 1)), batch['segment'], axis=1)
+        x, velocity = flow.between(drawn, true, t_BT[..., None])
+        return (self.flow(x, t_BT, means, true, batch),
+                place(velocity, 'batch', 'column', None))
+
+    def refine(self, batch, key, steps: int):
+        """Latents [B, T, M] at time 1, from a draw at time 0; those that are given stay."""
+        means, true, drawn = self._scaled(batch, key)
+        x = flow.follow(lambda x, t: self.flow(x, jnp.full(x.shape[:2], t), means, true, batch),
+                        drawn, steps)
+        return jnp.where(_given(batch), batch['frames'], x * self.scale)
+
+
+def _given(batch):
+    """Which frames are a prompt, [B, T, 1]: they are there and weigh nothing."""
+    return ((batch['framed'] > 0) & (batch['weights'][:, 0] == 0))[..., None]
 
 
 class _Layer(nnx.Module):
@@ -536,3 +635,4 @@ class Ctc(_Beside):
 
 
 flat, tied, depth, group, local, ctc = Flat, Tied, Depth, Group, Local, Ctc
+spectrogram, flowing = Spectrogram, Flowing

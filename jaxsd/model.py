@@ -38,10 +38,17 @@ class Model(nnx.Module):
         return self.forward(batch, key, place)[:2]
 
     def forward(self, batch, key=None, place: Place = anywhere):
-        """What an objective takes: log-probabilities, hits, and the backbone's own terms."""
+        """What an objective takes: log-probabilities, hits, and the backbone's own terms.
+
+        Of a head that speaks frames also `frames`, what it says in every column and what it should
+        have said, both float32 [B, T, M], the column being predicted as its cells are.
+        """
         h_BTD, beside = self.hidden(batch, place)
         target = place(next_column(batch['tokens']), 'batch', 'stream', 'column')
         logp, hit = self.head.log_prob(h_BTD, target, self.table, key, place)
+        if hasattr(self.head, 'frames') and 'frames' in batch:
+            before = jnp.moveaxis(_later(jnp.moveaxis(h_BTD, 1, -1)), -1, 1)
+            beside = beside | dict(frames=self.head.frames(before, batch, key, place))
         return _later(logp), _later(hit), beside
 
     def scores(self, batch):
@@ -53,12 +60,17 @@ class Model(nnx.Module):
 
         heard: the columns' features, a dict of feats and slot, where the frontend has an encoder.
         """
+        h_BD, after = self.read(tokens_BKT, where, cache, heard)
+        if 'head' not in cache:
+            return self.head.sample(h_BD, self.table, key, pick), after
+        column, of_head = self.head.sample(h_BD, self.table, key, pick, cache['head'])
+        return column, after | dict(head=of_head)
+
+    def read(self, tokens_BKT, where: Where, cache, heard=None):
+        """Reads T columns: (what it makes of the last, [B, D], the new cache)."""
         batch = dict(tokens=tokens_BKT, **where._asdict(), **(heard or {}))
         h_BTD, after = self.backbone(self.frontend(batch), where, cache)
-        if 'head' not in cache:
-            return self.head.sample(h_BTD[:, -1], self.table, key, pick), after
-        column, of_head = self.head.sample(h_BTD[:, -1], self.table, key, pick, cache['head'])
-        return column, after | dict(head=of_head)
+        return h_BTD[:, -1], after
 
     def empty_cache(self, rows: int, columns: int) -> dict:
         """What `step` needs to remember of `columns` columns of `rows` sequences."""

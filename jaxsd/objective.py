@@ -70,6 +70,72 @@ def weighted_ce(logp_BKT, hit_BKT, batch, beside: Mapping = MappingProxyType({})
     return out, metrics
 
 
+def _frames(batch, beside: Mapping):
+    """How far off frames are [B, T, M], how much that matters [B, T], and what else is beside."""
+    beside = dict(beside)
+    said, true = beside.pop('frames', (jnp.zeros(batch['frames'].shape),) * 2)
+    return said - true, batch['weights'][:, 0] * (batch['framed'] > 0), beside
+
+
+def frames(logp_BKT, hit_BKT, batch, beside: Mapping = MappingProxyType({}), *, sizes: Sizes,
+           ranges, terms: dict, bins: int, delta_frames: int,
+           scales: Mapping = MappingProxyType({})):
+    """`weighted_ce` of the tokens and, of the frames between them, the distance to the true ones.
+
+    The distance of two numbers is |d| + d^2. Three kinds of terms measure it between frames as they
+    are ('frames'), between their differences from bin to bin ('bins') and from each frame to the
+    one k before it, k up to `delta_frames` ('time 1' ...), which is what keeps speech from being
+    smoothed (arXiv 2305.15255 §3.3). A term is a mean over numbers, where the paper has sums, in
+    which the frames would drown the words; `scales` weighs it.
+
+    A column holds one or several frames of `bins` numbers, in order of time, and weighs as its cell
+    in the first row; differences reach over columns that touch and belong to one segment.
+    beside['frames']: what is said and what is true, [B, T, frames x bins].
+    """
+    d_BTM, weight_BT, beside = _frames(batch, beside)
+    out, metrics = weighted_ce(logp_BKT, hit_BKT, batch, beside, sizes=sizes, ranges=ranges,
+                               terms=terms,
+                               scales={name: s for name, s in scales.items() if name in terms})
+    B, T, width = d_BTM.shape
+    if width % bins:
+        raise ValueError(f'objective.bins {bins} must divide the {width} numbers of a column')
+    each = width // bins
+    weight = jnp.repeat(weight_BT, each, axis=1)            # of every frame, [B, T x each]
+    segment = jnp.repeat(batch['segment'], each, axis=1)
+    d = d_BTM.reshape(B, T * each, bins)
+
+    def distance(d, weight):
+        total = jnp.sum(weight * jnp.sum(jnp.abs(d) + d * d, axis=-1))
+        return total, jnp.sum(weight) * d.shape[-1]
+    found = {'frames': distance(d, weight), 'bins': distance(jnp.diff(d, axis=-1), weight)}
+    for k in range(1, delta_frames + 1):
+        both = (weight[:, :-k] > 0) & (segment[:, :-k] == segment[:, k:])
+        found[f'time {k}'] = distance(d[:, k:] - d[:, :-k], weight[:, k:] * both)
+    if not set(scales) <= {*terms, *found}:
+        raise ValueError(f'objective.scales names {sorted(set(scales) - {*terms, *found})}, but '
+                         f'the terms are {", ".join((*terms, *found))}')
+    for name, (total, weight) in found.items():
+        out[name] = (scales.get(name, 1.0) * total, weight)
+    return out, metrics
+
+
+def flow(logp_BKT, hit_BKT, batch, beside: Mapping = MappingProxyType({}), *, sizes: Sizes, ranges,
+         terms: dict):
+    """`weighted_ce` of the tokens and, where a batch has frames, a term 'flow': the mean squared
+    distance of velocities (arXiv 2210.02747 eq. 14), of columns that weigh as their tokens do.
+
+    beside['frames']: the velocity that is said and the true one, [B, T, M].
+    """
+    if 'frames' not in batch:
+        return weighted_ce(logp_BKT, hit_BKT, batch, beside, sizes=sizes, ranges=ranges,
+                           terms=terms)
+    d_BTM, weight_BT, beside = _frames(batch, beside)
+    out, metrics = weighted_ce(logp_BKT, hit_BKT, batch, beside, sizes=sizes, ranges=ranges,
+                               terms=terms)
+    total = jnp.sum(weight_BT * jnp.sum(d_BTM * d_BTM, axis=-1))
+    return out | {'flow': (total, jnp.sum(weight_BT) * d_BTM.shape[-1])}, metrics
+
+
 NEVER = -1e30
 """The logarithm of a probability of 0, finite so that its gradient is."""
 

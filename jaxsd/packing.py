@@ -15,6 +15,8 @@ Everything that decides an order is integer arithmetic on numbers that are equal
 
 import dataclasses
 import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -150,17 +152,16 @@ def plan(facts: np.ndarray, sample: np.ndarray, widths: np.ndarray, *, columns: 
     return dataclasses.replace(found, fill=kept / (tried * found.rows * columns))
 
 
-def lay(grids: list[tuple[Grid, int]], *, streams: int, columns: int, features: int = 0
-        ) -> dict[str, np.ndarray]:
+def lay(grids: list[tuple[Grid, int]], *, streams: int, columns: int,
+        extras: Mapping[str, int] = MappingProxyType({})) -> dict[str, np.ndarray]:
     """One row from grids and how many columns of each are kept: tokens and weights [K, T],
     position and segment [T]. Segments count from 1; what is left holds NOTHING in segment 0.
-    Where columns may have features, feats [T, features] and slot [T], too."""
+    extras: what columns may carry beside, by name float32 [T, n], or int32 [T] where n is 0."""
     row = {'tokens': np.full((streams, columns), NOTHING, np.int32),
            'weights': np.zeros((streams, columns), np.float32),
            'position': np.zeros(columns, np.int32), 'segment': np.zeros(columns, np.int32)}
-    if features:
-        row |= {'feats': np.zeros((columns, features), np.float32),
-                'slot': np.zeros(columns, np.int32)}
+    row |= {name: np.zeros((columns, n), np.float32) if n else np.zeros(columns, np.int32)
+            for name, n in extras.items()}
     start = 0
     for number, (grid, kept) in enumerate(((g, n) for g, n in grids if n), start=1):
         to = slice(start, start + kept)

@@ -122,7 +122,7 @@ def asked(grid: Grid) -> tuple[np.ndarray, tuple | None]:
     """(prompt [K, T], (feats, slot) or None): the columns before the first that is scored."""
     n = int(np.flatnonzero(grid.weights.any(0))[0])
     return grid.tokens[:, :n], ((grid.extra['feats'][:n], grid.extra['slot'][:n])
-                                if grid.extra else None)
+                                if 'slot' in grid.extra else None)
 
 
 def written(vocab: Vocab, columns_KT: np.ndarray) -> list[int]:

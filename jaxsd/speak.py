@@ -6,6 +6,7 @@ asking `generate` for what comes next, decoding, writing. Examples go to a direc
 `samples.json` that the report plays.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,11 +14,12 @@ import os
 import jax
 import numpy as np
 
-from jaxsd import data, generate, model
+from jaxsd import data, frames, generate, model
 from jaxsd import run as rundir
 from jaxsd.codec import whole_wav
 from jaxsd.config import ConfigError, bind, plain
-from jaxsd.layout import duplex, flat
+from jaxsd.layout import duplex, flat, template
+from jaxsd.types import Word
 from jaxsd.vocab import Text
 
 log = logging.getLogger('jaxsd')
@@ -26,6 +28,8 @@ OTHERS = ('.mp3', '.flac', '.ogg', '.opus', '.m4a')     # kinds of sound that ar
 TITLES = {'tts': 'Reads {} aloud', 's2s': 'Hears the first half of {} and goes on',
           'duplex': 'Answers the caller of {}'}
 MOST_INPUT_S = 600.0
+MOST_FRAMES = 512      # columns of an answer in frames
+FLOW_STEPS = 8          # of arXiv 2401.13527's released code
 MOST_INPUT_WORDS = 2000     # about as long, read aloud
 
 
@@ -102,6 +106,9 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
     if streams != (task == 'duplex'):
         raise ConfigError(f'--task {task} does not fit this config: it has '
                           f'{"several streams; use duplex" if streams else "one stream"}')
+    if layout.startswith('framed.') and task not in ('tts', 's2s'):
+        raise ConfigError(f'--task {task} does not fit this config: it speaks frames; use tts or '
+                          's2s')
     rundir.same_run(workdir, config)
     default = generate.Sampler(0.8, 250, 1.0) if streams else generate.Sampler(0.0)
     sampler = _checked(generate.Sampler(
@@ -170,9 +177,10 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
     records = list(data.examples(lm.config, split, name, vocab=lm.vocab, limit=count))
     if task in ('tts', 't2t'):
         given = [' '.join(w.text for w in r.words) for r in records]
-    else:       # the records hold codes, not sound: what the model hears is their resynthesis
-        given = [codec.decode(r.codes[1]) if task == 'duplex' else
-                 codec.decode(r.units[0][None]) for r in records]
+    else:       # who learned from codes hears their resynthesis, who learned from sound that
+        kept = lm.config.layout.name.startswith('framed.')
+        given = [codec.decode(r.codes[1]) if task == 'duplex' else _kept(r.wav) if kept else
+                 _true(codec, r) for r in records]
         given = [g[None] for g in given]
     results = perform(lm, codec, given, sampler, seed, records=records)
     _others(os.path.join(out, 'samples.json'), task)
@@ -188,7 +196,7 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
             if task == 'tts':       # what the same units, had they been right, would sound like
                 true = os.path.join(out, 'true')
                 os.makedirs(true, exist_ok=True)
-                write_wav(os.path.join(true, f'{stem}.wav'), codec.decode(r.units[0][None]), rate)
+                write_wav(os.path.join(true, f'{stem}.wav'), _true(codec, r), rate)
         else:
             rundir.write_atomic(os.path.join(out, f'{stem}.txt'), result['text'] + '\n')
         log.info('%s: %s', stem, result['text'])
@@ -196,6 +204,20 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
     rundir.write_atomic(path, json.dumps(_others(path, task) + entries, indent=1) + '\n')
     if task == 'tts':
         rundir.write_atomic(os.path.join(out, 'refs.json'), json.dumps(references, indent=1) + '\n')
+
+
+def _true(codec, record) -> np.ndarray:
+    """What the first channel of a record sounds like through the codec."""
+    several = codec.identity['codebooks'] > 1
+    return codec.decode(record.codes[0] if several else record.units[0][None])
+
+
+def _kept(flac: bytes) -> np.ndarray:
+    """The first channel of a record's own sound."""
+    import io
+
+    import soundfile
+    return soundfile.read(io.BytesIO(flac), dtype='float32', always_2d=True)[0][:, 0]
 
 
 def _asked(r, task: str) -> dict:
@@ -232,14 +254,41 @@ def _units(lm, codec, wavs) -> list[np.ndarray]:
 
 def _sound(lm, codec, tokens: list[np.ndarray]) -> list[np.ndarray]:
     start, size = lm.vocab.ranges['units']
-    frames = unit_frames(lm.config, lm.vocab)
+    units = [t[(t >= start) & (t < start + size)] - start for t in tokens]
+    quiet = np.zeros(codec.identity['sample_rate_hz'] // 4, np.float32)
+    if 'latents' in lm.config.head:     # units of the first codebook, and a flow for the others
+        there = [i for i, u in enumerate(units) if len(u)]
+        means = [codec.latents(units[i][None]) for i in there]
+        found = frames.refine(lm.speaker(), means, [m[:0] for m in means],
+                              steps=FLOW_STEPS) if means else []
+        out = dict(zip(there, map(codec.sound, found), strict=True))
+        return [out.get(i, quiet) for i in range(len(units))]
+    held = unit_frames(lm.config, lm.vocab)
+    return [codec.decode(spread(u, held[u])[None]) if len(u) else quiet for u in units]
+
+
+def _layout(config, source: str) -> dict:
+    own = plain(config.data.sources[source]).get('layout') if source in config.data.sources else {}
+    return own or plain(config.layout)
+
+
+def _by_template(lm, source: str, texts, sampler, seed) -> list[np.ndarray]:
+    """Units (ids on the line) of texts in place of what a source's template is given to read."""
+    options = {k: x for k, x in _layout(lm.config, source).items() if k not in ('name', 'score')}
+    like = next(data.examples(lm.config, 'test', source, vocab=lm.vocab, limit=1))
+    text, asked = lm.text(), []
+    for said in texts:
+        words = tuple(Word(w, 0, 0.0, 0.0, text.encode(w)) for w in said.split())
+        made = template.pieces(dataclasses.replace(like, words=words), vocab=lm.vocab,
+                               rng=np.random.default_rng(seed), **options)
+        asked.append(generate.phases(made, lm.vocab))
     out = []
-    for t in tokens:
-        units = t[(t >= start) & (t < start + size)] - start
-        if not len(units):
-            out.append(np.zeros(codec.identity['sample_rate_hz'] // 4, np.float32))
-            continue
-        out.append(codec.decode(spread(units, frames[units])[None]))
+    for n, part in enumerate(generate.in_parts(asked)):
+        told = generate.follow(lm.speaker({lm.vocab.rows[0].name: sampler}),
+                               *map(list, zip(*part, strict=True)), lm.vocab,
+                               most_tokens=dict(text=50, speech=300, any=350),
+                               key=jax.random.fold_in(jax.random.key(seed), n))
+        out += [said for each in told for name, said in each.items() if name.startswith('speech')]
     return out
 
 
@@ -258,6 +307,18 @@ def _asr(lm, codec, wavs, sampler, seed, records=None):
 
 def _tts(lm, codec, texts, sampler, seed, records=None):
     del records
+    if lm.config.layout.name.startswith('framed.'):
+        text = lm.text()
+        prompts = [np.concatenate([generate.prompt(lm.vocab, [i for w in t.split()
+                                                              for i in text.encode(w)]),
+                                   [lm.vocab.specials['eos']]])[None] for t in texts]
+        said = [f for part in generate.in_parts(prompts, 16) for f in frames.say(
+            lm.speaker(), part, frames.marks(lm.vocab), most_columns=MOST_FRAMES)]
+        return [dict(text=t, wav=frames.wave(lm.config, f))
+                for t, f in zip(texts, said, strict=True)]
+    if _layout(lm.config, 'tts')['name'] == 'template.chain':
+        return [dict(text=t, wav=w) for t, w in zip(texts, _sound(
+            lm, codec, _by_template(lm, 'tts', texts, sampler, seed)), strict=True)]
     tokens = generate.read_aloud(lm, texts, *_pair(lm, 'tts'), sampler=sampler, seed=seed)
     return [dict(text=t, wav=w) for t, w in zip(texts, _sound(lm, codec, tokens), strict=True)]
 
@@ -270,6 +331,15 @@ def _continue(lm, prompts, kind, most_tokens, sampler, seed):
 
 def _s2s(lm, codec, wavs, sampler, seed, records=None):
     """Goes on from the first half of what was said (all of it for a file)."""
+    if lm.config.layout.name.startswith('framed.'):
+        wavs = [w.mean(0) for w in wavs]
+        asked = [frames.question(lm.config, lm.vocab, w[:len(w) // 2] if records else w)
+                 for w in wavs]
+        found = frames.answered(lm, [p for p, _ in asked], [h for _, h in asked],
+                                most_columns=MOST_FRAMES)
+        text = lm.text()
+        return [dict(text=text.decode(ids[:-1]), wav=frames.wave(lm.config, f))
+                for ids, f in found]
     units = _units(lm, codec, wavs)
     if records:
         units = [u[:len(u) // 2] for u in units]

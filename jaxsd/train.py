@@ -124,8 +124,8 @@ def abstract_batch(config, stage: Stage, mesh) -> dict:
     whole, line = (stage.batch, streams, config.columns), (stage.batch, config.columns)
     kinds = dict(tokens=(whole, jnp.int32), weights=(whole, jnp.float32),
                  position=(line, jnp.int32), segment=(line, jnp.int32))
-    if features := data.features(config):
-        kinds |= dict(feats=((*line, features), jnp.float32), slot=(line, jnp.int32))
+    kinds |= {name: ((*line, n), jnp.float32) if n else (line, jnp.int32)
+              for name, n in data.extras(config, dataclasses.asdict(stage)).items()}
     if stage.apart:
         kinds['apart'] = ((stage.batch,), jnp.bool_)
     return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
@@ -191,7 +191,7 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
     for i, stage in enumerate(which):   # whatever can be wrong, before a directory is made
         data.check(config, dataclasses.asdict(stage), v)
         target = abstract_state(config, stage, mesh)[1]
-        check_batch(config, stage, mesh, v)
+        check_batch(config, stage, mesh)
         if (stage.start not in [s.name for s in which[:i]]
                 and begin.foreign(config, stage, workdir) is None
                 and (folder := begin.start_folder(config, stage, workdir)) == stage.start):
@@ -207,7 +207,7 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
     return loss
 
 
-def check_batch(config, stage: Stage, mesh, v) -> None:
+def check_batch(config, stage: Stage, mesh) -> None:
     """Raises ConfigError for rows or columns that do not divide over devices, ValueError for wrong
     terms and for an engine of attention that these devices do not have."""
     place = sharding.placer(sharding.rules_of(plain(config.mesh).get('rules', {})), mesh)
@@ -222,9 +222,8 @@ def check_batch(config, stage: Stage, mesh, v) -> None:
         attention.choose(engine, place.platform, columns=config.columns, ways=place.ways('column'),
                          head_dim=config.backbone.head_dim,
                          dtype=config.frontend.get('dtype', 'bfloat16'))
-    cells = jnp.zeros((1, len(v.rows), 2))
-    model.objective_of(config)(cells, cells, dict(tokens=cells.astype(int), weights=cells,
-                                                  segment=cells[:, 0]))
+    like = abstract_batch(config, stage, mesh)
+    jax.eval_shape(model.objective_of(config), like['weights'], like['weights'], like)
 
 
 def share_of_rows(rows, batch: int) -> tuple[int, int]:

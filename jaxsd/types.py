@@ -60,6 +60,9 @@ class Record:
     fields: what is written beside what is said (an instruction, a task), by name; of several
     phrases under one name a layout draws one.
     feats: float32 [S, M] per channel, or what slices like it; filled in by `data` for an encoder.
+    latents: float32 [T, 2, W] per channel, or what slices like it: what the codes of the first
+    codebook stand for, and those of all; filled in by `data` for a head that tells one from the
+    other.
     """
 
     id: str
@@ -76,6 +79,7 @@ class Record:
     sides: dict[str, tuple[np.ndarray, ...]] = dataclasses.field(default_factory=dict)
     fields: dict[str, tuple[Phrase, ...]] = dataclasses.field(default_factory=dict)
     feats: tuple = ()
+    latents: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Grid:
     tokens:   int32 [K, T], ids on the vocabulary's line; NOTHING where a stream is silent.
     weights:  float32 [K, T], how much predicting this cell matters; 0 is context only.
     position: int32 [T], rotary position.    segment: int32 [T], 1 everywhere a layout draws.
-    extra:    arrays for encoders (`feats`, `slot`), CTC (`units`) or regression (`frames`).
+    extra:    arrays for encoders (`feats`, `slot`) and of sound that is no tokens (`frames`,
+              `framed`, `means`), by column; see `data.extras`.
 
     Column 0 is never scored: nothing comes before it.
     """

@@ -89,6 +89,14 @@ def batch(c, rows: int = 2, segments: int = 3, columns: int | None = None, seed:
     if 'encoder' in c.frontend:
         out |= dict(feats=rng.normal(size=(rows, T, c.frontend.encoder.features)).astype(
             np.float32), slot=((position > 1) & (position < 5)).astype(np.int32))
+    if 'prenet' in c.frontend:
+        out['framed'] = (position > 5).astype(np.int32)
+        out['frames'] = rng.normal(size=(rows, T, c.frontend.prenet.features)).astype(np.float32)
+    if 'latents' in c.head:         # a column of each sound is given
+        out['framed'] = (position > 0).astype(np.int32)
+        out['weights'][:, 0][position == 1] = 0
+        out |= {name: rng.normal(size=(rows, T, c.head.latents)).astype(np.float32)
+                for name in ('frames', 'means')}
     return out
 
 

@@ -22,6 +22,7 @@ from jaxsd import stage as stages
 from jaxsd.config import bind, plain
 from jaxsd.layout import show
 from jaxsd.stage import flatten
+from jaxsd.state import mesh_of
 from jaxsd.types import Phrase, Record, Turn, Word
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -101,6 +102,10 @@ PARAMETERS = {      # of the published size, by overrides
     'glm4_voice': {(): GLM_4_9B + 2 * (168_960 - 151_552) * 4096},
     # 501 units and two markers, rounded up.
     'syncllm': {(): LLAMA_3_8B + 2 * 512 * 4096},
+    # An encoder, a decoder of two tables, and two linear maps on either side of a frame.
+    'spectron': {(): 512 * 1024 + 1024 + within(1024, 24, 6656) + 1024 * 1536
+                 + decoder(1536, 12, 12, 12, 128, 6144) + 1536 * (256_003 + 256_002)
+                 + 128 * 256 + 256 + 256 * 1536 + 1536 + 1536 * 256 + 256 + 256 * 128 + 128},
     # 4,096 units and eight markers, rounded up; one table.
     'omniflatten': {(): QWEN_HALF_B + 4_224 * 896},
     # Both speakers are predicted in training. The released checkpoint keeps the depth steps of one
@@ -137,6 +142,8 @@ def toy(c) -> Record:
     codes = np.stack([[(frames + 3 * k + 100 * channel) % c.codec.size for k in range(books)]
                       for channel in (0, 1)]).astype(np.int16)
     units = tuple((frames // 3 * 5 + channel) % c.codec.size for channel in (0, 1))
+    if books > 1 and c.vocab.name == 'line':        # as `data` fills them in
+        units = tuple(codes[:, 0])
     sides = {name: tuple(np.arange(int(20 * hz)) // 3 % size for _ in units)
              for (name, size), hz in zip(c.vocab.get('sides', ()), (12.5, 1.0), strict=False)}
     parts = [part for _, o in layouts(c) for part in (*o.get('opening', ()), *o.get('parts', ()))]
@@ -146,7 +153,8 @@ def toy(c) -> Record:
     fields = {name: (Phrase(name, tuple(300 + i for i in range(1 + len(name) % 3))),)
               for name in names}
     return Record('toy', 'toy', 'en', 20.0, None if books == 1 else codes,
-                  tuple(u.astype(np.int16) for u in units) if books == 1 else (), words,
+                  tuple(u.astype(np.int16) for u in units) if books == 1 or c.vocab.name == 'line'
+                  else (), words,
                   tuple(w._replace(text=('n', 'ˈæ', 'ˌaɪ')[i % 3], ids=())
                         for i, w in enumerate(words)),
                   turns=(Turn(0, 0.0, 8.0, ''), Turn(1, 8.0, 16.0, ''), Turn(0, 16.0, 20.0, '')),
@@ -166,9 +174,13 @@ def layouts(c):
 
 def draw(c, options, where):
     make, record = bind(options, 'jaxsd.layout', where, given=('vocab', 'rng')), toy(c)
-    if 'encoder' in c.frontend:     # two frames of features a second, so that a question is short
+    if 'encoder' in c.frontend:     # a few frames of features a second, so that a question is short
         width = c.frontend.encoder.features // options.get('stack_frames', 1)
-        record = dataclasses.replace(record, feats=(np.ones((40, width), np.float32),) * 2)
+        count = 200 if 'prenet' in c.frontend else 40
+        record = dataclasses.replace(record, feats=(np.ones((count, width), np.float32),) * 2)
+    if 'latents' in c.head:
+        shape = (int(20 * c.codec.frame_hz), 2, c.head.latents)
+        record = dataclasses.replace(record, latents=(np.ones(shape, np.float32),) * 2)
     return make(record, vocab=model.make_vocab(c), rng=np.random.default_rng(0))
 
 
@@ -186,7 +198,9 @@ def test_the_published_size_builds_with_its_parameters(name):
 @pytest.mark.parametrize('name, arg, parameters', [
     ('spirit_lm', 'expressive', LLAMA_2_7B + 2 * 768 * 4096),     # 164 rows more, rounded up
     ('twist', 'recipe=slam', QWEN_HALF_B - (151_936 - 502) * 896),
-    ('speechgpt', 'gen', LLAMA_2_7B + 2 * 1_030 * 4096),
+    ('speechgpt', 'gen', LLAMA_2_7B + 2 * 1_030 * 4096        # and the flow
+     + (3 * 1024 + 1) * 1536 + 1536 + 1536 ** 2 + within(1536, 32, 4096) + 1536 * 1024 + 1024),
+    ('speechgpt', 'demo,gen', None),
     ('twist', 'recipe=sims', QWEN_7B + 2 * 512 * 3584), ('twist', 'demo,recipe=sims', None),
     *(('spirit_lm', f'demo,{arg}', None) for arg in (
         'expressive', 'level=phone', 'level=utterance,again=1.0', 'again=0.5'))])
@@ -228,11 +242,12 @@ def test_everything_a_config_names_is_there(name, arg):
     for task, options in c.evals.items():
         bound = bind(options, 'jaxsd.evaluate', f'evals.{task}', given=('split', 'limit')).keywords
         assert {bound.get('source', 'none'), *bound.get('sources', ())} <= {'none', *c.data.sources}
-    cells = np.zeros((1, len(v.rows), 2), np.float32)
-    terms = model.objective_of(c)(cells, cells, dict(tokens=cells.astype(int), weights=cells))[0]
+    batch = train.abstract_batch(c, stages.stages(c)[-1], mesh_of(c))
+    terms = jax.eval_shape(model.objective_of(c), batch['weights'], batch['weights'], batch)[0]
     spoken = {row.name.split()[0] for row in v.rows if row.predicted}
     assert spoken <= {row for names in plain(c.objective.terms).values() for row in names}
-    assert set(terms) == set(c.objective.terms)
+    beside = ('frames', 'bins', 'flow', 'time 1', 'time 2', 'time 3') if 'frames' in batch else ()
+    assert set(c.objective.terms) <= set(terms) <= {*c.objective.terms, *beside}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -254,13 +269,14 @@ AT_ONCE = ('spirit_lm', 'moshi', 'usdm')
 
 
 @pytest.mark.parametrize('name', [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow)
-                                  for n in NAMES])
+                                  for n in (*NAMES, 'speechgpt,gen')])
 def test_tiny_learns(name, corpus, tmp_path):
     """Real steps on real speech: every stage ends, and the held-out loss is below that at random.
 
     Two steps do not show learning through the noise of a batch, so each stage takes a few.
     """
-    c = on(corpus, read(name, 'tiny'))
+    name, _, arg = name.partition(',')
+    c = on(corpus, read(name, f'tiny,{arg}'.rstrip(',')))
     assert all(s.steps == 2 for s in stages.stages(c))
     c.stages = tuple(dict(s) | dict(steps=6, save_steps=6) for s in plain(c.stages))
     work = str(tmp_path / 'run')

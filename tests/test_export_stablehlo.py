@@ -157,6 +157,14 @@ def test_refused(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=f"frontend.encoder is 'mlp'; format '{format}' can "):
             export.save(listening, released.random_params(listening, 1), str(tmp_path / 'out'),
                         format)
+    for slot, options, said in (
+            ('frontend', dict(name='summed', prenet=dict(name='mlp', features=4, hidden=4)),
+             "frontend.prenet is 'mlp'"),
+            ('head', dict(name='flowing', latents=4), 'head.latents is 4')):
+        sounding = released.decoder('llama')
+        sounding[slot] = options
+        with pytest.raises(ConfigError, match=f'{said}; format .* only read and speak columns'):
+            stablehlo.check(sounding, 'stablehlo')
     monkeypatch.setitem(sys.modules, 'flatbuffers', None)
     with pytest.raises(ConfigError, match=r"needs the package flatbuffers: pip install 'jaxsd\["):
         export.save(config, params, str(tmp_path / 'out'), 'stablehlo')

@@ -41,6 +41,11 @@ SYSTEMS = {     # every kind of head and of layout, with what only some meshes c
         dict(name='ctc', most_units=8, decoder=dict(
             name='decoder', width=8, layers=1, heads=2, kv_heads=2, head_dim=4, mlp=12,
             theta=100.0)), turns=1),
+    'frames': lambda: sound(dict(prenet=dict(name='mlp', features=6, hidden=8)),
+                            dict(name='spectrogram', features=6, hidden=8),
+                            dict(name='frames', bins=3, delta_frames=2)),
+    'flow': lambda: sound({}, dict(name='flowing', latents=6, scale=2.0, sigma=0.5, inside=8,
+                                   layers=1, heads=2, mlp=12), dict(name='flow')),
 }
 EVERY_AXIS = (dict(data=8), dict(data=2, fsdp=4), dict(fsdp=4, tensor=2), dict(context=8),
               dict(data=2, context=2, tensor=2))
@@ -50,7 +55,7 @@ EQUAL = [(system, mesh) for system in ('flat', 'streams') for mesh in EVERY_AXIS
     ('tied', MIXED | dict(rules=(('kv_heads', None),))), ('parallel', MIXED),
     ('some columns', ROWS), ('experts', dict(fsdp=2, tensor=2, expert=2)),
     ('experts', dict(data=2, context=2, expert=2)), ('groups', ROWS), ('patches', ROWS),
-    ('heard', ROWS), ('unaligned', ROWS)]
+    ('heard', ROWS), ('unaligned', ROWS), ('frames', ROWS), ('flow', ROWS)]
 
 
 def balanced(c):
@@ -67,6 +72,15 @@ def beside(frontend, head, **marks):
     c.frontend = dict(dtype='float32') | frontend
     c.head = head | dict(chunk_columns=5)
     c.objective.terms = dict(text=('text',), audio=('audio',))
+    return c
+
+
+def sound(frontend, head, objective):
+    """One row, and sound beside it that is no tokens."""
+    c = config('flat', chunk_columns=5)
+    c.frontend = dict(name='summed', dtype='float32') | frontend
+    c.head = head | dict(chunk_columns=5)
+    c.objective = objective | dict(terms=dict(ce=('tokens',)))
     return c
 
 

@@ -81,10 +81,12 @@ def advance(lm: model.Model, cache, tokens_BKT, segment_BT, position_BT, plan_BK
 
 def check(config, format: str) -> None:
     """ConfigError for a model that hears or says more than these programs read and keep."""
-    for slot, key in (('frontend', 'encoder'), ('head', 'decoder')):
+    for slot, key in (('frontend', 'encoder'), ('frontend', 'prenet'), ('head', 'decoder'),
+                      ('head', 'latents')):
         if key in config[slot]:
-            raise ConfigError(f'{slot}.{key} is {config[slot][key].name!r}; format {format!r} can '
-                              'only read and speak columns of tokens')
+            made = config[slot][key]
+            raise ConfigError(f'{slot}.{key} is {made if isinstance(made, int) else made.name!r}; '
+                              f'format {format!r} can only read and speak columns of tokens')
 
 
 def write(folder: str, config, flat: Mapping, *, shard_bytes: int) -> dict:

@@ -14,9 +14,10 @@ from jaxsd.types import NOTHING, Grid
 from jaxsd.vocab import Vocab, initial
 
 WIDTH = 110
-LEGEND = {'*': 'initial', '·': 'nothing', '_': 'pad', 'EP': 'a word comes next',
-          "'": 'seen, never scored'}
-SHORT = {'pad': '_', 'epad': 'EP', 'bos': 'BOS', 'eos': 'EOS', 'end': 'END'}
+LEGEND = {'*': 'initial', '·': 'nothing', '_': 'pad', '~': 'a frame of sound',
+          'EP': 'a word comes next', "'": 'seen, never scored'}
+SHORT = {'pad': '_', 'epad': 'EP', 'bos': 'BOS', 'eos': 'EOS', 'end': 'END',
+         'frame': '~'}
 
 
 def text(grid: Grid, vocab: Vocab, *, columns: tuple[int, int] | None = None,

@@ -109,7 +109,7 @@ def of(config, stage, topology: targets.Topology, devices=None) -> Plan:
     devices = targets.devices(topology) if devices is None else devices
     config = _compilable(config, topology)
     mesh = state.mesh_of(config, devices)
-    train.check_batch(config, stage, mesh, model.make_vocab(config))
+    train.check_batch(config, stage, mesh)
     step, target, _ = train.step_on(config, stage, mesh)
     traced = step.trace(target, train.abstract_batch(config, stage, mesh))
     executed, unknown = work.count(traced.jaxpr, work.seen(config))
