@@ -67,7 +67,7 @@ def get_config(arg=None):
 def demo(c) -> None:
     """Stories of the demo corpus, kept with its audio (--keep-wav): 80 bins, 80 ms in a column.
 
-    Half of them are only read aloud, which a text is enough for.
+    Some are only read aloud, in whatever voice; what is heard goes on in the voice it began in.
     """
     bins, each = 80, 8
     c.codec = parts.demo_units()
@@ -85,7 +85,7 @@ def demo(c) -> None:
     c.objective.bins = bins
     c.data = dict(path=parts.DEMO, sources=dict(
         told=dict(select=('story',)), aloud=dict(select=('story',), layout=told(0.0))))
-    c.stages = (parts.demo_stage('train', 800, dict(told=0.5, aloud=0.5)),)
+    c.stages = (parts.demo_stage('train', 800, dict(told=0.7, aloud=0.3)),)
     c.evals = dict(likelihood=dict(name='likelihood', sources=('told', 'aloud')),
                    sounds=dict(name='sounds', source='told'),
                    aloud=dict(name='sounds', source='aloud'))

@@ -467,9 +467,9 @@ def one_pass(config, source: str, vocab: Vocab, *, batch: int, split: str = 'tes
     """
     part = _slice(batch, process_index, process_count)
     dataset = open_dataset(_data_options(config)['path'], config['codec'])
-    drawn = _with_layout(config, source, layout)
-    source = _open_source(dataset, drawn, source, vocab, split=split, layout=None,
-                          fill=_filler(config, vocab), extras=_own_extras(drawn, source))
+    own = _with_layout(config, source, layout)
+    source = _open_source(dataset, own, source, vocab, split=split, layout=None,
+                          fill=_filler(config, vocab), extras=_own_extras(own, source))
     numbers = source.numbers[:limit]
     empty = packing.lay([], streams=len(vocab.rows), columns=source.columns,
                         extras=source.extras)

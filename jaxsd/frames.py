@@ -126,7 +126,8 @@ def question(config, vocab, wav: np.ndarray) -> tuple[np.ndarray, tuple]:
     """A prompt [1, T] and its (feats, slot): a wave [S] that is heard, as the layout draws it."""
     flac = io.BytesIO()
     soundfile.write(flac, wav, codec.SAMPLE_RATE_HZ, format='FLAC')
-    feats = framed.columns(codec.log_mel(flac.getvalue())[0][:], config.layout.stack_frames)
+    feats = framed.columns(codec.log_mel(flac.getvalue())[0][:],
+                           config.layout.get('stack_frames', 1))
     if not len(feats):
         raise ValueError('--input is too short to hear anything in')
     prompt = np.array([[*[NOTHING] * len(feats), vocab.specials['bos']]], np.int32)

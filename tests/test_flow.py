@@ -62,6 +62,19 @@ def test_the_sampler_follows_a_known_field_to_its_end():
     assert float(flow.follow(lambda x, t: t, jnp.zeros(()), 4)) == pytest.approx(0.375)
 
 
+def test_a_prior_near_the_truth_needs_fewer_steps():
+    """What centering the prior on the units is for (arXiv 2401.13527): to an error that a prior
+    around zero comes to in many steps, one close by comes in few."""
+    def steps_to(m, a, tolerance=0.02):
+        def known(x, t):
+            spread = (1 - t) ** 2 * a ** 2 + t ** 2 * B ** 2
+            return (N - m) + (t * B ** 2 - (1 - t) * a ** 2) / spread * (x - (1 - t) * m - t * N)
+        x0 = m + a * jnp.linspace(-2, 2, 9)
+        return next(steps for steps in range(1, 200) if float(jnp.abs(flow.follow(
+            known, x0, steps) - (N + B / a * (x0 - m))).max()) < tolerance)
+    assert steps_to(N + 0.2, B) < 0.75 * steps_to(0.0, 1.0) < 0.5 * steps_to(0.0, 2.0)
+
+
 # As a head.
 
 V = line(dict(size=20, codebooks=8), text_tokens=8, markers=('a',), multiple=1)
