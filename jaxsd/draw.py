@@ -94,8 +94,11 @@ def curves(lines, alt: str, *, height: float = 2.1, zero: bool = False, along: s
             axes.set_yscale('log')
         axes.set_xlabel(along)
         _few_ticks(axes, along == 'step')
-        if log:
+        if log:     # ticks where something was measured; matplotlib's own are formulas
             axes.set_xscale('log')
+            ticks = sorted({v for c in lines for v in (*c[2][:1], *c[2][-1:], *c[4][0])})
+            axes.set_xticks(ticks, [f'{v:.2g}'.replace('e+0', 'e') for v in ticks])
+            axes.minorticks_off()
     return _svg(draw, alt, height=height)
 
 

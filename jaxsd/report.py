@@ -47,8 +47,8 @@ def write(workdirs: list[str], out_path: str, *, note: str = '') -> str:
             raise ValueError(f'--workdir {workdir}: no such directory')
     folders = [pathlib.Path(workdir) for workdir in workdirs]
     asked = {folder: found for folder in folders if (found := _read_ablation(folder))}
-    runs = [_read_run(run) for folder in folders for run in (
-        _chosen(folder, asked[folder]) if folder in asked else [folder])]
+    runs = [run for folder in folders for run in (
+        _chosen(folder, asked[folder]) if folder in asked else [_read_run(folder)])]
     style = pathlib.Path(__file__).with_suffix('.css').read_text('utf-8')
     room = [AUDIO_BYTES]
     articles = [_answer(folder, found) for folder, found in asked.items()]
@@ -298,9 +298,10 @@ def _own(folder: pathlib.Path, run: dict) -> pathlib.Path | None:
     return path if inside and path.is_dir() else None
 
 
-def _chosen(folder: pathlib.Path, found: dict) -> list[pathlib.Path]:
-    """The run of each arm with the first seed."""
-    return [path for arm in found['arms'] for run in arm['runs'][:1] if (path := _own(folder, run))]
+def _chosen(folder: pathlib.Path, found: dict) -> list[dict]:
+    """The run of each arm with the first seed, under the arm's name."""
+    return [_read_run(path) | dict(name=f'{arm["name"]}, seed {run.get("seed")}', arm=arm['name'])
+            for arm in found['arms'] for run in arm['runs'][:1] if (path := _own(folder, run))]
 
 
 def _colors(arms: list) -> list[str]:
@@ -350,7 +351,7 @@ def _answer(folder: pathlib.Path, found: dict) -> str:
                 for x in [_dict(arm['estimates'].get(label))] if _finite(x.get('mean'))]
         if rows:
             figures.append(_figure(_e(label), draw.intervals(rows, label)))
-    out.append(f'<div class="wide">{"".join(figures)}</div>')
+    out.append(f'<div class="wide" style="margin-bottom:14px">{"".join(figures)}</div>')
     rows = [(_key(color) + _e(arm['name']),
              f'{sum(r.get("state") == "done" for r in arm["runs"])} of {len(arm["runs"])}',
              _e(' + '.join(_number(s.get('steps')) for s in arm['stages'])),
@@ -457,7 +458,7 @@ def _learned(folder: pathlib.Path, found: dict) -> str:
             if curves:
                 figures.append(_figure('', draw.curves(curves, f'{title} over {name}', along=name)))
         if figures:
-            keys = ' '.join(f'{_key(color)}{_e(name)} {_number(y)}&emsp;'
+            keys = ' '.join(f'<span class="one">{_key(color)}{_e(name)} {_number(y)}</span>'
                             for name, (color, y) in last.items())
             out.append(f'<h4>{_e(title)}</h4><p class="small">{keys}</p>'
                        f'<div class="wide">{"".join(figures)}</div>')
@@ -508,7 +509,8 @@ def _card(run: dict) -> str:
     text = run['doc'].strip()
     title, _, rest = text.partition('\n')
     evidence = re.search(r'^\s*Evidence\s+(.*?)(?:\n\s*\n|\Z)', rest, re.DOTALL | re.MULTILINE)
-    out = [f'<h2>{_e(title or run["name"])}</h2>']
+    title = f'{run["name"]}: {title}' if title and 'arm' in run else title or run['name']
+    out = [f'<h2>{_e(title)}</h2>']
     where = ' · '.join(f'{name}<code>{_e(run[key])}</code>' for name, key in
                        (('', 'folder'), ('', 'file'), ('fingerprint ', 'fingerprint')) if run[key])
     out.append(f'<p class="soft small">{where}</p>')

@@ -384,6 +384,10 @@ def asked(run, tmp_path):
         expected=['word > phone'], source='a paper', limits='It is a toy.', rule='By intervals.',
         budget=dict(unit='tokens', amounts=[2e6], said='2,000,000'), date='2026-01-02',
         revision='1234abc',
+        law=dict(points=[dict(flops=1e12, parameters=n, positions=1e12 / n, loss=2 + abs(n - 2e6))
+                         for n in (1e6, 2e6, 4e6)], exponents=dict(parameters=.5, positions=.5),
+                 optima=[dict(flops=1e12, parameters=2.25e6, positions=4e5, loss=2,
+                              fit=[1, -29, 213])]),
         metrics=[dict(label='stories right %', better='higher')], comparisons=[dict(
             better='word', worse='phone', metric='stories right %', difference=-1.5, low=-2.25,
             high=-.75, verdict='confirmed')])))
@@ -396,11 +400,13 @@ def test_an_ablation_is_shown_before_its_runs(asked, tmp_path):
                  '3 of 4', '71.25 64.12 to 77.5',
                  'word > phone stories right % -1.5 -2.25 to -0.75',
                  'phone, seed 1 failed: no disk', 'It is a toy.', 'By intervals.',
+                 '1e+12 2,250,000 400,000 2', 'to the power 0.5,',
                  'layout.level word', 'phone: other records than the base', 'Training loss',
                  'Held out: dialogue', '2026-01-02'):
         assert said in page.words, said
     assert page.words.index('Which alignment') < page.words.index('Two speakers')
-    assert page.words.count('Two speakers: a system made up') == 2      # a card for each arm
+    for arm in ('word', 'phone'):       # a card for each
+        assert f'{arm}, seed 0: Two speakers: a system made up' in page.words
     for name in ('tokens, M', 'hours of sound', 'PFLOPs'):
         assert f'Training loss over {name}' in page.source
     assert 'script' not in page.tags and not page.handlers
@@ -427,6 +433,7 @@ def test_what_an_ablation_says_is_text(asked, tmp_path):
 
 @pytest.mark.parametrize('spoil', [
     {'arms': [3, {'name': 'a', 'runs': 5, 'stages': [1], 'estimates': {'x': 4}}]},
+    {'law': {'points': [{'flops': 1, 'parameters': 2, 'loss': 3}, 4], 'optima': [{'flops': []}]}},
     {'metrics': [{'label': 4}], 'comparisons': 'none', 'budget': [1], 'expected': 5},
     {'arms': [{'name': 'a', 'differences': {'k': 4}, 'runs': [{'folder': 7}, {}]}]}])
 def test_a_damaged_ablation_is_survived(asked, tmp_path, spoil):
