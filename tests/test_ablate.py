@@ -95,6 +95,7 @@ def test_what_items_add_gives_the_metric(straight):
                 entry['metrics'][name], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_in_mid_arm_it_ends_with_the_same_table(straight, corpus, tmp_path):
     work = tmp_path / 'work'
     argv = [*straight[1][:4], str(work), *straight[1][5:]]
