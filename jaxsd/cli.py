@@ -143,6 +143,25 @@ def _parser() -> argparse.ArgumentParser:
                    help='run directories of the demos, named like the config files')
     p.add_argument('--out', required=True, metavar='OUT.md')
 
+    p = verbs.add_parser('ablate', help='ask a question of several arms under one budget',
+                         description='Ask a question of several arms under one budget and one '
+                                     'order of data: train and measure each, then say the answer.',
+                         epilog=EPILOG, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--sweep', required=True, metavar='FILE.py',
+                   help='the question, as in configs/ablations/; --config.path=value overrides its '
+                        'base')
+    p.add_argument('--workdir', required=True, metavar='DIR',
+                   help='for a run directory per arm and seed, results.json and report.html')
+    p.add_argument('--budget', type=float, metavar='N', help="in place of the question's, in its "
+                                                             'unit')
+    p.add_argument('--only', metavar='N', help='only this run of the list that --dry-run prints; '
+                                               'or the environment variable that holds it')
+    p.add_argument('--launch', choices=('slurm', 'gke'), help='as jobs of a cluster')
+    p.add_argument('--dry-run', action='store_true',
+                   help='say what differs between arms and what would run, and stop')
+    p.add_argument('--doc', metavar='OUT.md', help='put the answer into this page')
+
     p = verbs.add_parser('report', help='one HTML page with curves, grids, tables and audio',
                          description='One HTML page with curves, grids, tables and audio.')
     p.add_argument('--workdir', required=True, action='append', metavar='DIR',
@@ -326,11 +345,51 @@ def _plan(args, config):
         raise ConfigError('not everything fits; --search tries other meshes and batches')
 
 
+def _ablate(args, overrides):
+    import subprocess
+
+    from jaxsd import ablate, report
+    only = os.environ.get(args.only, args.only) if args.only else None
+    if only is not None and not only.isdecimal():
+        raise ConfigError(f'--only {only}: write the number of a run, or the name of an '
+                          'environment variable that holds one')
+    question = ablate.read(args.sweep, args.budget)
+    _devices()
+    arms = ablate.arms_of(question, args.workdir, overrides)
+    print(ablate.described(question, arms))
+    runs = ablate.runs_of(question, arms, args.workdir)
+    if args.launch:
+        flags = [f'--config.{path}={value}' for path, value in overrides]
+        flags += [f'--budget={args.budget}'] if args.budget else []
+        lines = ablate.jobs(args.launch, question, args.workdir, runs, flags)
+        print('\n'.join(lines))
+        if not args.dry_run:
+            subprocess.run(['bash', '-euc', '\n'.join(lines)], check=True)
+        return
+    if args.dry_run:
+        print('\n'.join(f'run {i}: {r.folder}' for i, r in enumerate(runs)))
+        return
+    found = ablate.run(question, arms, args.workdir, only=None if only is None else int(only))
+    if only is None:
+        print(ablate.table(found))
+        print(report.write([args.workdir], os.path.join(args.workdir, 'report.html')))
+        if args.doc:
+            ablate.document(found, args.doc, args.command)
+            print(args.doc)
+    states = [(a['name'], r['seed'], r['state']) for a in found['arms'] for r in a['runs']]
+    failed = [x for x in states if x[2].startswith('failed')]
+    if failed:
+        name, seed, why = failed[0]
+        raise ConfigError(f'{len(failed)} of {len(states)} runs failed; arm {name}, seed {seed} '
+                          f'{why}')
+
+
 def _report(args, _):
     from jaxsd import report
     for workdir in args.workdir:
-        if os.path.isdir(workdir) and not os.path.exists(os.path.join(workdir, 'config.json')):
-            raise ConfigError(f'--workdir {workdir} holds no run (no config.json)')
+        if os.path.isdir(workdir) and not any(os.path.exists(os.path.join(workdir, name))
+                                              for name in ('config.json', 'results.json')):
+            raise ConfigError(f'--workdir {workdir} holds no run (no config.json) and no ablation')
     report.write(args.workdir, args.out, note=args.note)
     print(args.out)
 
@@ -342,7 +401,7 @@ def _systems(args, _):
 
 
 VERBS = dict(show=_show, train=_train, evaluate=_evaluate, generate=_generate, export=_export,
-             plan=_plan, bench=_bench, report=_report, systems=_systems)
+             plan=_plan, bench=_bench, ablate=_ablate, report=_report, systems=_systems)
 VERBS['import'] = _import
 
 
@@ -362,15 +421,6 @@ def _end(error: BaseException, trace: str = '') -> int:
     """Exit status 1; as one of several processes this leaves at once, naming those it lost."""
     processes = sys.modules.get('jaxsd.processes')      # jax is not imported only to fail
     return processes.end(error, trace) if processes else 1
-
-
-def _checked(config, overrides):
-    """`config` with overrides. Raises ConfigError for whatever its options tell to be wrong."""
-    for path, value in overrides:
-        configs.override(config, path, value)
-    configs.bounded(config)
-    configs.complete(config)
-    return config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -397,10 +447,13 @@ def _main(argv: list[str]) -> int:
             from jaxsd.plan import targets
             targets.prepare(map(targets.parse, args.topology))
             args.command = shlex.join(['python', '-m', 'jaxsd', *argv])
-            config = [_checked(configs.read(spec), overrides) for spec in args.config]
+            config = [configs.overridden(configs.read(spec), overrides) for spec in args.config]
         elif args.verb == 'systems':
             if overrides:
                 raise ConfigError('systems takes no --config overrides')
+        elif args.verb == 'ablate':
+            args.command = shlex.join(['python', '-m', 'jaxsd', *argv])
+            config = overrides
         elif args.verb != 'report':
             if args.config is None:
                 from jaxsd import run
@@ -409,7 +462,7 @@ def _main(argv: list[str]) -> int:
             else:
                 config = configs.read(args.config)
                 args.made = configs.made_by(args.config, overrides)
-            config = _checked(config, overrides)
+            config = configs.overridden(config, overrides)
         elif overrides:
             raise ConfigError('report takes no --config overrides')
         VERBS[args.verb](args, config)

@@ -68,9 +68,11 @@ def unknown(path: str, key: str, legal) -> ConfigError:
 
 def _reach(path: str) -> None:
     """Lets a config file import configs._parts, and name functions of files beside it."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.dirname(folder) not in sys.path:
-        sys.path.insert(0, os.path.dirname(folder))
+    folder = package = os.path.dirname(os.path.abspath(path))
+    while os.path.exists(os.path.join(os.path.dirname(package), '__init__.py')):
+        package = os.path.dirname(package)
+    if os.path.dirname(package) not in sys.path:
+        sys.path.insert(0, os.path.dirname(package))
     if folder not in sys.path:          # last: a config is named like the package it stands for
         sys.path.append(folder)
 
@@ -85,22 +87,27 @@ def _import_file(path: str):
     return module
 
 
-def read(spec: str) -> mlc.ConfigDict:
-    """Reads `FILE.py` or `FILE.py:arg` and checks its top-level names. Raises ConfigError."""
-    path, _, arg = spec.partition(':')
+def executed(path: str, flag: str):
+    """The module that Python file `path` is, named by `flag`. Raises ConfigError."""
     if os.path.isdir(path):
-        raise ConfigError(f'--config: {path} is a directory; name a file of it')
+        raise ConfigError(f'{flag}: {path} is a directory; name a file of it')
     if not os.path.isfile(path):
         meant = f'; did you mean {path}.py?' if os.path.isfile(f'{path}.py') else ''
-        raise ConfigError(f'--config: no file {path}{meant}')
+        raise ConfigError(f'{flag}: no file {path}{meant}')
     if not path.endswith('.py'):
-        raise ConfigError(f'--config: {path} is no Python file: its name must end in .py')
+        raise ConfigError(f'{flag}: {path} is no Python file: its name must end in .py')
     try:
-        module = _import_file(path)
+        return _import_file(path)
     except ConfigError:
         raise
     except Exception as e:
-        raise ConfigError(f'--config: {path} cannot be executed: {type(e).__name__}: {e}') from e
+        raise ConfigError(f'{flag}: {path} cannot be executed: {type(e).__name__}: {e}') from e
+
+
+def read(spec: str) -> mlc.ConfigDict:
+    """Reads `FILE.py` or `FILE.py:arg` and checks its top-level names. Raises ConfigError."""
+    path, _, arg = spec.partition(':')
+    module = executed(path, '--config')
     if not hasattr(module, 'get_config'):
         raise ConfigError(f'--config: {path} defines no get_config(arg)')
     try:
@@ -140,6 +147,16 @@ def checked(config: mlc.ConfigDict, path: str = 'config') -> mlc.ConfigDict:
     if missing:
         raise ConfigError(f'{path} lacks {", ".join(missing)}')
     bounded(config)
+    return config
+
+
+def overridden(config: mlc.ConfigDict, overrides) -> mlc.ConfigDict:
+    """`config` with (path, value) overrides set. Raises ConfigError for whatever its options tell
+    to be wrong."""
+    for path, value in overrides:
+        override(config, path, value)
+    bounded(config)
+    complete(config)
     return config
 
 

@@ -62,18 +62,21 @@ def _svg(draw, alt: str, *, height: float = 2.1) -> str:
     return text.replace('xlink:href', 'href')
 
 
-def _few_ticks(axes):
+def _few_ticks(axes, whole: bool = True):
     from matplotlib.ticker import FuncFormatter, MaxNLocator
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:,.0f}'))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
+    axes.xaxis.set_major_formatter(FuncFormatter(
+        lambda x, _: f'{x:,.0f}' if whole or abs(x) >= 1000 else f'{x:g}'))
     if axes.get_yscale() == 'linear':
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(
             lambda y, _: f'{y:,.0f}' if abs(y) >= 1000 and abs(y) < 1e9 else f'{y:g}'))
 
 
-def curves(lines, alt: str, *, height: float = 2.1, zero: bool = False) -> str:
-    """Lines over steps; held-out points as circles. `zero`: the axis begins at nothing.
+def curves(lines, alt: str, *, height: float = 2.1, zero: bool = False, along: str = 'step',
+           log: bool = False) -> str:
+    """Lines over steps, or whatever `along` says; held-out points as circles. `zero`: the axis
+    begins at nothing; `log`: it counts factors along.
 
     `lines` holds (name, color, x, y, (held-out x, held-out y)); at least one point is finite.
     """
@@ -89,9 +92,56 @@ def curves(lines, alt: str, *, height: float = 2.1, zero: bool = False) -> str:
             axes.set_ylim(bottom=0, top=max(low) * 1.08 or 1)
         elif min(low) > 0 and max(low) > 60 * min(low):
             axes.set_yscale('log')
-        axes.set_xlabel('step')
-        _few_ticks(axes)
+        axes.set_xlabel(along)
+        _few_ticks(axes, along == 'step')
+        if log:     # ticks where something was measured; matplotlib's own are formulas
+            axes.set_xscale('log')
+            ticks = sorted({v for c in lines for v in (*c[2][:1], *c[2][-1:], *c[4][0])})
+            axes.set_xticks(ticks, [f'{v:.2g}'.replace('e+0', 'e') for v in ticks])
+            axes.minorticks_off()
     return _svg(draw, alt, height=height)
+
+
+def intervals(rows, name: str) -> str:
+    """A dot and its interval for each (label, color, mean, low, high), one below the other; low and
+    high may be None."""
+    def draw(axes):
+        for i, (_, color, mean, low, high) in enumerate(rows):
+            if low is not None:
+                axes.plot([low, high], [-i, -i], color=color, linewidth=2.2, alpha=.55)
+            axes.plot([mean], [-i], 'o', color=color, markersize=6)
+        axes.set_yticks([-i for i in range(len(rows))], [label for label, *_ in rows])
+        axes.set_ylim(-len(rows) + .4, .6)
+        axes.grid(axis='y', visible=False)
+        axes.grid(axis='x')
+        axes.set_xlabel(name)
+        axes.locator_params(axis='x', nbins=5)
+    return _svg(draw, f'{name}: means and intervals', height=.75 + .27 * len(rows))
+
+
+def intervals_png(panels) -> bytes:
+    """Side by side, each (name, rows of (label, mean, low, high)), as a PNG on white."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    with matplotlib.rc_context({'text.parse_math': False, 'font.size': 9}):
+        most = max(len(rows) for _, rows in panels)
+        figure = Figure(figsize=(1.2 + 2.6 * len(panels), .9 + .3 * most), dpi=160,
+                        layout='constrained')
+        for axes, (name, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels,
+                                      strict=True):
+            for i, (_, mean, low, high) in enumerate(rows):
+                color = PRINTED[i % len(PRINTED)]
+                if low is not None:
+                    axes.plot([low, high], [-i, -i], color=color, linewidth=2, alpha=.55)
+                axes.plot([mean], [-i], 'o', color=color, markersize=5)
+            axes.set_yticks([-i for i in range(len(rows))], [row[0] for row in rows])
+            axes.set(xlabel=name, ylim=(.6 - most, .6))
+            axes.spines[['top', 'right', 'left']].set_visible(False)
+            axes.grid(axis='x', linewidth=.5, alpha=.5)
+            axes.tick_params(length=0)
+        out = io.BytesIO()
+        figure.savefig(out, format='png')
+    return out.getvalue()
 
 
 def histogram(values: np.ndarray, name: str) -> str:

@@ -3,9 +3,10 @@
 
 A task is a function `task(lm, *, split, limit, <options>) -> dict` named in `config.evals`. It
 returns `metrics` (name -> number), `items` (how many things were measured), and perhaps a `note`,
-a `histogram` and `judged`: the metric to look at first, and its floor, which is another metric (the
-same answers beside a wrong input) or a number. Results go to WORKDIR/evaluation.json, one entry per
-task, split and stage; the untrained model is a stage of its own.
+a `histogram`, `per_item` (`shares`), and `judged`: the metric to look at first, and its floor, a
+number or another metric (the same answers beside a wrong input). Results go to
+WORKDIR/evaluation.json, one entry per task, split and stage; the untrained model is a stage of its
+own.
 """
 
 import json
@@ -29,6 +30,15 @@ from jaxsd.state import mesh_of
 from jaxsd.types import NOTHING, Record, positive
 
 log = logging.getLogger('jaxsd')
+
+
+def shares(sums, of=()) -> dict[str, list[float]]:
+    """What each item adds to a metric that is the sum of `sums` over that of `of` (default: items).
+
+    Kept as `per_item` of a result, so that items can be drawn again (`ablate`).
+    """
+    return {k: [float(f'{x:.7g}') for x in values] for k, values in (('sum', sums), ('of', of))
+            if len(values)}
 
 
 # Likelihood.
@@ -126,6 +136,15 @@ def beside_others(said: list[str], heard: list[str]) -> dict[str, float]:
     return error_rates(said, heard) | {'wrong-sentence WER %': others}
 
 
+def errors_per_item(said: list[str], heard: list[str]) -> dict[str, dict]:
+    """`error_rates`, by sentence."""
+    import jiwer
+    found = [jiwer.process_words(a, b) for a, b in zip(said, heard, strict=True)]
+    wrong = [100 * (x.substitutions + x.deletions + x.insertions) for x in found]
+    return {'WER %': shares(wrong, [x.hits + x.substitutions + x.deletions for x in found]),
+            'exact %': shares([100.0 * (a == b) for a, b in zip(said, heard, strict=True)])}
+
+
 def asr(lm: generate.LM, *, split: str, limit: int | None, source: str) -> dict:
     """Word error rate of writing down held-out speech (jiwer), greedy.
 
@@ -135,8 +154,10 @@ def asr(lm: generate.LM, *, split: str, limit: int | None, source: str) -> dict:
     given, asked = generate.markers(lm.config, source)
     units = [flat.speech_tokens(r.units[0], lm.vocab) for r in records]
     heard = generate.transcribe(lm, units, given, asked)
-    return dict(metrics=beside_others([_said(r) for r in records], heard), items=len(records),
-                judged=JUDGED_BY_WORDS, note='greedy; words pooled over sentences')
+    said = [_said(r) for r in records]
+    return dict(metrics=beside_others(said, heard), items=len(records), judged=JUDGED_BY_WORDS,
+                per_item=errors_per_item(said, heard),
+                note='greedy; words pooled over sentences')
 
 
 def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener: str = 'asr'
@@ -153,6 +174,7 @@ def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener
     return dict(metrics={'round-trip WER %': found['WER %'],
                          'wrong-sentence WER %': found['wrong-sentence WER %']},
                 items=len(records), judged=('round-trip WER %', 'wrong-sentence WER %'),
+                per_item={'round-trip WER %': errors_per_item(said, heard)['WER %']},
                 note='greedy synthesis, transcribed by the same model')
 
 
@@ -230,7 +252,7 @@ def exchanges(lm: generate.LM, *, split: str, limit: int | None, source: str,
         raise ConfigError(f'exchanges: data.sources.{source} must be drawn by template.chain over '
                           'exchanges')
     options = {k: v for k, v in options.items() if k not in ('name', 'score')}
-    asked, kinds = _questions(lm.config, os.path.join(lm.config.data.path, questions))
+    asked, kinds = questions_of(os.path.join(lm.config.data.path, questions))
     text, v, found, prompts, steps = lm.text(), lm.vocab, [], [], []
     mine = options.get('mine', 0)
     options['mine'] = 0 if mine == 'random' else mine
@@ -262,11 +284,12 @@ def exchanges(lm: generate.LM, *, split: str, limit: int | None, source: str,
     others = [next((found[(i + k) % len(found)] for k in range(1, len(found))
                     if found[(i + k) % len(found)]['kind'] == q['kind']), q)
               for i, q in enumerate(found)]
-    return dict(metrics={
-        'correct %': 100 * float(np.mean([right(q, a) for q, a in zip(found, heard, strict=True)])),
-        'chance %': 100 * float(np.mean([right(q, a) for q, a in zip(others, heard, strict=True)]))
-    }, items=len(found), judged=('correct %', 'chance %'),
-        note='greedy; the written answer, one question at a time')
+    good, luck = ([100.0 * right(q, a) for q, a in zip(questions, heard, strict=True)]
+                  for questions in (found, others))
+    return dict(metrics={'correct %': float(np.mean(good)), 'chance %': float(np.mean(luck))},
+                items=len(found), judged=('correct %', 'chance %'),
+                per_item={'correct %': shares(good)},
+                note='greedy; the written answer, one question at a time')
 
 
 # Answers written and spoken side by side.
@@ -295,19 +318,21 @@ def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
                  if lm.config.head.name == 'ctc' else
                  flat.runs(reply.spoken(lm.config, layout, v, grid.tokens[:, n:])[0])[0])
         true.append(' '.join(str(x) for x in whole if 0 <= x < lm.config.codec['size']))
-    metrics = {}
+    metrics, per_item = {}, {}
     for kind, a, b in (('', wanted, said), ('UER', true, heard)):
         kept = [i for i, x in enumerate(a) if x]
         if kept:
             rates = error_rates([a[i] for i in kept], [b[i] for i in kept])
             other = error_rates([a[i] for i in kept], [b[i] for i in kept[1:] + kept[:1]])
+            each = errors_per_item([a[i] for i in kept], [b[i] for i in kept])
+            per_item |= {'UER %': each['WER %']} if kind else each
             if kind:
                 metrics |= {'UER %': rates['WER %'], 'UER %/floor': other['WER %']}
             else:
                 metrics |= rates | {'WER %/floor': other['WER %']}
     judged = 'WER %' if 'WER %' in metrics else 'UER %'
     return dict(metrics=metrics, items=len(records), judged=(judged, f'{judged}/floor'),
-                note='greedy; floors: another one\'s answer')
+                per_item=per_item, note='greedy; floors: another one\'s answer')
 
 
 # Sound that is no tokens.
@@ -422,7 +447,7 @@ def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'al
         return flat.text_tokens(words, v) if kind == 'T' else flat.speech_tokens(units, v)
 
     marker = {'T': '[Text]', 'S': '[Speech]'}
-    metrics = {}
+    metrics, per_item = {}, {}
     for a in 'TS':
         for b in 'TS':
             rows, legal = [], generate.allowed_ids(v, 'text' if b == 'T' else 'speech')
@@ -435,9 +460,13 @@ def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'al
                     prompt = generate.prompt(v, marker[a], tokens(a, w1, u1), *middle)
                     rows.append((prompt, tokens(b, words, units)))
             scores = pair_scores(lm, rows, norm=norm, scope=scope, legal=legal if alone else None)
-            metrics[f'nats/{a}->{b}'] = -float(np.mean(scores[0::2]))
-            metrics[f'right %/{a}->{b}'] = 100 * preferred(scores[0::2], scores[1::2])
+            good, bad = scores[0::2], scores[1::2]
+            metrics[f'nats/{a}->{b}'] = -float(np.mean(good))
+            metrics[f'right %/{a}->{b}'] = 100 * preferred(good, bad)
+            per_item |= {f'nats/{a}->{b}': shares(-good), f'right %/{a}->{b}': shares(
+                100 * np.where(good == bad, 0.5, good > bad))}
     return dict(metrics=metrics, items=len(records), judged=('right %/S->T', 50.0),
+                per_item=per_item,
                 note=f'{norm} nats ({scope}) of the second sentence given the first; T text, '
                      'S speech')
 
@@ -472,12 +501,13 @@ def pairs(lm: generate.LM, *, split: str, limit: int | None, path: str, source: 
         at += 2 * len(files)
     return dict(metrics={'right %': 100 * float(np.mean(by_item))}, items=len(items),
                 judged=('right %', 50.0),
+                per_item={'right %': shares(100 * np.array(by_item))},
                 note=f'{norm} over the whole row; voices averaged first, ties count half')
 
 
 # Conversation.
 
-def _questions(config, path: str) -> tuple[dict, dict]:
+def questions_of(path: str) -> tuple[dict, dict]:
     """(question text -> {want, kind}, kind -> words) of a corpus whose questions have answers."""
     try:
         with open(path, encoding='utf-8') as f:
@@ -551,7 +581,7 @@ def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batc
     """
     positive('evals.answers', batch=batch)
     config, v = lm.config, lm.vocab
-    asked, kinds = _questions(config, os.path.join(config.data.path, questions))
+    asked, kinds = questions_of(os.path.join(config.data.path, questions))
     records = list(data.examples(config, split, source, vocab=v, limit=limit))
     hz = config.codec.frame_hz
     late = generate.layout_delays(plain(config.layout), v)
@@ -569,12 +599,39 @@ def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batc
     if not found:
         raise ConfigError(f'answers: split {split} of {source} asks no question of {questions}')
     metrics, latency = summary(found)
-    return dict(metrics=metrics, items=len(found), judged=('correct %', None), histogram=dict(
+    each = {'correct %': [a.good for _, a in found], 'waited %': [a.waited for _, a in found],
+            'answered %': [a.latency is not None for _, a in found]}
+    return dict(metrics=metrics, items=len(found), judged=('correct %', None), per_item={
+        k: shares([100.0 * x for x in values]) for k, values in each.items()}, histogram=dict(
         name=f'latency in frames of {1000 / hz:.0f} ms', values=[float(x) for x in latency]),
         note='the model hears the user frame by frame; everything it says is its own')
 
 
 # Running tasks.
+
+ERRORS = ('WER %', 'exact %')
+MEASURED = {
+    asr: (*ERRORS, 'wrong-sentence WER %'), listening: (*ERRORS, 'wrong-sentence WER %'),
+    matched: ('right %', 'nats', 'nats/another'), tts: ('round-trip WER %', 'wrong-sentence WER %'),
+    exchanges: ('correct %', 'chance %'), replies: (*ERRORS, 'WER %/floor', 'UER %', 'UER %/floor'),
+    stories: tuple(f'{kind}/{a}->{b}' for kind in ('nats', 'right %') for a in 'TS' for b in 'TS'),
+    pairs: ('right %',),
+    answers: ('correct %', 'waited %', 'answered %', 'latency frames p10', 'latency frames median',
+              'latency frames p90', 'correct %/facts', 'correct %/sums')}
+"""The metrics of the tasks whose metrics do not depend on the config."""
+
+
+def measured(config, task: str) -> tuple[str, ...] | None:
+    """The metrics that `config.evals[task]` can report; None where only running it tells."""
+    bound = bind(plain(config.evals[task]), 'jaxsd.evaluate', f'evals.{task}',
+                 given=('split', 'limit'))
+    if bound.func is not likelihood:
+        return MEASURED.get(bound.func, getattr(bound.func, 'metrics', None))
+    ranges = model.make_vocab(config).ranges
+    kinds = [f'loss/{term}' for term in config.objective.terms] + [
+        f'{kind}/{name}' for kind in ('nats', 'accuracy') for name in ranges]
+    return tuple(f'{source}/{kind}' for source in bound.keywords['sources'] for kind in kinds)
+
 
 UNTRAINED = 'untrained'
 """The stage that entries of the model as it was drawn are of; its step is 0."""

@@ -6,6 +6,7 @@ start, resume and stage; checkpoints, metrics and samples lie beside them. A dir
 anything else is never touched, and every file is written whole or not at all.
 """
 
+import itertools
 import json
 import os
 import re
@@ -117,6 +118,16 @@ def read_run(workdir: str) -> dict:
 
 def differences(old, new, *, at_most: int = 3) -> str:
     """The first keys in which two configs differ, as `seed: 0 there, 1 here; ...`."""
+    found = differing(old, new)
+    show = [f'{k}: {str(a)[:40]} there, {str(b)[:40]} here'
+            for k, (a, b) in itertools.islice(found.items(), at_most)]
+    more = f' (and {len(found) - at_most} more keys)' if len(found) > at_most else ''
+    return '; '.join(show) + more
+
+
+def differing(old, new) -> dict[str, tuple]:
+    """{path: (old value, new value)} of every leaf in which two configs differ, by path; a leaf
+    that one of them lacks is 'nothing' there."""
     missing = object()
 
     def flat(x, path=''):
@@ -127,11 +138,8 @@ def differences(old, new, *, at_most: int = 3) -> str:
         return {path.lstrip('.'): x}
 
     a, b = flat(json.loads(to_json(old))), flat(json.loads(to_json(new)))
-    keys = [k for k in sorted(a | b) if a.get(k, missing) != b.get(k, missing)]
-    show = [f'{k}: {str(a.get(k, "nothing"))[:40]} there, {str(b.get(k, "nothing"))[:40]} here'
-            for k in keys[:at_most]]
-    more = f' (and {len(keys) - at_most} more keys)' if len(keys) > at_most else ''
-    return '; '.join(show) + more
+    return {k: (a.get(k, 'nothing'), b.get(k, 'nothing')) for k in sorted(a | b)
+            if a.get(k, missing) != b.get(k, missing)}
 
 
 def ledger(workdir: str, entry: dict):

@@ -404,7 +404,7 @@ def test_answers_are_counted_over_questions(streams_lm):
     """
     lm, v = streams_lm, streams_lm.vocab
     text, hz = lm.text(), lm.config.codec.frame_hz
-    asked, kinds = evaluate._questions(lm.config, f'{lm.config.data.path}/grammar.json')
+    asked, kinds = evaluate.questions_of(f'{lm.config.data.path}/grammar.json')
     found, latencies, questions, right = [], [], 0, []
     records = [r for r in data.examples(lm.config, 'train', 'dialogue', vocab=v)
                if any(t.channel == 1 and t.text in asked for t in r.turns)]

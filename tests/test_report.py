@@ -358,3 +358,85 @@ def test_a_curve_for_the_readme(run, tmp_path):
     assert open(out, 'rb').read(8) == b'\x89PNG\r\n\x1a\n'
     with pytest.raises(ValueError, match="no metrics of stage 'x'.*learn, adapt"):
         report.curve_png(str(run), out, stage='x')
+
+
+# Ablations.
+
+@pytest.fixture
+def asked(run, tmp_path):
+    """An ablation of two arms with two seeds, of which one run failed."""
+    folder = tmp_path / 'asked'
+    arms = []
+    for arm, off in (('word', 0), ('phone', 1)):
+        for seed in (0, 1):
+            (folder / arm / str(seed)).mkdir(parents=True)
+            for name in ('config.json', 'metrics.jsonl', 'evaluation.json', 'ledger.jsonl'):
+                (folder / arm / str(seed) / name).write_bytes((run / name).read_bytes())
+        arms.append(dict(
+            name=arm, config='c.py:demo', same_order=not off,
+            differences={'layout.level': ['word', arm]} if off else {},
+            stages=[dict(name='learn', steps=400, flops=2e12)],
+            runs=[dict(seed=0, folder=f'{arm}/0', state='done'),
+                  dict(seed=1, folder=f'{arm}/1', state='failed: no disk' if off else 'done')],
+            estimates={'stories right %': dict(mean=71.25 + off, low=64.125, high=77.5, seeds=2)}))
+    (folder / 'results.json').write_text(json.dumps(dict(
+        name='levels', question='Which alignment teaches most?', verdict='confirmed', arms=arms,
+        expected=['word > phone'], source='a paper', limits='It is a toy.', rule='By intervals.',
+        budget=dict(unit='tokens', amounts=[2e6], said='2,000,000'), date='2026-01-02',
+        revision='1234abc',
+        law=dict(points=[dict(flops=1e12, parameters=n, positions=1e12 / n, loss=2 + abs(n - 2e6))
+                         for n in (1e6, 2e6, 4e6)], exponents=dict(parameters=.5, positions=.5),
+                 optima=[dict(flops=1e12, parameters=2.25e6, positions=4e5, loss=2,
+                              fit=[1, -29, 213])]),
+        metrics=[dict(label='stories right %', better='higher')], comparisons=[dict(
+            better='word', worse='phone', metric='stories right %', difference=-1.5, low=-2.25,
+            high=-.75, verdict='confirmed')])))
+    return folder
+
+
+def test_an_ablation_is_shown_before_its_runs(asked, tmp_path):
+    page = page_of(asked, out=tmp_path)
+    for said in ('Which alignment teaches most?', 'Confirmed. Expected: word > phone (a paper).',
+                 '3 of 4', '71.25 64.12 to 77.5',
+                 'word > phone stories right % -1.5 -2.25 to -0.75',
+                 'phone, seed 1 failed: no disk', 'It is a toy.', 'By intervals.',
+                 '1e+12 2,250,000 400,000 2', 'to the power 0.5,',
+                 'layout.level word', 'phone: other records than the base', 'Training loss',
+                 'Held out: dialogue', '2026-01-02'):
+        assert said in page.words, said
+    assert page.words.index('Which alignment') < page.words.index('Two speakers')
+    for arm in ('word', 'phone'):       # a card for each
+        assert f'{arm}, seed 0: Two speakers: a system made up' in page.words
+    for name in ('tokens, M', 'hours of sound', 'PFLOPs'):
+        assert f'Training loss over {name}' in page.source
+    assert 'script' not in page.tags and not page.handlers
+
+
+def test_arms_are_drawn_where_their_stages_went_on(asked):
+    arm = report._read_ablation(asked)['arms'][0]
+    arm['stages'].append(dict(name='adapt', steps=100, flops=1e12))
+    course = report._course(asked / 'word' / '0', arm)
+    assert [r['tokens'] for r in course if 'loss' in r][39:42] == [640_000, 656_000, 672_000]
+    assert course[-1]['flops'] == 400 * 2e12 + 100 * 1e12
+
+
+def test_what_an_ablation_says_is_text(asked, tmp_path):
+    found = json.loads((asked / 'results.json').read_text().replace('word', NASTY[:25]
+                                                                    .replace('"', "'")))
+    found['question'] = found['arms'][1]['name'] = found['comparisons'][0]['verdict'] = NASTY
+    found['arms'][1]['runs'][0]['folder'] = '../made_up'        # not one of its own
+    (asked / 'results.json').write_text(json.dumps(found))
+    page = page_of(asked, out=tmp_path)
+    assert 'script' not in page.tags and not page.handlers and 'alert("x")' in page.words
+    assert 'Two speakers' not in page.words
+
+
+@pytest.mark.parametrize('spoil', [
+    {'arms': [3, {'name': 'a', 'runs': 5, 'stages': [1], 'estimates': {'x': 4}}]},
+    {'law': {'points': [{'flops': 1, 'parameters': 2, 'loss': 3}, 4], 'optima': [{'flops': []}]}},
+    {'metrics': [{'label': 4}], 'comparisons': 'none', 'budget': [1], 'expected': 5},
+    {'arms': [{'name': 'a', 'differences': {'k': 4}, 'runs': [{'folder': 7}, {}]}]}])
+def test_a_damaged_ablation_is_survived(asked, tmp_path, spoil):
+    found = json.loads((asked / 'results.json').read_text())
+    (asked / 'results.json').write_text(json.dumps(found | spoil))
+    assert 'Which alignment teaches most?' in page_of(asked, out=tmp_path).words

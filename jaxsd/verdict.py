@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What measurements of several arms decide, and what they do not.
+
+Two kinds of luck stand between a measurement and an answer: which items were measured, and which
+seed was trained. Both are estimated from what was measured, and RULE says how they decide.
+"""
+
+import functools
+import math
+
+import numpy as np
+
+DRAWS = 2000
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t at 97.5 % for 1, 2, ... degrees of freedom; the last serves for more."""
+
+RULE = (f'An interval of 95 % joins two kinds of luck. Items are drawn again {DRAWS:,} times, the '
+        "same ones for all arms; seeds are replicates, by Student's t on their mean. Their half "
+        'widths are added as squares. Arms are compared seed by seed, by the interval of their '
+        'difference: an ordering is confirmed where it lies wholly on the expected side of zero, '
+        'contradicted where it lies wholly on the other, and else not decided at this budget. '
+        'With one seed nothing is decided. Nothing is corrected for the number of comparisons.')
+
+
+@functools.lru_cache(4)
+def _drawn(items: int) -> np.ndarray:
+    """float64 [DRAWS, items]: how often each item is in each of the samples drawn again."""
+    return np.random.default_rng(items).multinomial(
+        items, np.full(items, 1 / items), size=DRAWS).astype(np.float64)
+
+
+def redrawn(per_item: list[dict | None]) -> np.ndarray | None:
+    """float64 [DRAWS]: the mean over seeds of a metric of items drawn again, or None without any.
+
+    per_item: for each seed what `evaluate.shares` kept.
+    """
+    sizes = {len(x['sum']) if x else 0 for x in per_item}
+    if len(sizes) != 1 or sizes == {0}:
+        return None
+    counts = _drawn(sizes.pop())
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return np.mean([counts @ np.array(x['sum']) / (counts @ np.array(
+            x.get('of', np.ones(counts.shape[1])))) for x in per_item], axis=0)
+
+
+def interval(values: list[float], draws: np.ndarray | None) -> tuple[float, float | None,
+                                                                   float | None]:
+    """(mean, low, high) of one value per seed: see RULE. None: neither items nor seeds to go by."""
+    mean, n = float(np.mean(values)), len(values)
+    luck = T_975[min(n, len(T_975) + 1) - 2] * float(np.std(values, ddof=1)) / math.sqrt(n) if (
+        n > 1) else 0.0
+    if draws is None and n < 2:
+        return mean, None, None
+    low, high = (mean, mean) if draws is None else np.nanpercentile(draws, [2.5, 97.5])
+    return (mean, mean - math.hypot(max(0.0, mean - low), luck),
+            mean + math.hypot(max(0.0, high - mean), luck))
+
+
+def of_difference(low: float | None, high: float | None, *, seeds: int, better: str) -> str:
+    """Of a difference 'expected better minus worse' with this interval."""
+    if low is None or high is None or seeds < 2:
+        return 'not decided'
+    low, high = (low, high) if better == 'higher' else (-high, -low)
+    return 'confirmed' if low > 0 else 'contradicted' if high < 0 else 'not decided'
+
+
+def overall(verdicts: list[str]) -> str:
+    if not verdicts:
+        return 'no ordering was expected'
+    if 'contradicted' in verdicts:
+        return 'contradicted'
+    return 'confirmed' if set(verdicts) == {'confirmed'} else 'not decided at this budget'
+
+
+def law(points: list[tuple[float, float, float, float]]) -> dict:
+    """Which size is best for a budget of computation: a parabola over the logarithm of the size for
+    each budget, and a power law through their minima (iso-FLOP profiles, arXiv 2203.15556 §3.2).
+
+    points: (FLOPs, parameters, positions, loss). exponents: of parameters and of positions in the
+    FLOPs; None with fewer than two budgets whose minimum lies inside the sizes tried.
+    """
+    optima = []
+    for flops in sorted({p[0] for p in points}):
+        size, seen, loss = np.array(sorted(p[1:] for p in points if p[0] == flops)).T
+        if len(set(size)) < 3:
+            continue
+        x = np.log(size)
+        a, b, c = np.polyfit(x, loss, 2)
+        if a > 0 and x[0] < -b / (2 * a) < x[-1]:
+            best = -b / (2 * a)
+            optima.append(dict(flops=flops, parameters=float(np.exp(best)), positions=float(
+                np.exp(np.interp(best, x, np.log(seen)))), loss=float(c - b * b / (4 * a)),
+                               fit=[float(a), float(b), float(c)]))
+    exponents = None
+    if len(optima) > 1:
+        exponents = {k: float(np.polyfit(np.log([o['flops'] for o in optima]),
+                                         np.log([o[k] for o in optima]), 1)[0])
+                     for k in ('parameters', 'positions')}
+    return dict(points=[dict(zip(('flops', 'parameters', 'positions', 'loss'), p, strict=True))
+                        for p in points], optima=optima, exponents=exponents)

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is an ablation fair, does it survive being killed, and is its answer what the numbers say?"""
+
+import json
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from jaxsd import ablate, cli, data, evaluate, model, verdict
+from jaxsd import run as rundir
+from jaxsd import stage as stages
+from jaxsd.config import ConfigError
+from jaxsd.layout import flat
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHIPPED = sorted((ROOT / 'configs' / 'ablations').glob('[!_]*.py'))
+ASKED = dict(
+    question='Does a name matter?', base=f'{ROOT}/configs/spirit_lm.py:tiny',
+    arms=(('one',), ('other',)), budget=dict(tokens=6 * 2048), seeds=(5,),
+    metrics=(('likelihood', 'aligned/loss/tokens', 'lower'), ('asr', 'WER %', 'lower')),
+    items=3, expected=('one > other',), source='nobody')
+
+
+def on(corpus):
+    return [f'--config.data.path={corpus}', f'--config.codec.path={corpus}/units.safetensors',
+            f'--config.vocab.tokenizer={corpus}/text.model', '--config.stages[0].save_steps=2',
+            "--config.evals.likelihood.sources=('aligned',)"]
+
+
+def pairs(corpus):
+    return [tuple(x.removeprefix('--config.').split('=', 1)) for x in on(corpus)]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """asked(key=value, ...) -> the path of a question file; a key that is None is left out."""
+    def make(**changes):
+        path = tmp_path / 'naming.py'
+        if 'arms' in changes:
+            changes = dict(expected=None) | changes
+        kept = {k: v for k, v in (ASKED | changes).items() if v is not None}
+        path.write_text(f'QUESTION = {kept!r}\n')
+        return str(path)
+    return make
+
+
+def answer(work):
+    with open(work / 'results.json') as f:
+        found = json.load(f)
+    return [a['estimates'] for a in found['arms']], found['comparisons'], found['verdict']
+
+
+@pytest.fixture(scope='module')
+def straight(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('naming')
+    (folder / 'naming.py').write_text(f'QUESTION = {ASKED!r}\n')
+    argv = ['ablate', '--sweep', str(folder / 'naming.py'), '--workdir', str(folder / 'work'),
+            *on(corpus)]
+    assert cli.main(argv) == 0
+    return folder / 'work', argv
+
+
+def test_arms_that_differ_in_name_alone_get_the_same_numbers(straight):
+    work, argv = straight
+    (one, other), comparisons, said = answer(work)
+    assert one == other and len(one) == 2
+    assert {c['difference'] for c in comparisons} == {0.0} and said.startswith('not decided')
+    losses = [[json.loads(line).get('loss') for line in open(work / arm / '5' / 'metrics.jsonl')]
+              for arm in ('one', 'other')]
+    assert losses[0] == losses[1] and len(losses[0]) == 7       # and a line of what was held out
+    assert rundir.read_run(str(work / 'one' / '5'))['config']['seed'] == 5
+    assert cli.main(['evaluate', '--workdir', str(work / 'one' / '5'), '--tasks', 'likelihood']
+                    ) == 0      # a run directory like any other
+    before = {p: p.stat().st_mtime for p in work.glob('*/*/ledger.jsonl')}
+    assert cli.main([*argv, '--doc', str(work / 'page.md')]) == 0
+    assert before == {p: p.stat().st_mtime for p in work.glob('*/*/ledger.jsonl')}
+    page = (work / 'page.md').read_text()
+    assert '(page-naming.png)' in page
+    assert (work / 'page-naming.png').read_bytes().startswith(b'\x89PNG')
+    assert '## Does a name matter?' in page and '| one | 1 of 1 | 6 |' in page and argv[2] in page
+
+
+def test_what_items_add_gives_the_metric(straight):
+    for entry in evaluate.recorded(str(straight[0] / 'one' / '5')):
+        for name, x in entry.get('per_item', {}).items():
+            assert sum(x['sum']) / sum(x.get('of', [1] * len(x['sum']))) == pytest.approx(
+                entry['metrics'][name], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_in_mid_arm_it_ends_with_the_same_table(straight, corpus, tmp_path):
+    work = tmp_path / 'work'
+    argv = [*straight[1][:4], str(work), *straight[1][5:]]
+    process = subprocess.Popen([sys.executable, '-m', 'jaxsd', *argv], cwd=ROOT,
+                               stdout=subprocess.DEVNULL)
+    metrics, limit = work / 'other' / '5' / 'metrics.jsonl', time.monotonic() + 200
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (work / 'one' / '5' / 'arm.json').exists()
+    assert not (work / 'other' / '5' / 'arm.json').exists()
+    assert cli.main(argv) == 0
+    assert answer(work) == answer(straight[0])
+    events = {arm: [e['event'] for e in rundir.read_ledger(str(work / arm / '5'))
+                    if e['event'] in ('start', 'resume')] for arm in ('one', 'other')}
+    assert events['one'] == ['start'] and events['other'][0] == 'start' and (
+        len(events['other']) == 2)
+
+
+DRAWN: list[str] = []
+
+
+def noted(record, *, vocab, rng, fields: tuple = ('speech',)):
+    """A layout that notes what it draws."""
+    DRAWN.append(record.id)
+    return flat.sequence(record, vocab=vocab, rng=rng, fields=fields)
+
+
+def test_arms_that_differ_in_layout_read_the_same_records_in_the_same_order(asked, corpus):
+    question = ablate.read(asked(
+        base=(ASKED['base'], "--config.stages[0].data={'aligned': 1.0}"), arms=[
+            (f, f"--config.data.sources.aligned.layout={{'name': 'test_ablate:noted', "
+                f"'fields': ('{f}',)}}") for f in ('speech', 'text')]))
+    order = []
+    for arm in ablate.arms_of(question, '', pairs(corpus)):
+        assert arm.same_order and arm.seeded(1)[0].seed == 1
+        config = arm.seeded(0)[0]
+        stage, v = stages.find(config, None), model.make_vocab(config)
+        batches = data.batches(config, vars(stage), v, threads=0)
+        DRAWN.clear()
+        for _ in range(4 if arm.name == 'speech' else 1):
+            next(batches)
+        order.append(list(DRAWN))
+    few = min(map(len, order))
+    assert few > 5 and order[0][:few] == order[1][:few]
+    assert sorted(set(order[0])) != list(dict.fromkeys(order[0]))       # not merely as stored
+
+
+@pytest.mark.parametrize('changes, says', [
+    (dict(arms=(('one', '--config.backbone.widht=8'),)), "arm one: --config.backbone.widht: "),
+    (dict(arms=(('one', 'mixx=pairs'),)), "arm one: unknown config argument 'mixx'; legal: tiny"),
+    (dict(arms=(('one', '--width=3'),)), 'arm one: --width=3: a change is --config.path=value'),
+    (dict(arms=(('one',), ('one',))), 'two arms are called one'),
+    (dict(arms=(('a', (('b',), ('c',))), ('a', (('b',),)))), 'two arms are called a.b'),
+    (dict(arms=(('a/b',),)), "arm 'a/b' must have a plain name"),
+    (dict(arms='one'), 'arms are a tuple'),
+    (dict(arms=(('one', '--config.stages[0].steps=9'),)),
+     'stages[0].steps would change the budget'),
+    (dict(arms=(('one', '--config.seed=9'),)), "arm one: seed is decided by the question's seeds"),
+    (dict(metrics=(('likelihood', 'aligned/los/tokens', 'lower'),)),
+     "task likelihood has no option 'aligned/los/tokens'; did you mean 'aligned/loss/tokens'"),
+    (dict(metrics=(('asrr', 'WER %', 'lower'),)),
+     "config.evals has no option 'asrr'; did you mean"),
+    (dict(metrics=(('asr', 'WER %', 'best'),)), "a metric is (task, name, 'higher', 'lower'"),
+    (dict(budget=dict(tokens=1, flops=1)), 'budget names exactly one of tokens, audio_hours'),
+    (dict(budget=dict(token=1)), "has no option 'token'; did you mean 'tokens'"),
+    (dict(budget=dict(tokens=3000)), 'arm one: the budget of 3000 is no whole number of steps'),
+    (dict(colour='red'), "has no option 'colour' (legal: arms, base, budget, expected"),
+    (dict(base='mix=pairs'), "base begins with a config file, got 'mix=pairs'"),
+    (dict(seeds=(1, 1)), 'seeds are different whole numbers'), (dict(seeds=None), 'lacks seeds'),
+    (dict(expected=('one > two',)), "expected has no option 'two'"),
+    (dict(law=('asr', 'WER %')), 'law is (task, metric) of one of the metrics, over a budget of'),
+    (dict(source=''), 'expected needs a source'), (dict(items=0), 'items is a whole number')])
+def test_a_bad_question_ends_in_one_line_before_anything_runs(asked, corpus, tmp_path, capsys,
+                                                              changes, says):
+    work = tmp_path / 'work'
+    assert cli.main(['ablate', '--sweep', asked(**changes), '--workdir', str(work),
+                     *on(corpus)]) == 1
+    said = capsys.readouterr().err
+    assert says in said and said.count('\n') == 1 and said.startswith('jaxsd ablate: ')
+    assert not work.exists()
+
+
+def test_an_arm_that_fails_does_not_stop_the_others(asked, corpus, tmp_path, capsys):
+    bad = ('bad', *(f'--config.stages[0].{x}' for x in ('lr=1e30', 'bad_steps=1', 'clip=1e30')))
+    path, work = asked(arms=(bad, ('good',)), budget=dict(tokens=2 * 2048), seeds=(0,),
+                       metrics=ASKED['metrics'][:1]), tmp_path / 'work'
+    assert cli.main(['ablate', '--sweep', path, '--workdir', str(work), *on(corpus)]) == 1
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and '1 of 2 runs failed; arm bad, seed 0 failed: ' in said
+    states = {a['name']: a['runs'][0]['state'] for a in ablate.read_results(str(work))['arms']}
+    assert states['good'] == 'done' and states['bad'].startswith('failed: ')
+    assert ablate.read_results(str(work))['verdict'] == 'no ordering was expected'
+
+
+@pytest.fixture
+def demo(corpus, tmp_path, monkeypatch):
+    """A directory in which `data/demo` is the small corpus."""
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'demo').symlink_to(corpus)
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=lambda p: p.stem)
+def test_what_is_shipped_resolves(path, demo):
+    question = ablate.read(f'configs/ablations/{path.name}')
+    assert question.question.endswith('?') and question.limits and len(question.arms) > 1
+    if question.unit == 'tokens':       # what the others cost takes longer to count
+        arms = ablate.arms_of(question)
+        assert sum(not a.differences for a in arms) <= 1
+        for arm in arms:
+            spent = sum(n * c for n, c in zip(arm.steps, arm.per_step, strict=True))
+            assert spent == pytest.approx(arm.budget, rel=ablate.ROUNDED)
+            assert f'arm {arm.name}: ' in ablate.described(question, arms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', SHIPPED, ids=lambda p: p.stem)
+def test_what_is_shipped_resolves_by_any_budget(path, demo):
+    question = ablate.read(f'configs/ablations/{path.name}')
+    arms = ablate.arms_of(question)
+    assert len(arms) == len(question.arms)
+    for arm in arms:
+        model.abstract(arm.config)
+        assert all(n >= 20 for n in arm.steps), arm.steps
+
+
+# Jobs.
+
+def test_jobs_are_those_of_the_launchers(asked, corpus, tmp_path, capsys):
+    path, work = asked(), tmp_path / 'work'
+    common = ['ablate', '--sweep', path, '--workdir', str(work), *on(corpus)]
+    assert cli.main([*common, '--launch', 'slurm', '--dry-run', '--budget', '4096']) == 0
+    array, last = capsys.readouterr().out.splitlines()[-2:]
+    assert '--array=0-1 launch/slurm.sbatch ablate --sweep' in array and '--budget=4096.0' in array
+    assert array.endswith('--only SLURM_ARRAY_TASK_ID)') and 'afterany:$job' in last
+    assert cli.main([*common, '--launch', 'gke', '--dry-run']) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    _, old, new, _ = words[words.index('sed') + 1].split('|')
+    text = (ROOT / 'launch' / 'gke.yaml').read_text()
+    assert text.count(old) == 1
+    assert {'HOSTS=1', f'CONFIG={path}', 'NAME=naming-other-5'} <= set(words)
+    text = text.replace(old, new)
+    for name, value in (w.split('=', 1) for w in words if re.match('[A-Z]+=', w)):
+        text = text.replace(f'${{{name}}}', value)
+    command = re.search(r'command: (\[.*\])', text)[1]
+    assert yaml.safe_load(command)[3:] == ['ablate', *on(corpus), '--only', '1', '--sweep', path,
+                                           '--workdir', str(work)]
+    assert not work.exists()
+
+
+# Numbers.
+
+def test_a_budget_is_spent_in_proportion_and_never_silently_changed():
+    assert ablate.whole_steps(1000, [10], [10.0]) == (100,)
+    assert ablate.whole_steps(1000, [300, 100], [1.0, 2.0]) == (600, 200)
+    assert ablate.whole_steps(103, [7], [1.0]) == (103,)
+    with pytest.raises(ConfigError, match='no whole number of steps: the nearest, 1, would spend'):
+        ablate.whole_steps(1.4, [7], [1.0])
+
+
+def test_intervals_against_closed_forms():
+    from scipy import stats
+    for n, t in enumerate(verdict.T_975, start=1):
+        assert t == pytest.approx(stats.t.ppf(.975, n), abs=1e-3)
+    values = [1.0, 1.5, 2.6]
+    mean, low, high = verdict.interval(values, None)
+    exact = stats.t.interval(.95, 2, np.mean(values), stats.sem(values))
+    assert (mean, low, high) == pytest.approx((np.mean(values), *exact), rel=1e-3)
+    x = np.random.default_rng(1).normal(5, 2, 400)
+    draws = verdict.redrawn([evaluate.shares(x)] * 2)
+    mean, low, high = verdict.interval([x.mean()] * 2, draws)
+    half = 1.96 * x.std() / 20
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=.1 * half)
+    w = np.random.default_rng(2).integers(3, 9, 400)    # a rate, by the delta method
+    draws = verdict.redrawn([evaluate.shares(x * w, w)])
+    rate = (x * w).sum() / w.sum()
+    half = 1.96 * np.sqrt((w ** 2 * (x - rate) ** 2).mean()) / w.mean() / 20
+    assert np.percentile(draws, [2.5, 97.5]) == pytest.approx([rate - half, rate + half],
+                                                              abs=.1 * half)
+    assert verdict.interval([3.0], None) == (3.0, None, None)
+    assert verdict.redrawn([None, evaluate.shares(x)]) is None
+
+
+def test_items_are_drawn_alike_for_all_arms():
+    """A difference that is the same for every item has no luck of items in it."""
+    x = np.random.default_rng(1).normal(5, 2, 100)
+    a, b = verdict.redrawn([evaluate.shares(x)]), verdict.redrawn([evaluate.shares(x + 1)])
+    assert np.ptp(b - a) < 1e-6 < np.ptp(a)
+
+
+@pytest.mark.parametrize('low, high, better, says', [
+    (.1, .3, 'higher', 'confirmed'), (.1, .3, 'lower', 'contradicted'),
+    (-.3, -.1, 'lower', 'confirmed'), (-.1, .3, 'higher', 'not decided'),
+    (None, None, 'higher', 'not decided'), (0.0, 0.0, 'higher', 'not decided')])
+def test_the_rule(low, high, better, says):
+    assert verdict.of_difference(low, high, seeds=3, better=better) == says
+    assert verdict.of_difference(low, high, seeds=1, better=better) == 'not decided'
+
+
+def test_the_whole_verdict():
+    yes, no, open_ = 'confirmed', 'contradicted', 'not decided'
+    assert verdict.overall([yes, yes]) == yes and verdict.overall([yes, no, open_]) == no
+    assert verdict.overall([yes, open_]) == 'not decided at this budget'
+
+
+def test_a_law_against_one_that_is_known():
+    """The best size grows as C^0.6, on parabolas: loss = (ln N - 0.6 ln C - 1)^2 + 5 / ln C."""
+    def loss(size, flops):
+        return (np.log(size) - .6 * np.log(flops) - 1) ** 2 + 5 / np.log(flops)
+    points = [(c, float(n), c / (6 * n), loss(n, c)) for c in (1e12, 4e12, 1.6e13)
+              for n in np.exp(.6 * np.log(c) + 1 + np.array([-1.5, -.5, .6, 1.4]))]
+    found = verdict.law(points)
+    assert found['exponents'] == pytest.approx(dict(parameters=.6, positions=.4), rel=1e-6)
+    assert found['optima'][1]['parameters'] == pytest.approx(np.e * 4e12 ** .6, rel=1e-6)
+    assert found['optima'][1]['loss'] == pytest.approx(5 / np.log(4e12), rel=1e-6)
+    assert verdict.law([p for p in points if p[0] == 1e12])['exponents'] is None
+    monotone = [(c, n, c / n, n) for c in (1e12, 2e12) for n in (1., 2., 3.)]
+    assert verdict.law(monotone)['optima'] == []
+
+
+def test_several_budgets_make_an_arm_for_each(asked):
+    question = ablate.read(asked(budget=dict(flops=(1e12, 4e12)), expected=None,
+                                 law=('likelihood', 'aligned/loss/tokens')))
+    assert [(n, b) for n, _, b in question.arms] == [
+        ('one.1e12', 1e12), ('other.1e12', 1e12), ('one.4e12', 4e12), ('other.4e12', 4e12)]
