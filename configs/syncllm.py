@@ -81,4 +81,5 @@ def demo(c) -> None:
         parts.demo_stage('turns_0', 200, dict(turns_0=1.0), batch=8),
         parts.demo_stage('turns_1', 200, dict(turns_1=1.0), batch=8, start='turns_0'),
         parts.demo_stage('duplex', 400, dict(duplex=1.0), batch=8, start='turns_1', lr=2e-3))
-    c.evals = dict(likelihood=dict(name='likelihood', sources=('turns_1', 'duplex')))
+    c.evals = dict(likelihood=dict(name='likelihood', sources=('turns_1', 'duplex')),
+                   turns=parts.turn_taking('duplex'))
