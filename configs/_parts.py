@@ -79,6 +79,11 @@ def demo_codec() -> dict:
     return dict(name='rvq', path=f'{DEMO}/codec.safetensors', frame_hz=12.5, codebooks=8, size=256)
 
 
+def turn_taking(source: str, **options) -> dict:
+    """Who speaks when in the demo corpus' dialogues, whose backchannels are these."""
+    return dict(name='turn_taking', source=source, murmurs=('uh huh', 'okay', 'right')) | options
+
+
 DEMO_TEXT = dict(text_tokens=320, tokenizer=f'{DEMO}/text.model')
 """The demo corpus' sentencepiece model: every word of its closed vocabulary is one piece."""
 

@@ -50,6 +50,7 @@ def get_config(arg=None):
         parts.demo_answers(c, evals=('dialogue',), stages=[
             ('pretrain', dict(dialogue=1.0), dict(steps=1_000, lr=2e-3, batch=8))])
         c.evals.matched = dict(name='matched', source='dialogue', given='theirs')
+        c.evals.turns = parts.turn_taking('dialogue')
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=1, heads=4, mlp=64)
         parts.tiny(c, columns=192)

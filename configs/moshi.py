@@ -137,7 +137,8 @@ def demo(c) -> None:
              data=dict(dialogue=0.8, stories=0.05, users=0.1, written=0.05),
              **common | dict(batch=16)))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('dialogue', 'users')),
-                   answers=dict(name='answers', source='dialogue'))
+                   answers=dict(name='answers', source='dialogue'),
+                   turns=parts.turn_taking('dialogue', listener='stories'))
 
 
 def paper_course(c, published) -> None:
@@ -161,4 +162,5 @@ def paper_course(c, published) -> None:
                        log_steps=20, warmup_steps=20)
         | (dict(lora=dict(rank=8, scale=2.0)) if s['name'] == 'adapt' else {}) for s in published)
     c.evals = dict(likelihood=dict(name='likelihood', sources=('instruct',)),
-                   answers=dict(name='answers', source='instruct'))
+                   answers=dict(name='answers', source='instruct'),
+                   turns=parts.turn_taking('instruct'))

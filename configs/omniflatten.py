@@ -103,4 +103,5 @@ def demo(c) -> None:
         parts.demo_stage('three', 150, dict(three=1.0), batch=8, start='half', lr=2e-3),
         parts.demo_stage('two', 100, dict(two=1.0), batch=8, start='three', lr=1e-3))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('half', 'three', 'two')),
-                   exchanges=dict(name='exchanges', source='half'))
+                   exchanges=dict(name='exchanges', source='half'),
+                   turns=parts.turn_taking('two'))

@@ -84,4 +84,5 @@ def demo(c) -> None:
         parts.demo_stage('turns_1', 200, dict(turns_1=1.0), batch=8, start='turns_0'),
         parts.demo_stage('duplex', 400, dict(duplex=1.0), batch=8, start='turns_1', lr=2e-3))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('turns_1', 'duplex')),
-                   matched=dict(name='matched', source='duplex', given='half'))
+                   matched=dict(name='matched', source='duplex', given='half'),
+                   turns=parts.turn_taking('duplex'))

@@ -116,9 +116,9 @@ class Decoder(nnx.Module):
                                  block_columns=self.block_columns, engine=self.attention,
                                  place=place)
         else:
-            k_BCGH, v_BCGH, slots, mask_BTC = cache
-            k = k_BCGH.at[:, slots].set(k.astype(k_BCGH.dtype))
-            v = v_BCGH.at[:, slots].set(v.astype(v_BCGH.dtype))
+            k_BCGH, v_BCGH, at, mask_BTC = cache
+            k = k_BCGH.at[at].set(k.astype(k_BCGH.dtype))
+            v = v_BCGH.at[at].set(v.astype(v_BCGH.dtype))
             o = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BTC)
         x_BTD = place(x_BTD + block.out(o), 'batch', 'column', 'width')
         y, load_2E = block.feed_forward(block.norm_mlp(x_BTD), where, place)
@@ -148,14 +148,16 @@ class Decoder(nnx.Module):
             return self.norm(x_BTD), {'balance': (spread * columns, columns)}
         T = x_BTD.shape[1]
         C = cache['position'].shape[1]
-        slots = (cache['written'] + jnp.arange(T)) % C
-        keys = Where(cache['position'].at[:, slots].set(where.position),
-                     cache['segment'].at[:, slots].set(where.segment))
+        slots = (cache['written'][..., None] + jnp.arange(T)) % C
+        # One count for all sequences, or one for each, which then come and go on their own.
+        at = (slice(None), slots) if slots.ndim == 1 else (jnp.arange(len(slots))[:, None], slots)
+        keys = Where(cache['position'].at[at].set(where.position),
+                     cache['segment'].at[at].set(where.segment))
         mask = visible(where, keys, self.window_columns)
 
         def step(x, layer):
             block, k, v = layer
-            x, kv, _ = self._layer(block, x, where, (k, v, slots, mask), place)
+            x, kv, _ = self._layer(block, x, where, (k, v, at, mask), place)
             return x, kv
         x_BTD, (k, v) = jax.lax.scan(step, x_BTD, (self.blocks, cache['k'], cache['v']))
         cache = dict(k=k, v=v, position=keys.position, segment=keys.segment,

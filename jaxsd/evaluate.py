@@ -6,7 +6,7 @@ returns `metrics` (name -> number), `items` (how many things were measured), and
 a `histogram`, `per_item` (`shares`), and `judged`: the metric to look at first, and its floor, a
 number or another metric (the same answers beside a wrong input). Results go to
 WORKDIR/evaluation.json, one entry per task, split and stage; the untrained model is a stage of its
-own.
+own. Those of a task that is `probed` also go to metrics.jsonl, while training.
 """
 
 import json
@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import sys
+import time
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from jaxsd import data, frames, generate, likelier, model, reply, sharding, spea
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
+from jaxsd.dialogue import turn_taking  # noqa: F401 - a task, found by its name here
 from jaxsd.layout import duplex, flat, framed, template
 from jaxsd.likelier import gold_pairs, pair_scores, preferred
 from jaxsd.state import mesh_of
@@ -82,36 +84,59 @@ def likelihood(lm: generate.LM, *, split: str, limit: int | None, sources: tuple
 
 
 def probe(config, stage: stages.Stage):
-    """A held-out likelihood for `train`, of the `likelihood` task's sources; None without it.
+    """What `train` measures every probe_steps: the held-out likelihood of the `likelihood` task's
+    sources, and the tasks that are `probed`, each on so many records of split test.
 
-    Raises ConfigError at once, not in the middle of training, for a source that cannot be scored.
+    None where nothing is measured. Raises ConfigError at once, not in the middle of training, for
+    a source that cannot be measured.
     """
-    task = plain(config.evals).get('likelihood')
-    if not task:
+    tasks = {name: _task(config, name) for name in sorted(config.evals)}
+    task = tasks.pop('likelihood', None)
+    tasks = {name: t for name, t in tasks.items() if t.keywords.get('probed', 0)}
+    if not task and not tasks:
         return None
-    bound = bind(task, 'jaxsd.evaluate', 'evals.likelihood', given=('split', 'limit'))
-    batch = bound.keywords.get('batch', 16)
-    positive('evals.likelihood', batch=batch, sources=len(task['sources']))
-    for source in task['sources']:
+    vocab, sources, batch, totals = model.make_vocab(config), (), 0, None
+    if task:
+        sources, batch = task.keywords['sources'], task.keywords.get('batch', 16)
+        positive('evals.likelihood', batch=batch, sources=len(sources))
+    for name, t in tasks.items():
+        positive(f'evals.{name}', probed=t.keywords['probed'])
+        if jax.process_count() > 1:
+            raise ConfigError(f'evals.{name}.probed: one process generates alone; set it to 0 and '
+                              'measure checkpoints with evaluate')
+    for source, name in [*((x, 'likelihood') for x in sources),
+                         *((t.keywords['source'], name) for name, t in tasks.items())]:
         try:
-            next(data.one_pass(config, source, model.make_vocab(config), batch=1, limit=1), None)
+            next(data.one_pass(config, source, vocab, batch=1, limit=1), None)
         except ConfigError as e:
-            raise ConfigError(f'evals.likelihood: {e}; name other sources there, or measure '
+            raise ConfigError(f'evals.{name}: {e}; name other sources there, or measure '
                               'nothing with --config.evals={}') from None
-    mesh, rules = mesh_of(config), sharding.rules_of(plain(config.mesh).get('rules', {}))
-    place = sharding.placer(rules, mesh)
-    batch = -(-batch // place.ways('batch')) * place.ways('batch')      # rows for every device
-    totals, vocab = _totals(config, stage, place), model.make_vocab(config)
+    if task:
+        mesh, rules = mesh_of(config), sharding.rules_of(plain(config.mesh).get('rules', {}))
+        place = sharding.placer(rules, mesh)
+        batch = -(-batch // place.ways('batch')) * place.ways('batch')  # rows for every device
+        totals = _totals(config, stage, place)
+    graph = model.abstract(config, stage.lora)[0]
 
     def held_out(step, params):
-        del step
         out = {}
-        for source in task['sources']:
+        for source in sources:
             found = _likelihood(config, params, vocab, source, split='test', limit=64,
                                 batch=batch, totals=totals)
             out |= {f'{source}/{k}': x for k, x in found.items() if k.startswith('loss/')}
+        lm = generate.LM(config, stage, vocab, graph, params, step, '')
+        for name, t in tasks.items():
+            start = time.perf_counter()
+            found = t(lm, split='test', limit=t.keywords['probed'])['metrics']
+            out |= {f'{name}/{k}': x for k, x in found.items() if math.isfinite(x)}
+            out[f'{name}/seconds'] = time.perf_counter() - start
         return out
     return held_out
+
+
+def _task(config, name: str):
+    """The function of evals.NAME, its options bound."""
+    return bind(config.evals[name], 'jaxsd.evaluate', f'evals.{name}', given=('split', 'limit'))
 
 
 # Recognition and synthesis.
@@ -648,8 +673,7 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
         if task not in every:
             raise unknown('--tasks', task, every)
     rundir.same_run(workdir, config)
-    chosen = {name: bind(every[name], 'jaxsd.evaluate', f'evals.{name}', given=('split', 'limit'))
-              for name in tasks or sorted(every)}
+    chosen = {name: _task(config, name) for name in tasks or sorted(every)}
     if not chosen:
         raise ConfigError('config.evals names no task')
     recorded(workdir)       # a file that cannot be added to is said before the work

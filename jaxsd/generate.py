@@ -449,6 +449,88 @@ def converse(speaker: Speaker, plans: list[np.ndarray], *, key=None) -> list[np.
     return [filled[i, :, :p.shape[1]] for i, p in enumerate(plans)]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+def _next(graph, rows, samplers, manners, params, state, plan_BK, begins_B, there_B):
+    """One column of every slot that is `there`, from its initial column where it begins."""
+    lm = nnx.merge(graph, params)
+    begins, there = begins_B[:, None], there_B[:, None]
+    before = jnp.where(begins, jnp.asarray([initial(row) for row in rows]), state['column'])
+    position = jnp.where(begins_B, 0, state['position'])
+    cache = state['cache'] | dict(segment=jnp.where(begins, 0, state['cache']['segment']))
+    where = Where(position[:, None], there.astype(jnp.int32))
+    sampled, cache = lm.step(before[:, :, None], where, cache,
+                             jax.random.fold_in(state['key'], state['step']),
+                             _pick(rows, samplers, None, plan_BK))
+    # Who is not there writes where the next column will be.
+    cache['written'] = state['cache']['written'] + there_B
+    column, _ = _settled(manners, plan_BK, sampled, jnp.zeros(plan_BK.shape, bool))
+    return dict(cache=cache, column=jnp.where(there, column, before), key=state['key'],
+                position=position + there_B, step=state['step'] + 1), column
+
+
+class Room:
+    """Conversations going on at once, a frame at a time: one dispatch hears and speaks for all.
+
+    Every slot begins, pauses and ends on its own. Its ring holds the backbone's window (`columns`
+    where it has none), so that neither memory nor the time of a step grows with a conversation.
+    """
+
+    def __init__(self, speaker: Speaker, late: tuple[int, ...], *, slots: int, columns: int, key):
+        lm = nnx.eval_shape(lambda p: nnx.merge(speaker.graph, p), speaker.params)
+        self._speaker, self._late, self.slots = speaker, late, slots
+        names = [row.name.split()[0] for row in speaker.rows]
+        self._theirs = [k for k, name in enumerate(names) if name == 'theirs']
+        K = len(speaker.rows)
+        cache = lm.empty_cache(slots, speaker.window_columns or columns)
+        self._first = np.array([initial(row) for row in speaker.rows], np.int32)
+        self._state = dict(
+            cache=cache | dict(written=jnp.zeros(slots, jnp.int32)), key=key,
+            column=jnp.zeros((slots, K), jnp.int32), position=jnp.zeros(slots, jnp.int32),
+            step=jnp.int32(0))
+        self._frames = np.zeros(slots, np.int64)            # heard in each slot
+        # The last max(late) + 1 columns said, and frames heard, of each slot; newest at the end.
+        self._said = np.zeros((max(late) + 1, slots, K), np.int32)
+        self._heard = np.zeros((max(late) + 1, slots, K), np.int32)
+
+    def begin(self, slot: int) -> None:
+        """The next frame of `slot` is the first of a new conversation."""
+        self._frames[slot] = 0
+
+    def step(self, heard: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Hears a frame in each of some slots (codes [books]) and says one in each.
+
+        Returns, where delays allow, the newest complete frame of all rows [K]: what was said
+        max(late) frames before the newest.
+        """
+        s, late = self._speaker, self._late
+        there = np.zeros(self.slots, bool)
+        there[list(heard)] = True
+        plan = np.full((self.slots, len(s.rows)), FREE, np.int32)
+        for slot, codes in heard.items():
+            self._heard[:-1, slot] = self._heard[1:, slot]
+            for book, k in enumerate(self._theirs):
+                row, code = s.rows[k], int(codes[book])
+                if not 0 <= code < row.size - 1:
+                    raise ValueError(f'{row.name} ids must lie in 0..{row.size - 2}, got {code}')
+                self._heard[-1, slot, k] = row.start + code
+                plan[slot, k] = self._heard[-1 - late[k], slot, k]
+            early = np.array(late) > self._frames[slot]
+            plan[slot, early] = self._first[early]
+        begins = there & (self._frames == 0)
+        self._state, column = _next(s.graph, s.rows, s.samplers, s.manners, s.params, self._state,
+                                    jnp.asarray(plan), jnp.asarray(begins), jnp.asarray(there))
+        column = np.array(column)       # a copy: the state's is given away with the next call
+        out = {}
+        for slot in heard:
+            self._said[:-1, slot] = self._said[1:, slot]
+            self._said[-1, slot] = column[slot]
+            if self._frames[slot] >= max(late):
+                out[slot] = np.array([self._said[-1 - max(late) + d, slot, k]
+                                      for k, d in enumerate(late)])
+            self._frames[slot] += 1
+        return out
+
+
 # A trained stage, and what it is asked to do.
 
 @dataclasses.dataclass(frozen=True)
@@ -548,7 +630,7 @@ def layout_delays(layout: dict, vocab: Vocab) -> tuple[int, ...]:
 def words_at(vocab: Vocab, text: Text, row: np.ndarray) -> list[tuple[int, str]]:
     """(first frame, word) of every word in an undelayed text row [T] (ids on the line)."""
     start = vocab.ranges['text'][0]
-    quiet = {vocab.specials[k] for k in ('pad', 'epad', 'bos', 'eos')}
+    quiet = {vocab.specials.get(k) for k in ('pad', 'epad', 'bos', 'eos')}
     words: list[tuple[int, list[int]]] = []
     for t, token in enumerate(row):
         local = int(token) - start

@@ -592,7 +592,17 @@ def _learning(stage: str, rows: list[dict]) -> str:
         out = f'<p class="soft">The losses of {_e(name)} hold no finite numbers.</p>'
     drawn = {'loss', *_names(rows, 'terms')}
     held = [n for n in _names(rows, 'held_out') if n not in drawn]
-    out += _panel('Held out', _colored(rows, 'held_out', held), f'Records kept apart, {name}.')
+    losses = [n for n in held if '/loss/' in n or '/' not in n]
+    out += _panel('Held out', _colored(rows, 'held_out', losses), f'Records kept apart, {name}.')
+    others = [n for n in held if n not in losses]
+    for task in dict.fromkeys(n.partition('/')[0] for n in others):
+        keys = [n for n in others if n.partition('/')[0] == task]
+        unit = keys[0].partition(' ')[2]        # an axis has one; the others are numbers only
+        drawn_keys = [n for n in keys if n.partition(' ')[2] == unit]
+        out += _panel(task, [
+            *_colored(rows, 'held_out', drawn_keys, f'{task}/'),
+            *(_curve(rows, n.removeprefix(f'{task}/'), '', 'held_out', n) for n in keys
+              if n not in drawn_keys)], f'{unit or "Figures"} on records kept apart, {name}.')
     more = ''
     names = _names(rows, 'metrics')
     for kind in dict.fromkeys(n.partition('/')[0] for n in names):

@@ -27,20 +27,20 @@ elif ! grep -q -- "--hours ${HOURS:-[0-9.]*} " data/demo/manifest.json; then
   echo "quickstart: data/demo was not made with HOURS=$HOURS; move it away" >&2; exit 1
 fi
 
-run() {     # run NAME CONFIG SOURCE FORMAT
-  local name=$1 config=$2 source=$3 format=$4 work=$runs/$1
+run() {     # run NAME CONFIG SOURCE FORMAT LIMIT
+  local name=$1 config=$2 source=$3 format=$4 limit=$5 work=$runs/$1
   part "show-$name" "what $name reads" jaxsd show --config "$config" --source "$source" --columns 24
   part "train-$name" "training $name: $work" jaxsd train --config "$config" --workdir "$work"
   mkdir -p "$work/grids"
   part "draw-$name" "the same as a picture: $work/grids" \
     jaxsd show --config "$config" --source "$source" --png "$work/grids/$source.png"
   part "evaluate-$name" "evaluating $name on sentences it has not seen" \
-    jaxsd evaluate --config "$config" --workdir "$work" --limit "${LIMIT:-100}"
+    jaxsd evaluate --config "$config" --workdir "$work" --limit "$limit"
   part "export-$name" "exporting $name: $work/export" \
     jaxsd export --config "$config" --workdir "$work" --format "$format" --out "$work/export"
 }
 share=${MOSHI_SHARE:-0.07} spirit=configs/spirit_lm.py:demo moshi=configs/moshi.py:demo,share=$share
-run spirit_lm "$spirit" aligned hf
+run spirit_lm "$spirit" aligned hf "${LIMIT:-100}"
 samples=$runs/spirit_lm/samples
 part tts 'spirit_lm reads unseen sentences aloud' jaxsd generate --config "$spirit" \
   --workdir "$runs/spirit_lm" --task tts --count 40 --output "$samples"
@@ -51,7 +51,7 @@ part continue 'spirit_lm goes on with what was said' jaxsd generate --config "$s
   --workdir "$runs/spirit_lm" --task s2s --count 3 --output "$samples"
 
 echo "moshi is trained for $share of its demo steps here; README, Figures, has all of it"
-run moshi "$moshi" dialogue kyutai
+run moshi "$moshi" dialogue kyutai "${LIMIT:-40}"
 part duplex 'moshi answers unseen callers' jaxsd generate --config "$moshi" \
   --workdir "$runs/moshi" --task duplex --count 6 --output "$runs/moshi/samples"
 part report "writing $runs/report.html" \

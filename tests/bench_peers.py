@@ -109,15 +109,14 @@ def ours(case: str, folder: str):
             out = stream.more(np.full((SPOKEN - 1, 1, 1), generate.FREE, np.int32))
             return float(np.asarray(out)[-1].sum())
         return speak
-    plan = generate.conversation_plan(v, given[0, 9:], released.late(config))
-    stream = generate.Stream(speaker, rows=1, columns=256, key=jax.random.key(0))
-    stream.first([plan[:, :1]], plan[None, :, 1])
-    frame = 1
+    room = generate.Room(speaker, released.late(config), slots=1, columns=256,
+                         key=jax.random.key(0))
+    frame = 0
 
     def step():
         nonlocal frame
-        frame = 20 + (frame - 19) % 100
-        jax.block_until_ready(stream.more(plan[None, None, :, frame]))
+        frame = (frame + 1) % given.shape[-1]
+        room.step({0: given[0, 9:, frame]})
     return step
 
 
