@@ -119,7 +119,7 @@ def room(lm: generate.LM, *, slots: int, samplers: dict, seed: int = 0) -> gener
         raise ConfigError(f'{layout["name"]} does not talk frame by frame; duplex.columns does')
     if lm.config.codec.name == 'mimi':
         raise ConfigError('codec mimi is not heard frame by frame here; give --input a whole file')
-    made = generate.Room(lm.speaker(samplers), generate.layout_delays(plain(lm.config.layout), lm.vocab),
+    made = generate.Room(lm.speaker(samplers), generate.layout_delays(layout, lm.vocab),
                          slots=slots, columns=lm.config.columns, key=jax.random.key(seed))
     for _ in range(2):      # compiles, for what comes first and for what comes from a step
         made.step({})
