@@ -11,7 +11,8 @@ PLANS ?= .plans
 RUNS ?= runs
 TORCH ?= torch==2.13.0
 
-.PHONY: help env quickstart demos plans test test-all test-peers test-plans test-slurm lint clean
+.PHONY: help env quickstart demos plans test test-all test-peers test-plans test-slurm test-browser \
+	lint clean
 
 help:
 	@echo 'make quickstart   speech, two trained models, evaluation, audio and one report'
@@ -20,6 +21,7 @@ help:
 	@echo 'make test         the test suite (no accelerator needed)'
 	@echo 'make test-all     also the slow tests'
 	@echo 'make test-peers   compares with the PyTorch implementations, in $(PEERS)'
+	@echo 'make test-browser the page to talk on, in a chromium that is on the PATH'
 	@echo 'make test-slurm   trains, stops, kills and resumes on a Slurm of two nodes made here (root)'
 	@echo 'make plans        PLANS.md: what training takes on TPUs and GPUs, none of which is needed'
 	@echo 'make test-plans   compiles for them, in $(PLANS)'
@@ -46,7 +48,7 @@ test: env
 	'$(VENV)/bin/python' -m pytest
 
 test-all: env
-	'$(VENV)/bin/python' -m pytest -m 'not peers and not plans and not slurm'
+	'$(VENV)/bin/python' -m pytest -m 'not peers and not plans and not slurm and not browser'
 
 # moshi pins older torch and numpy than it needs, jax2onnx an older orbax-checkpoint (which it does
 # not import), hence --no-deps, last, and their needs by hand.
@@ -62,6 +64,9 @@ $(PEERS)/.complete: setup.py Makefile $(VENV)/.complete
 
 test-peers: $(PEERS)/.complete
 	'$(PEERS)/bin/python' -m pytest -m peers tests/peers
+
+test-browser: env
+	'$(VENV)/bin/python' -m pytest -m browser tests/browser
 
 # Needs Debian's slurmctld, slurmd, slurm-client and munge, and root; cluster.sh says what lacks.
 test-slurm: env

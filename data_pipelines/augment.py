@@ -97,7 +97,7 @@ def made_noises(rng: np.random.Generator) -> list[np.ndarray]:
     return [(0.1 * x / np.std(x)).astype(np.float32) for x in (hum, hiss, rumble)]
 
 
-def _noises(folder: str | None, rng) -> list[np.ndarray]:
+def noises_of(folder: str | None, rng) -> list[np.ndarray]:
     import soundfile
     if folder is None:
         return made_noises(rng)
@@ -129,35 +129,46 @@ def _copy(record, rng, noises, units, codes):
         units=tuple(said[1] if c == USER else record.units[c] for c in range(len(wav))))
 
 
-def build(source: str, out: str, *, noise: str | None = None, seed: int = 0) -> dict:
-    """Writes the dataset `out`; returns what was measured. Raises ValueError in one clear line."""
+def again(source: str, out: str, each, *, command: str, arguments: dict) -> dict:
+    """Writes the dataset `out` with the tokenizers of `source` and the records that
+    each(split, rows, units, codes) yields; returns what was measured.
+
+    rows: what `records.source_of` gives of the split; units, codes: the codecs. Raises ValueError
+    in one clear line.
+    """
     try:
         with open(os.path.join(source, 'manifest.json'), encoding='utf-8') as f:
             manifest = json.load(f)
     except (OSError, ValueError) as e:
         raise ValueError(f'--source {source} is no finished dataset: {e}') from None
-    command = f'python -m data_pipelines.augment --seed {seed} after {manifest["command"]}'
-    staging = records.begin(out, {'command': command, 'noise': noise or ''})
+    command = f'{command} after {manifest["command"]}'
+    staging = records.begin(out, {'command': command} | arguments)
     for name in manifest['files']:
         if not name.startswith('index-'):
             shutil.copyfile(os.path.join(source, name), os.path.join(staging, name))
     by_hash = {about['sha256']: os.path.join(source, name)
                for name, about in manifest['files'].items()}
     units, codes = (codecs.fitted(by_hash[manifest[kind]['sha256']]) for kind in ('units', 'codes'))
-    noises = _noises(noise, np.random.default_rng(seed))
+    return records.write(
+        out, {split: each(split, records.source_of(source, split), units, codes)
+              for split in manifest['splits']},
+        units=manifest['units'], codes=manifest['codes'], aligner=manifest['aligner'],
+        command=command, license=manifest['license'], sample_rate_hz=manifest['sample_rate_hz'])
 
-    def every(split: str):
-        rows = records.source_of(source, split)
+
+def build(source: str, out: str, *, noise: str | None = None, seed: int = 0) -> dict:
+    """Writes the dataset `out`; returns what was measured. Raises ValueError in one clear line."""
+    noises = noises_of(noise, np.random.default_rng(seed))
+
+    def every(split, rows, units, codes):
         for i in range(len(rows)):
             record = dataset.decode(rows[i])
             yield record
             if record.codes is not None and len(record.codes) == 2:
                 yield _copy(record, np.random.default_rng((seed, i, len(rows))), noises, units,
                             codes)
-    return records.write(
-        out, {split: every(split) for split in manifest['splits']}, units=manifest['units'],
-        codes=manifest['codes'], aligner=manifest['aligner'], command=command,
-        license=manifest['license'], sample_rate_hz=manifest['sample_rate_hz'])
+    return again(source, out, every, command=f'python -m data_pipelines.augment --seed {seed}',
+                 arguments={'noise': noise or ''})
 
 
 def main(argv=None) -> int:

@@ -53,11 +53,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
 
+    def sampled(p):
+        p.add_argument('--temperature', type=float, default=None,
+                       help='0 is greedy (default: 0; duplex: 0.8)')
+        p.add_argument('--top-k', type=int, default=None,
+                       help='of so many likeliest (default: all; duplex: 250)')
+        p.add_argument('--top-p', type=float, default=None,
+                       help='of the likeliest of so much mass (default: 1, all)')
+        p.add_argument('--seed', type=int, default=0)
+
     def verb(name, text, workdir=True, many=False):
         p = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.',
                              epilog=EPILOG, allow_abbrev=False,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
-        reads = name in ('evaluate', 'generate', 'export')
+        reads = name in ('evaluate', 'generate', 'talk', 'export')
         p.add_argument('--config', required=not reads, metavar='FILE.py[:arg]',
                        nargs='+' if many else None,
                        help='default: the one that the run directory was made with' if reads
@@ -93,18 +102,22 @@ def _parser() -> argparse.ArgumentParser:
                    help='asr: speech to text; tts: text to speech; s2s, t2t: continuation; '
                         'duplex: answer the other speaker')
     p.add_argument('--input', help='a wav file (duplex: the other speaker, or two channels, mine '
-                                   'and theirs), or text in quotes (default: examples of --split)')
+                                   'and theirs; - for raw 16-bit mono sound at the codec\'s rate '
+                                   'on standard input), or text in quotes (default: examples of '
+                                   '--split)')
     p.add_argument('--output', required=True, metavar='OUT',
                    help='a wav or txt file; with examples, a directory for them')
     p.add_argument('--split', default='test', help='split of the dataset (default: test)')
     p.add_argument('--count', type=_positive, default=4, help='how many examples')
-    p.add_argument('--temperature', type=float, default=None,
-                   help='0 is greedy (default: 0; duplex: 0.8)')
-    p.add_argument('--top-k', type=int, default=None, help='of so many likeliest (default: all; '
-                                                           'duplex: 250)')
-    p.add_argument('--top-p', type=float, default=None, help='of the likeliest of so much mass '
-                                                             '(default: 1, all)')
-    p.add_argument('--seed', type=int, default=0)
+    sampled(p)
+
+    p = verb('talk', 'a page on this machine to talk with a trained duplex model')
+    p.add_argument('--stage', help='the stage to talk with (default: the last)')
+    p.add_argument('--host', default='127.0.0.1',
+                   help='address to listen at (default: this machine alone can reach it)')
+    p.add_argument('--port', type=int, default=8765, help='0: any that is free (default: 8765)')
+    p.add_argument('--slots', type=_positive, default=4, help='how many talk at once (default: 4)')
+    sampled(p)
 
     p = verb('export', 'write a trained model in the format of another program')
     p.add_argument('--stage', help='the stage to export (default: the last)')
@@ -272,6 +285,14 @@ def _generate(args, config):
               top_k=args.top_k, top_p=args.top_p, seed=args.seed)
 
 
+def _talk(args, config):
+    _devices()
+    from jaxsd import talk
+    talk.run(config, args.workdir, stage_name=args.stage, host=args.host, port=args.port,
+             slots=args.slots, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+             seed=args.seed)
+
+
 def _export(args, config):
     _devices()
     from jaxsd import export
@@ -400,8 +421,9 @@ def _systems(args, _):
     print(args.out)
 
 
-VERBS = dict(show=_show, train=_train, evaluate=_evaluate, generate=_generate, export=_export,
-             plan=_plan, bench=_bench, ablate=_ablate, report=_report, systems=_systems)
+VERBS = dict(show=_show, train=_train, evaluate=_evaluate, generate=_generate, talk=_talk,
+             export=_export, plan=_plan, bench=_bench, ablate=_ablate, report=_report,
+             systems=_systems)
 VERBS['import'] = _import
 
 

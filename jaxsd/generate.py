@@ -632,11 +632,14 @@ def words_at(vocab: Vocab, text: Text, row: np.ndarray) -> list[tuple[int, str]]
     start = vocab.ranges['text'][0]
     quiet = {vocab.specials.get(k) for k in ('pad', 'epad', 'bos', 'eos')}
     words: list[tuple[int, list[int]]] = []
+    whole = True        # what is quiet ends a word, as one who listens along must think
     for t, token in enumerate(row):
         local = int(token) - start
         if token < 0 or local in quiet or local >= text.size:
+            whole = True
             continue
-        if text.piece(local).startswith('\u2581') or not words:
+        if text.piece(local).startswith('\u2581') or whole:
             words.append((t, []))
         words[-1][1].append(local)
+        whole = False
     return [(t, text.decode(ids)) for t, ids in words]

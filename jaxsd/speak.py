@@ -10,15 +10,16 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 
 import jax
 import numpy as np
 
-from jaxsd import data, frames, generate, model
+from jaxsd import data, dialogue, frames, generate, live, model
 from jaxsd import run as rundir
 from jaxsd.codec import whole_wav
 from jaxsd.config import ConfigError, bind, plain
-from jaxsd.layout import duplex, flat, template
+from jaxsd.layout import flat, template
 from jaxsd.types import Word
 from jaxsd.vocab import Text
 
@@ -99,21 +100,22 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
         temperature, top_k, top_p, seed: int) -> None:
     """Generates from `source` (a wav or a text), or from `count` examples of `split` into `out`."""
     layout = config.layout.name
-    if layout.startswith('parallel.') or layout == 'duplex.units':
+    if layout.startswith('parallel.'):
         raise ConfigError(f'generate does not speak the grids of {layout} yet; their answers are '
                           'measured by evaluate (the task replies)')
     streams = len(model.make_vocab(config).rows) > 1
-    if streams != (task == 'duplex'):
+    talks = layout in dialogue.LAYOUTS
+    if task == 'duplex' and not talks or streams and task != 'duplex':
         raise ConfigError(f'--task {task} does not fit this config: it has '
                           f'{"several streams; use duplex" if streams else "one stream"}')
     if layout.startswith('framed.') and task not in ('tts', 's2s'):
         raise ConfigError(f'--task {task} does not fit this config: it speaks frames; use tts or '
                           's2s')
+    if source == '-' and task != 'duplex':
+        raise ConfigError(f'--input -: raw sound is heard by duplex only, not by {task}')
     rundir.same_run(workdir, config)
-    default = generate.Sampler(0.8, 250, 1.0) if streams else generate.Sampler(0.0)
-    sampler = _checked(generate.Sampler(
-        default.temperature if temperature is None else temperature,
-        default.top_k if top_k is None else top_k, default.top_p if top_p is None else top_p))
+    default = (0.8, 250, 1.0) if streams else (0.0, 0, 1.0)
+    sampler = sampler_of(*default, temperature, top_k, top_p)
     if not 0 <= seed < 1 << 32:
         raise ConfigError(f'--seed lies in 0..{(1 << 32) - 1}, got {seed}')
     if os.path.exists(out) and os.path.isdir(out) == (source is not None):
@@ -132,8 +134,12 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
     rate = codec.identity['sample_rate_hz']
     if source is not None:      # before the model, which takes longer to read
         written = task in ('tts', 't2t')
-        given = _spelled(config, source) if written else read_wav(source, rate)
+        given = (_spelled(config, source) if written else
+                 None if source == '-' else read_wav(source, rate))
     lm = generate.load(config, workdir, stage_name)
+    if task == 'duplex' and source is not None and (source == '-' or _heard_live(config)):
+        _talk(lm, codec, given, sampler, seed, out)
+        return
     perform = dict(duplex=_duplex, asr=_asr, tts=_tts, s2s=_s2s, t2t=_t2t)[task]
     if source is not None:
         result = perform(lm, codec, [given], sampler, seed)[0]
@@ -144,15 +150,19 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
     _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate)
 
 
-def _checked(sampler: generate.Sampler) -> generate.Sampler:
-    temperature, top_k, top_p = sampler
+def sampler_of(usual_temperature: float, usual_top_k: int, usual_top_p: float, temperature, top_k,
+               top_p) -> generate.Sampler:
+    """A Sampler of what was asked for, and of what is usual where it is None. ConfigError."""
+    temperature = usual_temperature if temperature is None else temperature
+    top_k = usual_top_k if top_k is None else top_k
+    top_p = usual_top_p if top_p is None else top_p
     if not 0 <= temperature < float('inf'):
         raise ConfigError(f'--temperature is 0 (greedy) or above, got {temperature}')
     if top_k < 0:
         raise ConfigError(f'--top-k is a count of tokens (0: all), got {top_k}')
     if not 0 < top_p <= 1:
         raise ConfigError(f'--top-p lies above 0 and up to 1 (all), got {top_p}')
-    return sampler
+    return generate.Sampler(temperature, top_k, top_p)
 
 
 def _spelled(config, said: str) -> str:
@@ -172,6 +182,8 @@ def _spelled(config, said: str) -> str:
 
 def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
     name = 'dialogue' if task == 'duplex' else 'tts' if task == 'tts' else 'asr'
+    if task == 'duplex' and name not in lm.config.data.sources:
+        name = dialogue.own_source(lm) or name
     if name not in lm.config.data.sources:
         name = next(iter(lm.config.data.sources))
     records = list(data.examples(lm.config, split, name, vocab=lm.vocab, limit=count))
@@ -179,8 +191,8 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
         given = [' '.join(w.text for w in r.words) for r in records]
     else:       # who learned from codes hears their resynthesis, who learned from sound that
         kept = lm.config.layout.name.startswith('framed.')
-        given = [codec.decode(r.codes[1]) if task == 'duplex' else _kept(r.wav) if kept else
-                 _true(codec, r) for r in records]
+        given = [codec.decode(dialogue.tokens_of(r, 1, _own_layout(lm))) if task == 'duplex' else
+                 _kept(r.wav) if kept else _true(codec, r) for r in records]
         given = [g[None] for g in given]
     results = perform(lm, codec, given, sampler, seed, records=records)
     _others(os.path.join(out, 'samples.json'), task)
@@ -362,26 +374,99 @@ def _t2t(lm, codec, texts, sampler, seed, records=None):
             for g, m in zip(given, more, strict=True)]
 
 
+def _own_layout(lm) -> dict:
+    source = dialogue.own_source(lm)
+    return dialogue.layout_of(lm.config, source) if source else plain(lm.config.layout)
+
+
 def _duplex(lm, codec, wavs, sampler, seed, records=None):
     """Plays the other speaker's sound to the model and records both: [2, samples], mine first."""
-    late = generate.layout_delays(plain(lm.config.layout), lm.vocab)
-    heard = ([r.codes[1] for r in records] if records else
+    layout, hz = _own_layout(lm), codec.identity['frame_hz']
+    heard = ([dialogue.tokens_of(r, 1, layout) for r in records] if records else
              [codec.encode(w[-1]) for w in wavs])        # the second channel of two is the user's
-    if min(codes.shape[1] for codes in heard) <= max(late):
-        raise ValueError(f'--input is too short to answer: it needs {max(late) + 1} frames of '
-                         f'{1 / codec.identity["frame_hz"]:.2f} s')
-    plans = [generate.conversation_plan(lm.vocab, codes, late) for codes in heard]
-    filled = generate.converse(lm.speaker({'mine': sampler}), plans, key=jax.random.key(seed))
-    text, hz = lm.text(), codec.identity['frame_hz']
     out = []
-    for codes, columns in zip(heard, filled, strict=True):
-        rows = duplex.undelay(columns, late)
-        rows = rows[:, :rows.shape[1] - max(late)]      # the last frames have no acoustic codes yet
-        said = generate.words_at(lm.vocab, text, rows[0])
-        mine = np.stack([np.clip(rows[k] - row.start, 0, row.predicted - 1)
-                         for k, row in enumerate(lm.vocab.rows) if row.name.startswith('mine')])
-        a, b = codec.decode(mine), codec.decode(codes[:, :mine.shape[1]])
-        n = min(len(a), len(b))
-        out.append(dict(wav=np.stack([a[:n], b[:n]]),
-                        text=' '.join(f'[{t / hz:.2f} s] {w}' for t, w in said)))
+    for codes, said in zip(heard, dialogue.talk(
+            lm, heard, layout, batch=len(heard), key=jax.random.key(seed),
+            samplers=dict(mine=sampler, tokens=sampler)), strict=True):
+        n = said.codes.shape[1]
+        if not n:
+            raise ValueError('--input is too short to answer')
+        mine = codec.decode(np.maximum(said.codes, 0))
+        mine *= np.repeat(said.codes[0] >= 0, len(mine) // n)       # the layout's own silence
+        theirs = codec.decode(codes[:, :n])
+        out.append(dict(wav=np.stack([mine, theirs]),
+                        text=' '.join(f'[{t / hz:.2f} s] {w}' for t, w in said.words or ())))
     return out
+
+
+# Live.
+
+def _heard_live(config) -> bool:
+    return config.layout.name == 'duplex.columns' and config.codec.name != 'mimi'
+
+
+def _raw(stream, samples: int):
+    """Pieces of raw 16-bit little-endian mono sound, as they come; an odd last byte is lost."""
+    left, begun = b'', False
+    while part := stream.read1(2 * samples):
+        left += part
+        if not begun and left[:4] == b'RIFF':
+            raise ValueError('--input - takes raw samples, 16 bits each, and this is a wav file: '
+                             'name it instead')
+        begun = True
+        whole = len(left) - len(left) % 2
+        yield np.frombuffer(left[:whole], '<i2').astype(np.float32) / 32768
+        left = left[whole:]
+
+
+def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
+    """Answers a file's last channel, or raw sound on standard input, frame by frame, into `out`:
+    both channels, mine first, on the model's clock, and beside it the words with their times."""
+    import soundfile
+    rate, hz = codec.identity['sample_rate_hz'], codec.identity['frame_hz']
+    frame, late = round(rate / hz), max(generate.layout_delays(lm.config, lm.vocab))
+    if wav is not None and wav.shape[1] <= late * frame:
+        raise ValueError(f'--input is too short to answer: it needs {late + 1} frames of '
+                         f'{1 / hz:.2f} s')
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    stem, new = os.path.splitext(out)[0], f'{out}.{os.getpid()}.new'
+    reach, held = round(live.REACH_S * rate), round((live.FADE_S + live.SHIFT_S) * rate)
+    theirs, mine = [np.zeros(reach, np.float32)], []
+    lines: list[str] = []
+    samples = 0
+
+    def pieces():
+        nonlocal samples
+        for piece in (_raw(sys.stdin.buffer, frame) if wav is None else
+                      (wav[-1, i:i + frame] for i in range(0, wav.shape[1], frame))):
+            theirs.append(piece)
+            samples += len(piece)
+            yield piece
+        rest = np.zeros((late + 1) * frame, np.float32)     # what is on its way comes out
+        theirs.append(rest)
+        yield rest
+
+    def say(sound, words):
+        nonlocal held
+        mine.append(sound[held:])
+        held = max(0, held - len(sound))
+        for t, word in words:
+            lines.append(f'{t:.2f} s  {word}')
+            log.info('%s', lines[-1])
+        both = [np.concatenate(x) for x in (mine, theirs)]
+        n = min(map(len, both))
+        written.write(np.clip(np.stack([x[:n] for x in both], 1), -1, 1))
+        mine[:], theirs[:] = ([x[n:]] for x in both)
+    try:
+        with soundfile.SoundFile(new, 'w', rate, 2, 'PCM_16', format='WAV') as written:
+            found = live.stream(lm, codec, pieces(), dict(mine=sampler), seed, say)
+        if samples <= late * frame:
+            raise ValueError('--input - ended before anything could be answered')
+        if not out.endswith('.txt'):
+            os.replace(new, out)
+    finally:
+        if os.path.exists(new):
+            os.unlink(new)
+    rundir.write_atomic(f'{stem}.txt', ''.join(f'{line}\n' for line in lines))
+    log.info('%s: written; first audio after %.0f ms, real-time factor %.2f over %.1f s', out,
+             found['first_audio_ms'], found['real_time_factor'], found['frames'] / hz)

@@ -111,4 +111,4 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     assert 'is no finished dataset' in capsys.readouterr().err
     (tmp_path / 'noise').mkdir()
     with pytest.raises(ValueError, match='holds no wav file'):
-        augment._noises(str(tmp_path / 'noise'), None)
+        augment.noises_of(str(tmp_path / 'noise'), None)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does `generate` write the files it says it does, from sound, from text, and from the dataset?"""
 
+import io
 import json
 import os
 import re
@@ -106,25 +107,68 @@ def test_text_goes_on(flat_lm, tmp_path):
     assert re.fullmatch(r'the cat \| .*\n', out.read_text())
 
 
-def test_a_conversation_about_a_file(streams_lm, sounds, tmp_path):
-    """Two channels, mine and theirs; theirs is the file's last channel after the codec."""
-    heard = codec.rvq(**options(streams_lm))
+def test_a_conversation_about_a_file(streams_lm, sounds, tmp_path, caplog):
+    """Two channels, mine and theirs; theirs is the file's last channel as it was, 27 ms late, for
+    so far ahead is heard. Beside it the words; how late and how fast it was is said."""
     with pytest.raises(ValueError, match='too short to answer: it needs 2 frames of 0.08 s'):
         run(streams_lm, 'duplex', tmp_path / 'blink.wav', sounds / 'blink.wav')
     assert not os.listdir(tmp_path)
     for name in ('mono.wav', 'stereo.wav'):
-        wav = sound_of(run(streams_lm, 'duplex', tmp_path / name, sounds / name))
-        said = soundfile.read(sounds / name, dtype='float32', always_2d=True)[0].T
-        codes = heard.encode(said[-1])
-        late = max(generate.layout_delays(plain(streams_lm.config.layout), streams_lm.vocab))
-        n = codes.shape[1] - late           # the last columns have no fine codes of mine yet
-        assert wav.shape == (2, n * 1280)
-        theirs = np.clip(heard.decode(codes[:, :n]), -1, 1)
-        np.testing.assert_allclose(wav[1], theirs, atol=1e-4)
+        with caplog.at_level('INFO', 'jaxsd'):
+            wav = sound_of(run(streams_lm, 'duplex', tmp_path / name, sounds / name))
+        said = soundfile.read(sounds / name, dtype='float32', always_2d=True)[0].T[-1]
+        assert len(said) - 432 < wav.shape[1] <= len(said) + 432 + 2 * 1280
+        n = min(len(said), wav.shape[1] - 432)
+        np.testing.assert_allclose(wav[1, 432:432 + n], np.clip(said[:n], -1, 1), atol=1e-4)
+        assert not wav[1, :432].any() and wav[0].any()
+        lines = (tmp_path / name).with_suffix('.txt').read_text().splitlines()
+        assert all(re.fullmatch(r'\d+\.\d\d s  \S+', line) for line in lines)
+    told = re.search(r'first audio after (\d+) ms, real-time factor ([\d.]+) over 1.1 s',
+                     caplog.text)
+    assert int(told[1]) >= 160 and float(told[2]) > 0
     a, b = (run(streams_lm, 'duplex', tmp_path / f'{s}.wav', sounds / 'mono.wav', seed=s)
             for s in (1, 2))
     assert not np.array_equal(sound_of(a)[0], sound_of(b)[0])
     np.testing.assert_array_equal(sound_of(a)[1], sound_of(b)[1])
+    only = run(streams_lm, 'duplex', tmp_path / 'only' / 'words.txt', sounds / 'mono.wav')
+    assert os.listdir(only.parent) == ['words.txt']
+
+
+def test_raw_sound_on_standard_input(streams_lm, sounds, tmp_path, monkeypatch):
+    """The same samples through a pipe, in pieces of any size, give the same file."""
+    wav = soundfile.read(sounds / 'mono.wav', dtype='int16')[0]
+    whole = run(streams_lm, 'duplex', tmp_path / 'whole.wav', sounds / 'mono.wav', seed=1)
+
+    class Pipe(io.BytesIO):
+        def read1(self, n=-1):
+            return super().read1(777)
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(Pipe(wav.astype('<i2').tobytes())))
+    piped = run(streams_lm, 'duplex', tmp_path / 'piped.wav', '-', seed=1)
+    assert piped.read_bytes() == whole.read_bytes()
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(Pipe((sounds / 'mono.wav').read_bytes())))
+    with pytest.raises(ValueError, match='takes raw samples'):
+        run(streams_lm, 'duplex', tmp_path / 'no.wav', '-')
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(Pipe(b'')))
+    with pytest.raises(ValueError, match='ended before anything'):
+        run(streams_lm, 'duplex', tmp_path / 'no.wav', '-')
+    assert sorted(os.listdir(tmp_path)) == ['piped.txt', 'piped.wav', 'whole.txt', 'whole.wav']
+
+
+@pytest.mark.parametrize('name', ['omniflatten', 'syncllm', 'dgslm'])
+def test_chunks_and_units_answer_a_whole_file(corpus, sounds, tmp_path, name):
+    """Two channels again; here theirs is what the codec makes of it."""
+    lm = made(corpus, name, tmp_path / 'run')
+    wav = sound_of(run(lm, 'duplex', tmp_path / 'said.wav', sounds / 'stereo.wav'))
+    units = codec.kmeans(**options(lm))
+    said = soundfile.read(sounds / 'stereo.wav', dtype='float32', always_2d=True)[0].T[-1]
+    assert wav.shape == (2, 16000)
+    theirs = np.clip(units.decode(units.encode(said)), -1, 1)
+    np.testing.assert_allclose(wav[1], theirs, atol=1e-4)
+    if name == 'omniflatten':
+        assert sorted(os.listdir(run(lm, 'duplex', tmp_path / 'out', count=1))) == [
+            'duplex-000.wav', 'samples.json']
+        with pytest.raises(ConfigError, match='does not talk frame by frame'):
+            run(lm, 'duplex', tmp_path / 'no.wav', '-')
 
 
 # Examples of the dataset.

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `talk` verb: a page on this machine on which people talk with a trained stage.
+
+One process, the standard library's server, no assets from elsewhere. A recording is posted to
+`/talk`; what the model says comes back line by line, as JSON, while it is said: sound, codes and
+words, which the page plays and draws. Everybody has a slot of one `live.Lobby`; who leaves, or
+whose connection breaks, gives it back.
+"""
+
+import base64
+import http.server
+import importlib.resources
+import json
+import logging
+import tempfile
+import threading
+import time
+import urllib.parse
+
+import numpy as np
+
+from jaxsd import generate, live, speak
+from jaxsd import run as rundir
+from jaxsd.config import ConfigError, bind
+
+log = logging.getLogger('jaxsd')
+
+MOST_BYTES = 64 << 20       # of a recording: ten minutes of two channels at 48 kHz in 16 bits
+IDLE_S = 30.0               # after which a connection that says nothing is closed
+LOCAL = ('127.0.0.1', 'localhost', '::1')
+HEADERS = {'Content-Security-Policy': "default-src 'self'; style-src 'unsafe-inline'; "
+                                      "script-src 'unsafe-inline'; media-src blob:; img-src data:",
+           'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}
+
+
+class _Refused(Exception):
+    """An answer of status `args[0]` that says `args[1]`."""
+
+
+class _Page(http.server.BaseHTTPRequestHandler):
+    """GET / is the page, POST /talk a conversation."""
+
+    protocol_version = 'HTTP/1.1'
+    timeout = IDLE_S
+
+    def log_message(self, *args):
+        log.debug('%s %s', self.client_address[0], args[0] % args[1:])
+
+    def _send(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        self.send_header('Content-Type', kind)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _own(self) -> None:
+        """Refuses names by which only another site's page would reach this machine."""
+        host = urllib.parse.urlsplit(f'//{self.headers.get("Host", "")}').hostname
+        if self.server.local and host not in LOCAL:
+            raise _Refused(403, f'this page answers to {" and ".join(LOCAL[:2])} only')
+
+    def _answer(self, work) -> None:
+        try:
+            self._own()
+            work()
+        except _Refused as e:
+            self.close_connection = True        # what was posted may not have been read
+            self._send(e.args[0], 'application/json', json.dumps(dict(error=e.args[1])).encode())
+
+    def do_GET(self):
+        self._answer(self._page)
+
+    def do_POST(self):
+        self._answer(self._talk)
+
+    def _page(self):
+        if self.path != '/':
+            raise _Refused(404, 'there is one page, /')
+        page = importlib.resources.files('jaxsd').joinpath('talk.html').read_bytes()
+        self._send(200, 'text/html; charset=utf-8', page)
+
+    def _recording(self) -> np.ndarray:
+        """float32 [S] of what was posted: its last channel, the user's of a dialogue."""
+        if self.path != '/talk':
+            raise _Refused(404, 'recordings go to /talk')
+        length = self.headers.get('Content-Length', '')
+        if not length.isdecimal() or not int(length):
+            raise _Refused(411, 'no recording came')
+        if int(length) > MOST_BYTES:
+            raise _Refused(413, f'the recording has {int(length) / 2**20:.0f} MiB; up to '
+                                f'{MOST_BYTES >> 20} are taken')
+        with tempfile.NamedTemporaryFile(suffix='.sound') as f:
+            left = int(length)
+            while left and (part := self.rfile.read(min(left, 1 << 16))):
+                f.write(part)
+                left -= len(part)
+            f.flush()
+            if left:
+                raise _Refused(400, 'the recording ended before all of it came')
+            try:
+                wav = speak.read_wav(f.name, self.server.codec.identity['sample_rate_hz'])[-1]
+            except ValueError as e:
+                raise _Refused(400, str(e).replace(f'--input {f.name}', 'the recording')
+                               .replace(f.name, 'the recording')) from None
+        if len(wav) < 2 * self.server.frame:
+            raise _Refused(400, 'the recording is too short to answer')
+        return wav
+
+    def _talk(self):
+        wav = self._recording()
+        lobby, frame = self.server.lobby, self.server.frame
+        entered = lobby.enter()
+        if entered is None:
+            raise _Refused(503, f'{lobby.slots} are talking already; try again in a moment')
+        slot, talk = entered
+        try:
+            self.send_response(200)
+            for name, value in HEADERS.items():
+                self.send_header(name, value)
+            self.send_header('Content-Type', 'application/x-ndjson')
+            self.send_header('Transfer-Encoding', 'chunked')
+            self.end_headers()
+            self._line(dict(hz=talk.hz, rate_hz=self.server.codec.identity['sample_rate_hz'],
+                            frames=-(-len(wav) // frame)))
+            start, heard, first_ms = time.perf_counter(), 0, None
+            wav = np.concatenate([wav, np.zeros(2 * frame, np.float32)])
+            for at in range(0, len(wav), frame):
+                for codes in talk.frames_of(wav[at:at + frame]):
+                    heard += 1
+                    said = lobby.hear(slot, codes)
+                    if said is None:
+                        continue
+                    sound, mine, words = talk.say(said)
+                    if first_ms is None:
+                        first_ms = 1000 * (time.perf_counter() - start)
+                    pcm = (np.clip(sound, -1, 1) * 32767).astype('<i2')
+                    self._line(dict(pcm=base64.b64encode(pcm.tobytes()).decode(),
+                                    mine=int(mine[0]), theirs=int(codes[0]), words=words))
+            self._line(dict(done=True, first_audio_compute_ms=round(first_ms or 0.0, 1),
+                            real_time_factor=round((time.perf_counter() - start) * talk.hz
+                                                   / max(heard, 1), 3)))
+            self.wfile.write(b'0\r\n\r\n')
+        except OSError:             # they left
+            self.close_connection = True
+            log.info('a connection broke; its slot is free again')
+        finally:
+            lobby.leave(slot)
+
+    def _line(self, value: dict) -> None:
+        data = json.dumps(value).encode() + b'\n'
+        self.wfile.write(b'%x\r\n%s\r\n' % (len(data), data))
+        self.wfile.flush()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The page of a trained stage, at `address` (host, port; port 0 chooses one)."""
+
+    daemon_threads = True
+
+    def __init__(self, lm: generate.LM, codec, address: tuple[str, int], *, slots: int,
+                 samplers: dict, seed: int = 0):
+        self.codec, self.local = codec, address[0] in LOCAL
+        self.frame = round(codec.identity['sample_rate_hz'] / codec.identity['frame_hz'])
+        super().__init__(address, _Page)
+        try:
+            self.lobby = live.Lobby(lm, codec, slots=slots, samplers=samplers, seed=seed)
+        except BaseException:
+            super().server_close()
+            raise
+        threading.Thread(target=self.lobby.serve, daemon=True).start()
+
+    def server_close(self):
+        self.lobby.close()
+        super().server_close()
+
+    def handle_error(self, request, client_address):
+        log.info('a connection of %s broke', client_address[0])
+
+
+def run(config, workdir: str, *, stage_name, host: str, port: int, slots: int, temperature,
+        top_k, top_p, seed: int) -> None:
+    """Serves the page until interrupted. Raises ConfigError for what cannot be talked with."""
+    rundir.same_run(workdir, config)
+    sampler = speak.sampler_of(0.8, 250, 1.0, temperature, top_k, top_p)
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f'--port lies in 0..65535, got {port}')
+    codec = bind(config.codec, 'jaxsd.codec', 'codec')()
+    lm = generate.load(config, workdir, stage_name)
+    try:
+        server = Server(lm, codec, (host, port), slots=slots, samplers=dict(mine=sampler),
+                        seed=seed)
+    except OSError as e:
+        raise ConfigError(f'--port {port} on {host}: {e.strerror or e}') from None
+    log.info('talk at http://%s:%d/ (up to %d at once; Ctrl-C ends it)', host,
+             server.server_address[1], slots)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            log.info('ended')

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are simulated dialogues what was asked for, and does what is heard give their labels back?"""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from scipy import stats
+
+from data_pipelines import simulate
+from jaxsd import dataset, turns
+
+HZ = 12.5
+MANNERS = simulate.Manners()
+
+
+def plans(count, manners=MANNERS, longs=(30, 60), shorts=(4, 9), each=8):
+    for i in range(count):
+        rng = np.random.default_rng((7, i))
+        lengths = [rng.integers(*longs, 20).tolist() for _ in range(2)]
+        yield simulate.plan(lengths, [rng.integers(*shorts, 5).tolist() for _ in range(2)],
+                            count=each, frame_hz=HZ, manners=manners, rng=rng)
+
+
+def active(placed):
+    out = np.zeros((2, max(p.end for p in placed) + 3), bool)
+    for p in placed:
+        assert not out[p.channel, p.start:p.end].any()      # nobody talks over himself
+        out[p.channel, p.start:p.end] = True
+    return out
+
+
+def test_every_kind_is_found_again():
+    """The labels of the plan are what `turns` makes of the activity, turn by turn, exactly."""
+    seen = set()
+    for placed in plans(200):
+        found = turns.kinds(active(placed), HZ)
+        wanted = [(p.kind, p.channel, p.start) for p in placed if p.kind != 'pause']
+        assert [(kind, t.channel, t.start) for kind, t in found] == wanted
+        ends = {(p.channel, p.end) for p in placed}
+        assert all((t.channel, t.end) in ends for _, t in found)
+        pauses = sum(p.kind == 'pause' for p in placed)
+        assert turns.tally(active(placed), HZ).events['pause'] == pauses
+        seen |= {kind for kind, _ in found}
+    assert seen == {'opening', 'smooth', 'interruption', 'backchannel'}
+
+
+def test_gaps_and_overlaps_are_of_the_distribution_that_was_asked_for():
+    """Long utterances, so that half of one is no bound: floor transfers measured from activity
+    against the normal law (moments are of whole frames: spread evenly over theirs)."""
+    rng = np.random.default_rng(0)
+    for mean, deviation in ((0.2, 0.35), (0.5, 0.2)):
+        manners = simulate.Manners(fto_s=(mean, deviation), interruption=0.0, backchannel=0.0)
+        measured = [s for placed in plans(300, manners, longs=(80, 120), shorts=(4, 5))
+                    for _, s in turns.transfers(active(placed), HZ)]
+        spread = np.array(measured) + rng.uniform(-0.5, 0.5, len(measured)) / HZ
+        assert stats.kstest(spread, stats.norm(mean, deviation).cdf).pvalue > 0.01
+        assert stats.kstest(spread, stats.norm(mean + 0.1, deviation).cdf).pvalue < 1e-6
+
+
+def test_how_often_each_happens():
+    every = [p for placed in plans(300) for p in placed]
+    turn = [p for p in every if p.kind in ('opening', 'smooth', 'interruption')]
+    assert sum(p.kind == 'pause' for p in every) / len(turn) == pytest.approx(0.15, abs=0.02)
+    broken = sum(p.fto is None and p.kind == 'interruption' for p in every)
+    assert broken / len(turn) == pytest.approx(0.1 * 7 / 8, abs=0.02)
+    murmured = sum(p.kind == 'backchannel' for p in every)
+    assert murmured / (len(turn) + sum(p.kind == 'pause' for p in every)) == pytest.approx(
+        0.2, abs=0.03)
+    still = simulate.Manners(interruption=0.0, pause=0.0, backchannel=0.0, fto_s=(0.5, 0.0))
+    assert {p.kind for placed in plans(20, still) for p in placed} == {'opening', 'smooth'}
+
+
+@pytest.fixture(scope='module')
+def made(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp('simulated') / 'talk'
+    assert simulate.main(['--source', str(corpus), '--out', str(out), '--hours', '0.03',
+                          '--seed', '5', '--mine', 'voice=en-us']) == 0
+    return out
+
+
+def opened(folder):
+    options = dict(name='rvq', path=str(folder / 'codec.safetensors'), frame_hz=12.5, codebooks=8,
+                   size=256)
+    return dataset.open_dataset(str(folder), options)
+
+
+def simulated(folder):
+    """(record, its placed utterances) of every simulated dialogue."""
+    data = opened(folder)
+    labels = {x['id']: x['placed'] for x in map(json.loads, (
+        folder / 'labels.jsonl').read_text().splitlines())}
+    for split in ('train', 'test'):
+        for i in data.select(split, ('simulated',), ''):
+            record = data.record(split, int(i))
+            yield record, labels.pop(record.id)
+
+
+def test_a_dataset_gets_dialogues(corpus, made):
+    """Everything that was there, and about as many hours more; turns and words are the labels'."""
+    before, after = opened(corpus), opened(made)
+    for kind in ('dialogue', 'story'):
+        assert len(before.select('train', (kind,), '')) == len(after.select('train', (kind,), ''))
+    hours, texts = 0.0, set()
+    for i in before.select('test', ('dialogue', 'story'), ''):
+        texts |= {t.text for t in before.record('test', int(i)).turns}
+    for record, placed in simulated(made):
+        hours += record.duration_s / 3600
+        assert [(t.channel, round(t.start_s * HZ), t.end_s) for t in record.turns] == [
+            (p['channel'], p['start'], pytest.approx(p['end'] / HZ)) for p in placed]
+        for w in record.words:
+            assert any(t.channel == w.channel and t.start_s - 1e-3 <= w.start_s
+                       and w.end_s <= t.end_s + 1e-3 for t in record.turns)
+        if record.id.startswith('test'):        # only cut turns say less than they did
+            assert all(any(full.startswith(p['text']) for full in texts) for p in placed)
+    assert 0.02 < hours < 0.05
+
+
+def test_what_is_heard_gives_the_labels_back(made):
+    """From the sound: utterances begin and end within a frame of their labels, but for a few that
+    were cut off in a silence of their own, and where nothing is placed nothing is heard. From the
+    codes: activity by codes of silence."""
+    late, wrong, total = [], 0, 0
+    silent = turns.silent_codes(*zip(*(
+        (r.codes[c, 0], turns.during([(t.start_s, t.end_s) for t in r.turns if t.channel == c],
+                                     r.codes.shape[2], HZ))
+        for r, _ in simulated(made) for c in (0, 1)), strict=True))
+    for record, placed in simulated(made):
+        wav = soundfile.read(io.BytesIO(record.wav), dtype='float32')[0].T
+        for c in (0, 1):
+            label = np.zeros(record.codes.shape[2], bool)
+            heard = turns.loud(wav[c], 16000, HZ)
+            for p in placed:
+                if p['channel'] == c:
+                    label[p['start']:p['end']] = True
+                    own = np.flatnonzero(heard[p['start']:p['end']])
+                    late += [own[0], p['end'] - p['start'] - 1 - own[-1]]
+            assert not (heard & ~label).any()
+            wrong += (turns.voiced(record.codes[c, 0], silent) != label).sum()
+            total += label.size
+    assert np.mean(np.array(late) <= 1) > 0.97 and max(late) <= 2
+    assert wrong / total < 0.06
+
+
+def test_the_same_arguments_give_the_same_bytes(corpus, made, tmp_path):
+    assert simulate.main(['--source', str(corpus), '--out', str(tmp_path / 'b'), '--hours', '0.03',
+                          '--seed', '5', '--mine', 'voice=en-us']) == 0
+    files = [json.loads((f / 'manifest.json').read_text()) for f in (made, tmp_path / 'b')]
+    assert files[0]['shards'] == files[1]['shards'] and files[0]['files'] == files[1]['files']
+
+
+def test_the_user_can_be_heard_worse(corpus, tmp_path):
+    """Noise and echo change the other's channel alone, and no label."""
+    twice = []
+    for worse in ((), ('--worse',)):
+        out = tmp_path / f'worse{len(worse)}'
+        assert simulate.main(['--source', str(corpus), '--out', str(out), '--hours', '0.01',
+                              *worse]) == 0
+        twice.append(list(simulated(out)))
+    changed = 0
+    for (a, first), (b, second) in zip(*twice, strict=True):
+        assert first == second and a.words == b.words
+        np.testing.assert_array_equal(a.codes[0], b.codes[0])
+        changed += not np.array_equal(a.codes[1], b.codes[1])
+    assert changed
+
+
+@pytest.mark.parametrize(('arguments', 'said'), [
+    (('--hours', '0'), '--hours is above 0'), (('--hours', '1', '--pause', '2'), '--pause is a'),
+    (('--hours', '1'), 'is no finished dataset')])
+def test_what_is_wrong_is_said(tmp_path, capsys, arguments, said):
+    assert simulate.main(['--source', str(tmp_path), '--out', str(tmp_path / 'x'), *arguments]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / 'x').exists()

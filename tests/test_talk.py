@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the page of a trained stage answer recordings, several at once, and refuse what it must?"""
+
+import base64
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+import soundfile
+from test_evaluate import made
+
+from jaxsd import codec, data, generate, live, talk
+from jaxsd.config import ConfigError
+
+
+@pytest.fixture(scope='module')
+def system(corpus):
+    lm = made(corpus, 'moshi')
+    rvq = codec.rvq(**{k: v for k, v in lm.config.codec.items() if k != 'name'})
+    codes = next(data.examples(lm.config, 'train', 'stories')).codes[0][:, 5:30]
+    return lm, rvq, rvq.decode(codes)
+
+
+@pytest.fixture(scope='module')
+def server(system):
+    lm, rvq, _ = system
+    with talk.Server(lm, rvq, ('127.0.0.1', 0), slots=2, samplers={}) as made:
+        thread = threading.Thread(target=made.serve_forever, daemon=True)
+        thread.start()
+        yield made
+        made.shutdown()
+
+
+def recording(wav, rate=16000, **options) -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, wav, rate, **dict(format='WAV', subtype='PCM_16') | options)
+    return out.getvalue()
+
+
+def asked(server, method='POST', path='/talk', body=None, **headers):
+    """(status, content) of one request, whose content is lines of JSON after a POST that worked."""
+    there = http.client.HTTPConnection('127.0.0.1', server.server_address[1], timeout=60)
+    there.request(method, path, body, headers)
+    answer = there.getresponse()
+    content = answer.read()
+    there.close()
+    if answer.status == 200 and method == 'POST':
+        return 200, [json.loads(line) for line in content.splitlines()]
+    return answer.status, content
+
+
+def test_the_page_is_complete(server):
+    """One file, which asks for nothing from elsewhere."""
+    status, page = asked(server, 'GET', '/')
+    text = page.decode()
+    assert status == 200 and '<title>Talk</title>' in text
+    for outside in ('http:', 'https:', 'src="', '@import', 'url('):
+        assert outside not in text
+    assert asked(server, 'GET', '/x')[0] == 404 and server.server_address[0] == '127.0.0.1'
+
+
+def test_a_recording_is_answered(system, server):
+    """What comes back are the words and codes of the same conversation without a page."""
+    lm, rvq, wav = system
+    status, lines = asked(server, body=recording(wav))
+    assert status == 200
+    about, frames, over = lines[0], lines[1:-1], lines[-1]
+    assert about == dict(hz=12.5, rate_hz=16000, frames=25)
+    assert over['done'] and over['real_time_factor'] > 0
+    ear = live.Ear(rvq)
+    sent = soundfile.read(io.BytesIO(recording(wav)), dtype='float32')[0]
+    codes = np.array(ear.push(np.concatenate([sent, np.zeros(2 * 1280, np.float32)]))).T
+    plan = generate.conversation_plan(lm.vocab, codes,
+                                      generate.layout_delays(lm.config, lm.vocab))
+    said = generate.converse(lm.speaker(), [plan])[0]
+    assert [f['mine'] for f in frames] == (said[1, 1:len(frames) + 1]
+                                           - lm.vocab.rows[1].start).tolist()
+    assert len(frames) == codes.shape[1] - 1
+    assert all(len(base64.b64decode(f['pcm'])) == 2 * 1280 for f in frames)
+    wanted = [w for _, w in generate.words_at(lm.vocab, lm.text(), said[0, 1:])]
+    words = [w for f in frames for _, w in f['words']]
+    assert words == wanted[:len(words)]
+    # Another rate and two channels, the last of which is heard.
+    other = np.stack([0 * wav, wav], 1)
+    assert asked(server, body=recording(other, format='FLAC'))[1][1:-1] == frames
+
+
+def test_two_people_at_once_and_a_third(system, server):
+    _, _, wav = system
+    alone = asked(server, body=recording(wav))[1][1:-1]
+    found = {}
+    threads = [threading.Thread(target=lambda i=i: found.setdefault(i, asked(
+        server, body=recording(wav)))) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    for i in range(2):
+        assert found[i][0] == 200 and found[i][1][1:-1] == alone
+    held = [server.lobby.enter() for _ in range(2)]
+    status, content = asked(server, body=recording(wav))
+    assert status == 503 and '2 are talking already' in json.loads(content)['error']
+    for slot, _ in held:
+        server.lobby.leave(slot)
+    assert asked(server, body=recording(wav))[0] == 200
+
+
+def test_a_dropped_connection_frees_its_slot(system, server):
+    """In the middle of the answer, and in the middle of the recording."""
+    _, _, wav = system
+    body = recording(np.tile(wav, 20))
+    for sent in (len(body), len(body) // 2):
+        there = socket.create_connection(server.server_address)
+        there.sendall(b'POST /talk HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n'
+                      % len(body) + body[:sent])
+        if sent == len(body):
+            assert there.recv(64).startswith(b'HTTP/1.1 200')
+            assert server.lobby.free == 1
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+        there.close()           # at once, with a reset
+        until = time.monotonic() + 30
+        while server.lobby.free < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert server.lobby.free == 2
+    assert asked(server, body=recording(wav))[0] == 200
+
+
+@pytest.mark.parametrize(('body', 'headers', 'status', 'said'), [
+    (b'', {}, 411, 'no recording came'),
+    (b'x' * 3000, {}, 400, 'the recording cannot be read as audio'),
+    (recording(np.zeros(16000))[:9000], {}, 400, 'the recording was cut short'),
+    (recording(np.zeros(100)), {}, 400, 'too short to answer'),
+    (recording(np.zeros((16000, 3))), {}, 400, 'the recording has 3 channels'),
+    (recording(np.zeros(8000 * 601), 8000), {}, 400, 'allowed are up to 600 s'),
+    (b'x', {'Content-Length': str(1 << 40)}, 413, 'up to 64 are taken'),
+    (b'x', {'Host': 'elsewhere.example'}, 403, '127.0.0.1 and localhost only'),
+], ids=['nothing', 'noise', 'cut', 'blink', 'many', 'long', 'large', 'rebound'])
+def test_what_cannot_be_answered_is_said_in_one_line(server, body, headers, status, said):
+    found, content = asked(server, body=body, **headers)
+    error = json.loads(content)['error']
+    assert found == status and said in error and '\n' not in error and '/tmp' not in error
+    assert server.lobby.free == 2
+
+
+def test_what_cannot_be_served_is_said(corpus, tmp_path):
+    lm = made(corpus, 'moshi', tmp_path / 'run')
+    options = dict(stage_name=None, host='127.0.0.1', slots=1, temperature=None, top_k=None,
+                   top_p=None, seed=0)
+    with pytest.raises(ConfigError, match='--port lies in 0..65535'):
+        talk.run(lm.config, lm.workdir, port=1 << 16, **options)
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        with pytest.raises(ConfigError, match='in use'):
+            talk.run(lm.config, lm.workdir, port=taken.getsockname()[1], **options)
