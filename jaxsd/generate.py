@@ -635,7 +635,9 @@ def words_at(vocab: Vocab, text: Text, row: np.ndarray) -> list[tuple[int, str]]
     whole = True        # what is quiet ends a word, as one who listens along must think
     for t, token in enumerate(row):
         local = int(token) - start
-        if token < 0 or local in quiet or local >= text.size:
+        if token == NOTHING:
+            continue
+        if local in quiet or not 0 <= local < text.size:
             whole = True
             continue
         if text.piece(local).startswith('\u2581') or whole:
