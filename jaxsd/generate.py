@@ -632,16 +632,11 @@ def words_at(vocab: Vocab, text: Text, row: np.ndarray) -> list[tuple[int, str]]
     start = vocab.ranges['text'][0]
     quiet = {vocab.specials.get(k) for k in ('pad', 'epad', 'bos', 'eos')}
     words: list[tuple[int, list[int]]] = []
-    whole = True        # what is quiet ends a word, as one who listens along must think
     for t, token in enumerate(row):
         local = int(token) - start
-        if token == NOTHING:
+        if token < 0 or local in quiet or local >= text.size:
             continue
-        if local in quiet or not 0 <= local < text.size:
-            whole = True
-            continue
-        if text.piece(local).startswith('\u2581') or whole:
+        if text.piece(local).startswith('\u2581') or not words:
             words.append((t, []))
         words[-1][1].append(local)
-        whole = False
     return [(t, text.decode(ids)) for t, ids in words]

@@ -98,7 +98,8 @@ class Talk:
         return self._voice.push(codes), codes, words
 
     def _written(self, token: int) -> list[tuple[float, str]]:
-        """A word is complete when another one begins, or padding follows."""
+        """A word is complete when another one begins, or padding follows: who listens along cannot
+        know that it will go on after a pause, and hears the rest as a word of its own."""
         done = []
         found = generate.words_at(self._lm.vocab, self._text, np.array([token]))
         piece = token - self._lm.vocab.ranges['text'][0]

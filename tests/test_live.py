@@ -161,8 +161,9 @@ def test_a_stream_is_the_conversation(moshi, rvq, sound):
                                                              moshi.vocab))
     row = generate.converse(moshi.speaker(), [plan])[0][0, 1:n]
     wanted = generate.words_at(moshi.vocab, moshi.text(), row)
-    assert [w for _, w in words] == [w for _, w in wanted][:len(words)]
-    assert len(words) >= len(wanted) - 1        # the last may not be complete
+    told, whole = (''.join(w for _, w in found) for found in (words, wanted))
+    assert whole.startswith(told)
+    assert len(told) >= len(whole) - len(wanted[-1][1])         # the last may not be complete
 
 
 def test_several_listeners_share_a_room(moshi, rvq, sound):
