@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import soundfile
 from flax import nnx
 
 from jaxsd import codec, generate, reply
@@ -118,12 +117,16 @@ def refine(speaker: Speaker, means: list[np.ndarray], given: list[np.ndarray], *
 # A trained stage, and what it is asked to do.
 
 def wave(config, frames: np.ndarray) -> np.ndarray:
-    """float32 [S]: the sound of frames [n, M] that a column holds one or several of."""
+    """float32 [S]: the sound of frames [n, M] that a column holds one or several of; a moment of
+    silence where there are none."""
+    if not len(frames):
+        return np.zeros(codec.SAMPLE_RATE_HZ // 4, np.float32)
     return codec.heard(frames.reshape(-1, config.objective.bins))
 
 
 def question(config, vocab, wav: np.ndarray) -> tuple[np.ndarray, tuple]:
     """A prompt [1, T] and its (feats, slot): a wave [S] that is heard, as the layout draws it."""
+    import soundfile
     flac = io.BytesIO()
     soundfile.write(flac, wav, codec.SAMPLE_RATE_HZ, format='FLAC')
     feats = framed.columns(codec.log_mel(flac.getvalue())[0][:],
@@ -188,10 +191,11 @@ def refined(lm: generate.LM, grids: list[Grid], *, steps: int, batch: int = 16
 def distance(said: np.ndarray, true: np.ndarray) -> float:
     """Mean |difference| between frames [S, M] along the best alignment of both (time warping).
 
-    The mean is over the pairs of frames on the way.
+    The mean is over the pairs of frames on the way. Nothing said counts as a frame of zeros.
     """
     import librosa
     from scipy.spatial.distance import cdist
+    said = said if len(said) else np.zeros_like(true[:1])
     cost = cdist(said, true, 'cityblock') / true.shape[1]
     total, path = librosa.sequence.dtw(C=cost, backtrack=True)
     return float(total[-1, -1] / len(path))

@@ -133,7 +133,8 @@ class _Mover(nnx.Module):
     """How latents move: a transformer over the columns of a sound that all see each other."""
 
     def __init__(self, *, rngs, latents, inside, layers, heads, mlp):
-        self.up = nn.Dense((3 * latents + 1,), (inside,), ('embed', 'mlp'), rngs=rngs, bias=True)
+        # An odd number of inputs: its rows are not spread.
+        self.up = nn.Dense((3 * latents + 1,), (inside,), ('stream', 'mlp'), rngs=rngs, bias=True)
         self.time = nn.Dense((inside,), (inside,), ('embed', 'mlp'), rngs=rngs)
         self.within = Within(rngs=rngs, width=inside, layers=layers, heads=heads, mlp=mlp)
         self.down = nn.Dense((inside,), (latents,), ('mlp', 'stream'), rngs=rngs, bias=True)

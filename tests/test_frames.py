@@ -298,6 +298,8 @@ def test_distance_is_blind_to_pace_and_nothing_else():
     assert frames.distance(x, x) == 0 and frames.distance(np.repeat(x, 3, 0), x) == 0
     assert frames.distance(x[::-1], x) > 0.3
     assert frames.distance(x + 0.25, x) <= 0.25 + 1e-6
+    assert frames.distance(x[:0], x) == pytest.approx(np.abs(x).mean(), abs=1e-6)
+    assert len(frames.wave(None, x[:0])) and not frames.wave(None, x[:0]).any()
 
 
 # From a corpus.
