@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxsd import data, frames, generate, likelier, model, reply, sharding, speak
+from jaxsd import data, frames, generate, journal, likelier, model, reply, sharding, speak
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
@@ -243,15 +243,18 @@ def matched(lm: generate.LM, *, split: str, limit: int | None, source: str, give
     """Is what follows likelier after what belongs to it than after what another record begins with?
 
     given: 'before', a question or a text to be read, the columns before the first scored one;
-    'half', the first half of a record; or rows, by the first word of their name: 'text' beside
-    which a voice speaks, 'theirs' beside whom I do. nats: of the same scored cells, by weight, upon
-    their own and upon another's. right: how often their own is the likelier; guessing makes 50. The
-    other record is one in the same voice, where there is one.
+    'half', the first half of a record, whose last quarter is scored; or rows, by the first word of
+    their name: 'text' beside which a voice speaks, 'theirs' beside whom I do. nats: of the same
+    scored cells, by weight, upon their own and upon another's. right: how often their own is the
+    likelier; guessing makes 50. The other record is one in the same voice, where there is one.
     """
     positive('evals.matched', batch=batch)
     records = reply.examples(lm, source, split=split, limit=limit)
+    # A model is not asked about columns further than it ever learned.
+    grids = [likelier.first(g, lm.config.columns) for g in reply.drawn(lm, source, records)[0]]
     pairs = [likelier.given_another(*pair, given, lm.vocab.rows)
-             for pair in likelier.beside_another(records, reply.drawn(lm, source, records)[0])]
+             for pair in likelier.beside_another(records, grids)]
+    pairs = [pair for pair in pairs if pair[0].weights.any()]
     if not pairs:
         raise ConfigError(f'matched: split {split} of {source} has no two records that say '
                           'different things')
@@ -471,29 +474,87 @@ def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'al
     def tokens(kind, words, units):
         return flat.text_tokens(words, v) if kind == 'T' else flat.speech_tokens(units, v)
 
-    marker = {'T': '[Text]', 'S': '[Speech]'}
+    def rows(a, b):
+        for i, (words, units, *second) in enumerate(parts):
+            j = likelier.other(records, i, lambda r: r.turns[1].text)
+            first = tokens(a, words, units)
+            yield ((first, tokens(b, *second)),
+                   (first, tokens(b, *parts[i if j is None else j][2:])))
+    return dict(**_crossed(lm, rows, norm=norm, scope=scope, alone=alone),
+                items=len(records), **_told(norm, scope, 'second sentence'))
+
+
+def cloze(lm: generate.LM, *, split: str, limit: int | None, path: str, norm: str = 'mean',
+          scope: str = 'continuation', alone: bool = False) -> dict:
+    """StoryCloze, spoken and written: is a story's own ending likelier than the other one?
+
+    path: a directory with X_mutual, X_correct and X_incorrect, each as wav and txt, for every story
+    X, as the multi-speaker benchmark is published. Figures and options as in `stories`; from speech
+    to speech what precedes and an ending are encoded as one sound. `split` means nothing here.
+    """
+    del split
+    codec, v, text = bind(lm.config.codec, 'jaxsd.codec', 'codec')(), lm.vocab, lm.text()
+    names = sorted(n.removesuffix('_correct.wav') for n in os.listdir(path)
+                   if n.endswith('_correct.wav'))[:limit]
+    if not names:
+        raise ConfigError(f'cloze: {path} holds no X_correct.wav')
+
+    def sound(name):
+        return speak.read_wav(os.path.join(path, name + '.wav'),
+                              codec.identity['sample_rate_hz'])[0]
+
+    def units(wav):
+        return codec.encode(wav)[0]
+
+    def tokens(kind, name):
+        if kind == 'S':
+            return flat.speech_tokens(units(sound(name)), v)
+        with open(os.path.join(path, name + '.txt'), encoding='utf-8') as f:
+            return v.encode('text', [i for word in f.read().split() for i in text.encode(word)])
+
+    def rows(a, b):
+        for name in names:
+            if a == b == 'S':
+                first = sound(f'{name}_mutual')
+                n = len(units(first))
+                whole = [units(np.concatenate([first, sound(f'{name}_{end}')]))
+                         for end in ('correct', 'incorrect')]
+                yield tuple((flat.speech_tokens(x[:n], v), flat.speech_tokens(x[n:], v))
+                            for x in whole)
+            else:
+                first = tokens(a, f'{name}_mutual')
+                yield tuple((first, tokens(b, f'{name}_{end}')) for end in ('correct', 'incorrect'))
+    return dict(**_crossed(lm, rows, norm=norm, scope=scope, alone=alone),
+                items=len(names), **_told(norm, scope, 'ending'))
+
+
+def _crossed(lm: generate.LM, rows_of, *, norm: str, scope: str, alone: bool) -> dict:
+    """metrics and per_item: nats and right % from and to text (T) and speech (S).
+
+    rows_of(a, b): for each story ((ids of its beginning in a, of its true end in b), (the same,
+    of a wrong end)).
+    """
+    v, marker = lm.vocab, {'T': '[Text]', 'S': '[Speech]'}
     metrics, per_item = {}, {}
     for a in 'TS':
         for b in 'TS':
-            rows, legal = [], generate.allowed_ids(v, 'text' if b == 'T' else 'speech')
-            for i, (w1, u1, w2, u2) in enumerate(parts):
-                j = likelier.other(records, i, lambda r: r.turns[1].text)
-                j = i if j is None else j
-                for words, units in ((w2, u2), (parts[j][2], parts[j][3])):
-                    # A continuation in the same modality goes on without a new marker.
-                    middle = [marker[b]] if a != b else []
-                    prompt = generate.prompt(v, marker[a], tokens(a, w1, u1), *middle)
-                    rows.append((prompt, tokens(b, words, units)))
+            legal = generate.allowed_ids(v, 'text' if b == 'T' else 'speech')
+            # A continuation in the same modality goes on without a new marker.
+            middle = [marker[b]] if a != b else []
+            rows = [(generate.prompt(v, marker[a], first, *middle), end)
+                    for pair in rows_of(a, b) for first, end in pair]
             scores = pair_scores(lm, rows, norm=norm, scope=scope, legal=legal if alone else None)
             good, bad = scores[0::2], scores[1::2]
             metrics[f'nats/{a}->{b}'] = -float(np.mean(good))
             metrics[f'right %/{a}->{b}'] = 100 * preferred(good, bad)
             per_item |= {f'nats/{a}->{b}': shares(-good), f'right %/{a}->{b}': shares(
                 100 * np.where(good == bad, 0.5, good > bad))}
-    return dict(metrics=metrics, items=len(records), judged=('right %/S->T', 50.0),
-                per_item=per_item,
-                note=f'{norm} nats ({scope}) of the second sentence given the first; T text, '
-                     'S speech')
+    return dict(metrics=metrics, per_item=per_item)
+
+
+def _told(norm: str, scope: str, what: str) -> dict:
+    return dict(judged=('right %/S->T', 50.0), note=f'{norm} nats ({scope}) of the {what} given '
+                'what precedes it; T text, S speech')
 
 
 def pairs(lm: generate.LM, *, split: str, limit: int | None, path: str, source: str,
@@ -683,7 +744,7 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
         log.info('evaluating %s on split %s', name, split)
         found = task(lm, split=split, limit=limit)
         entries.append(dict(task=name, split=split, stage=UNTRAINED if untrained else lm.stage.name,
-                            step=lm.step, limit=limit, **found))
+                            step=lm.step, limit=limit, revision=journal.revision(), **found))
         _table(entries[-1])
     record(workdir, entries)
     return entries

@@ -144,12 +144,19 @@ def beside_another(records: list[Record], grids: list[Grid]) -> list[tuple[Grid,
     return [(grid, grids[j]) for grid, j in zip(grids, found, strict=True) if j is not None]
 
 
+def first(grid: Grid, columns: int) -> Grid:
+    """The first `columns` columns of `grid`."""
+    out = Grid.of(grid.tokens[:, :columns], grid.weights[:, :columns])
+    out.extra.update({k: x[:columns] for k, x in grid.extra.items()})
+    return out
+
+
 def given_another(grid: Grid, wrong: Grid, given: str, rows) -> tuple[Grid, Grid]:
     """`grid` and the same with what it was given taken from `wrong`; equal cells are scored.
 
-    given: 'before', the columns before the first scored one; 'half', the first half of the columns;
-    or the first word of the names of rows, which are then cut to the shorter of the two. A row that
-    is given is not scored.
+    given: 'before', the columns before the first scored one; 'half', the first half of the columns,
+    of which the last quarter is scored, so that the seam tells nothing; or the first word of the
+    names of rows, which are then cut to the shorter of the two. A row that is given is not scored.
     """
     if given not in ('before', 'half'):
         named = np.array([row.name.split()[0] == given for row in rows])
@@ -165,13 +172,16 @@ def given_another(grid: Grid, wrong: Grid, given: str, rows) -> tuple[Grid, Grid
     def cut(g: Grid) -> int:
         return (g.tokens.shape[1] // 2 if given == 'half' else
                 int(np.flatnonzero(g.weights.any(0))[0]))
-    n = cut(grid)
-    out = []
-    for g in (grid, wrong):
+    n, weights = cut(grid), grid.weights
+    if given == 'half':
+        columns = np.arange(weights.shape[1])
+        weights = np.where(columns < len(columns) - len(columns) // 4, 0, weights)
+
+    def upon(g: Grid) -> Grid:
         m = cut(g)
-        made = Grid.of(np.concatenate([g.tokens[:, :m], grid.tokens[:, n:]], axis=1),
-                       np.concatenate([np.zeros((len(rows), m)), grid.weights[:, n:]], axis=1))
-        made.extra.update({k: np.concatenate([x[:m], grid.extra[k][n:]])
-                           for k, x in g.extra.items()})
-        out.append(made)
-    return tuple(out)
+        out = Grid.of(np.concatenate([g.tokens[:, :m], grid.tokens[:, n:]], axis=1),
+                      np.concatenate([np.zeros((len(rows), m)), weights[:, n:]], axis=1))
+        out.extra.update({k: np.concatenate([x[:m], grid.extra[k][n:]])
+                          for k, x in g.extra.items()})
+        return out
+    return upon(grid), upon(wrong)

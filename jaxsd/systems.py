@@ -13,6 +13,8 @@ import os
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxsd import config as configs
 from jaxsd import data, dataset, evaluate, goodput, model
 from jaxsd import run as rundir
@@ -29,7 +31,8 @@ class Run(NamedTuple):
 
     spec: str           # the config file and its argument: demo, perhaps a shorter one
     entries: list
-    revision: str
+    revision: str       # of the code that trained it
+    measured: str       # and of the code that evaluated it
     day: str
     minutes: float      # of steps
 
@@ -86,10 +89,11 @@ def read_run(workdir: str, spec: str) -> Run | str:
               (e['stage'], e['step']) == (last.name, last.steps))]
     if not any(e['stage'] == last.name for e in shown):
         return 'not shown: not trained to the end and evaluated'
-    revisions = dict.fromkeys(e['revision'] for e in begun)
+    trained, measured = (' and '.join(dict.fromkeys(e.get('revision', 'unknown') for e in x))
+                         for x in (begun, shown))
     day = datetime.datetime.fromtimestamp(begun[-1]['time_s'], datetime.UTC).strftime('%Y-%m-%d')
     seconds = goodput.account(ledger).get('stepping', 0.0)
-    return Run(file, shown, ' and '.join(revisions), day, seconds / 60)
+    return Run(file, shown, trained, measured, day, seconds / 60)
 
 
 def figures(run: Run) -> list[tuple]:
@@ -127,9 +131,11 @@ def _head(config, made: list[Run]) -> list[str]:
     manifest = dataset.open_dataset(config.data.path, config.codec).manifest
     hours = manifest['splits']['train']['hours']
     revisions = sorted({r.revision for r in made})
+    measured = sorted({r.measured for r in made})
     days = sorted({r.day for r in made})
-    when = (f'The demos shown were trained at {", ".join(revisions)} on {" and ".join(days)}'
-            if made else 'No demo has been trained here')
+    when = (f'The demos shown were trained at commit {", ".join(revisions)} on '
+            f'{" and ".join(days)} and measured at {", ".join(measured)}' if made else
+            'No demo has been trained here')
     return [
         '# Systems', '',
         'Written by `jaxsd systems` from the config files and the run directories of their demos, '
@@ -180,13 +186,13 @@ def _card(spec: str, doc: str, published, demo, run) -> str:
         lines += [f'| {task} | {metric} | {_number(x)} | {_number(before)} | {_number(beside)} | '
                   f'{items} |' for task, metric, x, before, beside, items in figures(run)]
         lines += ['', f'`{run.spec}`, trained at {run.revision}, {run.day}, in {run.minutes:.0f} '
-                  'minutes of steps.', '']
-    lines += [f'Reproduced, and not: {told(doc, "Evidence")}', '']
+                  f'minutes of steps; measured at {run.measured}.', '']
+    lines += [f'Reproduced, and not. {_sentence(told(doc, "Evidence"))}', '']
     return '\n'.join(lines)
 
 
 def _sentence(text: str) -> str:
-    return text if text.endswith('.') else f'{text}.'
+    return text[:1].upper() + text[1:] + ('' if text.endswith('.') else '.')
 
 
 def _grid(doc: str, config) -> str:
@@ -198,9 +204,12 @@ def _grid(doc: str, config) -> str:
         grid = data.grid(config, source, v)
     except ValueError as e:
         return f'{source}: {e}'
-    columns = COLUMNS if len(v.rows) > 1 else 4 * COLUMNS
+    first, columns = 0, 4 * COLUMNS
+    if len(v.rows) > 1:         # from shortly before the first column that is learned
+        first, columns = max(0, int(np.argmax(grid.weights.any(0))) - 4), COLUMNS
     piece = Text(v.tokenizer).piece if v.tokenizer else None
-    return f'{source}\n' + show.text(grid, v, columns=(0, columns), pieces=piece).rstrip()
+    return f'{source}\n' + show.text(grid, v, columns=(first, first + columns),
+                                     pieces=piece).rstrip()
 
 
 def _trained(stage: stages.Stage) -> str:

@@ -18,6 +18,7 @@ from flax import nnx
 from data_pipelines import augment
 from jaxsd import config as configs
 from jaxsd import evaluate, generate, model, train
+from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import bind, plain
 from jaxsd.layout import show
@@ -305,6 +306,22 @@ def test_tiny_learns(name, corpus, tmp_path):
         for path in before.keys() & after[s.name].keys():
             same = np.array_equal(before[path], after[s.name][path])
             assert same == (by_path[path] is None), (s.name, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NAMES)
+def test_a_demo_is_judged_beside_its_floor(name, corpus, tmp_path):
+    """Every task of the config runs, on the model as it is drawn, and most name what judges them.
+    """
+    c, work = on(corpus, read(name, 'tiny')), str(tmp_path / 'run')
+    rundir.open_run(work, c)
+    entries = evaluate.run(c, work, split='train', limit=3, untrained=True)
+    judged = [e for e in entries if e['task'] != 'likelihood']
+    assert judged
+    for e in judged:
+        metric, floor = e['judged']
+        assert e['items'] >= 1 and np.isfinite(e['metrics'][metric])
+        assert floor is None or isinstance(floor, float) or np.isfinite(e['metrics'][floor])
 
 
 @pytest.mark.slow

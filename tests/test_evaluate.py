@@ -4,6 +4,7 @@
 import copy
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import jax
 import jiwer
 import numpy as np
 import pytest
+import soundfile
 from flax import nnx
 from test_configs import on, read
 
@@ -264,6 +266,53 @@ def test_stories_are_scored_like_a_reader_would(flat_lm):
                 right.append(good[-1] < nats(prompt, halves[j][b][1]))
             np.testing.assert_allclose(found['metrics'][f'nats/{a}->{b}'], np.mean(good), rtol=1e-4)
             assert found['metrics'][f'right %/{a}->{b}'] == pytest.approx(100 * np.mean(right))
+
+
+def test_cloze_reads_the_published_files(flat_lm, tmp_path):
+    """Two stories cut in two and written as files; every direction against whole forward passes."""
+    lm, v, files = flat_lm, flat_lm.vocab, {}
+    codec = bind(lm.config.codec, 'jaxsd.codec', 'codec')()
+    records = [r for r in data.examples(lm.config, 'train', 'aligned', vocab=v)
+               if len(r.turns) == 2][:2]
+    for i, r in enumerate(records):
+        wav = soundfile.read(io.BytesIO(r.wav), dtype='float32', always_2d=True)[0][:, 0]
+        cut = round((r.turns[0].end_s + r.turns[1].start_s) / 2 * 16000)
+        files[f'{i}_mutual'] = r.turns[0].text, wav[:cut]
+        files[f'{i}_correct'] = files[f'{1 - i}_incorrect'] = r.turns[1].text, wav[cut:]
+    for name, (said, wav) in files.items():
+        (tmp_path / f'{name}.txt').write_text(said + '\n')
+        speak.write_wav(str(tmp_path / f'{name}.wav'), wav, 16000)
+        files[name] = said, soundfile.read(tmp_path / f'{name}.wav', dtype='float32')[0]
+    found = evaluate.cloze(lm, split='', limit=None, path=str(tmp_path))
+    assert found['items'] == 2 and len(found['metrics']) == 8
+    marker = {'T': v.specials['[Text]'], 'S': v.specials['[Speech]']}
+
+    def units(wav):
+        return [int(u) for u in codec.encode(wav)[0]]
+
+    def ids(kind, said, runs):
+        if kind == 'T':
+            return [v.ranges['text'][0] + i for w in said.split() for i in lm.text().encode(w)]
+        return [v.ranges['units'][0] + u for i, u in enumerate(runs) if i == 0 or u != runs[i - 1]]
+    for a in 'TS':
+        for b in 'TS':
+            nats = []
+            for i in range(2):
+                for end in ('correct', 'incorrect'):
+                    (t1, w1), (t2, w2) = files[f'{i}_mutual'], files[f'{i}_{end}']
+                    u1, u2 = units(w1), units(w2)
+                    if a == b == 'S':
+                        whole = units(np.concatenate([w1, w2]))
+                        u1, u2 = whole[:len(u1)], whole[len(u1):]
+                    head = [v.specials['bos'], marker[a], *ids(a, t1, u1), *[marker[b]] * (a != b)]
+                    row = np.array(head + ids(b, t2, u2), np.int32)
+                    logp = alone(lm, row[None])[0]
+                    nats.append(-np.mean([logp[t - 1, row[t]] for t in range(len(head), len(row))]))
+            assert found['metrics'][f'nats/{a}->{b}'] == pytest.approx(np.mean(nats[::2]), rel=1e-4)
+            right = [nats[0] < nats[1], nats[2] < nats[3]]
+            assert found['metrics'][f'right %/{a}->{b}'] == 100 * np.mean(right)
+    with pytest.raises(ConfigError, match='holds no X_correct.wav'):
+        evaluate.cloze(lm, split='', limit=None, path=str(tmp_path / '..'))
 
 
 def test_scores_of_pairs_are_what_they_say():

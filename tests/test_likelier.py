@@ -24,9 +24,9 @@ WRONG = grid([6, 7, 8, 9], [16, 17, 18, 19], [26, 27, 28, 29], [0, 1, 1, 1])
     # The columns before the first that is scored: two of mine, one of the other.
     ('before', [[1, 2, 3, 4, 5], [11, 12, 13, 14, 15]], [[6, 3, 4, 5], [16, 13, 14, 15]],
      ([0, 0, 1, 1, 1], [0, 1, 1, 1])),
-    # Halves, rounded down.
+    # Halves, rounded down; a quarter of five columns is scored, one.
     ('half', [[1, 2, 3, 4, 5], [11, 12, 13, 14, 15]], [[6, 7, 3, 4, 5], [16, 17, 13, 14, 15]],
-     ([0, 0, 1, 1, 1], [0, 0, 1, 1, 1])),
+     ([0, 0, 0, 0, 1], [0, 0, 0, 0, 1])),
     # A row, as far as both go; it is not scored.
     ('text', [[1, 2, 3, 4], [11, 12, 13, 14]], [[6, 7, 8, 9], [11, 12, 13, 14]],
      ([0, 0, 1, 1], [0, 0, 1, 1]))])
@@ -36,6 +36,12 @@ def test_what_is_given_by_hand(given, own, wrong, weights):
         assert g.tokens[:2].tolist() == tokens
         assert g.weights[1:].tolist() == [w, w]
         assert g.weights[0].tolist() == ([0] * len(w) if given == 'text' else w)
+
+
+def test_the_first_columns():
+    grid = likelier.first(OWN, 3)
+    assert grid.tokens.tolist() == [[1, 2, 3], [11, 12, 13], [21, 22, 23]]
+    assert grid.weights.tolist() == [[0, 0, 1]] * 3 and len(grid.position) == 3
 
 
 def test_what_cannot_be_given():
@@ -67,7 +73,7 @@ def test_matched_is_every_grid_read_alone(name, source, given, corpus):
     lm = made(corpus, name)
     found = evaluate.matched(lm, split='train', limit=3, source=source, given=given, batch=2)
     records = list(data.examples(lm.config, 'train', source, vocab=lm.vocab, limit=3))
-    grids = reply.drawn(lm, source, records)[0]
+    grids = [likelier.first(g, lm.config.columns) for g in reply.drawn(lm, source, records)[0]]
     scores = []
     for pair in likelier.beside_another(records, grids):
         for g in likelier.given_another(*pair, given, lm.vocab.rows):

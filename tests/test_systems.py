@@ -37,7 +37,7 @@ def run(folder, arg='demo', *, step=500, dataset=None):
         dict(time_s=1e9 + 10, event='ready', stage='text', restore_s=0, compile_s=9, data_s=0),
         dict(time_s=1e9 + 200, event='finished', stage='text', step=300,
              spent=dict(data_s=0, save_s=4, probe_s=6))))) + '\n')
-    first = dict(split='test', items=7, judged=['right %', 50])
+    first = dict(split='test', items=7, judged=['right %', 50], revision='def456')
     evaluate.record(work, [
         dict(task='matched', stage='speech', step=step, metrics={'right %': 87.25, 'nats': 2.0},
              **first),
@@ -56,8 +56,8 @@ def test_a_demo_that_was_run(here):
     text = page(here)
     assert '| [TWIST](#twist) | matched: right % | 87.2 | 51.0 | 50.0 | 3 |' in text
     assert '| matched | right % | 87.2 | 51.0 | 50.0 | 7 |' in text
-    assert 'trained at abc123 on 2001-09-09.' in text
-    assert ':demo`, trained at abc123, 2001-09-09, in 3 minutes of steps.' in text
+    assert 'trained at commit abc123 on 2001-09-09 and measured at def456.' in text
+    assert ':demo`, trained at abc123, 2001-09-09, in 3 minutes of steps; measured' in text
     assert '[2305.13009](https://arxiv.org/abs/2305.13009)' in text
     count = model.count(model.abstract(configs.read(SPEC))[1])
     assert f'Parameters: {count:,} at published size' in text
