@@ -11,7 +11,7 @@ STAGES = (dict(name='read', steps=60, data=dict(text=1.0), **COMMON),
 
 
 def share(text: float) -> str:
-    return f'--config.stages[1].data={dict(speech=1.0 - text, text=text)!r}'
+    return f'--config.stages[1].data={dict(speech=round(1.0 - text, 2), text=text)!r}'
 
 
 QUESTION = dict(
