@@ -696,11 +696,12 @@ def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batc
 # Running tasks.
 
 ERRORS = ('WER %', 'exact %')
+CROSSED = tuple(f'{kind}/{a}->{b}' for kind in ('nats', 'right %') for a in 'TS' for b in 'TS')
 MEASURED = {
     asr: (*ERRORS, 'wrong-sentence WER %'), listening: (*ERRORS, 'wrong-sentence WER %'),
     matched: ('right %', 'nats', 'nats/another'), tts: ('round-trip WER %', 'wrong-sentence WER %'),
     exchanges: ('correct %', 'chance %'), replies: (*ERRORS, 'WER %/floor', 'UER %', 'UER %/floor'),
-    stories: tuple(f'{kind}/{a}->{b}' for kind in ('nats', 'right %') for a in 'TS' for b in 'TS'),
+    stories: CROSSED, cloze: CROSSED,
     pairs: ('right %',),
     answers: ('correct %', 'waited %', 'answered %', 'latency frames p10', 'latency frames median',
               'latency frames p90', 'correct %/facts', 'correct %/sums')}
