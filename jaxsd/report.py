@@ -423,8 +423,8 @@ def _law(found: dict) -> str:
             'parameters', 'positions', 'loss'))))
     svg = draw.curves(lines, 'Loss over parameters', height=2.7, along='parameters', log=True)
     by = _dict(law.get('exponents'))
-    said = (f'The best size grows as computation to the power {_number(by.get("parameters"))}, the '
-            f'positions read as {_number(by.get("positions"))}.' if by else
+    said = (f'The best size grows as computation to the power {_number(by.get("parameters"))}, '
+            f'what it reads to the power {_number(by.get("positions"))}.' if by else
             'No law: fewer than two budgets have a best size inside those tried.')
     return ('<h3>Which size for which budget</h3><div class="pair">'
             + _figure('Loss over size', svg, 'Circles: arms. Lines: parabolas in the logarithm.')
