@@ -320,7 +320,8 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
 
     writers = journal.Writers(workdir, first, stage.name)
     pending = loss = None
-    # waited: for data; dispatched: host work of handing a step over; both since the last line.
+    # Since the last line. waited: for data; dispatched: this thread's work to hand a step over, not
+    # its waiting for a core, which runs the step before where the host is the device.
     waited = dispatched = 0.0
     since, since_step, before = time.perf_counter(), first, consumed.before
 
@@ -397,9 +398,9 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
             arrays, account = ahead.pop() if ahead else next(batches)
             waited += time.perf_counter() - start
             spent['data_s'] += time.perf_counter() - start
-            start = time.perf_counter()
+            start = time.thread_time()
             state, sums = step_fn(state, put(arrays))
-            dispatched += time.perf_counter() - start
+            dispatched += time.thread_time() - start
             if pending:
                 read(pending)
             pending = (n + 1, sums, account)

@@ -39,7 +39,7 @@ run() {     # run NAME CONFIG SOURCE FORMAT
   part "export-$name" "exporting $name: $work/export" \
     jaxsd export --config "$config" --workdir "$work" --format "$format" --out "$work/export"
 }
-share=${MOSHI_SHARE:-0.1} spirit=configs/spirit_lm.py:demo moshi=configs/moshi.py:demo,share=$share
+share=${MOSHI_SHARE:-0.07} spirit=configs/spirit_lm.py:demo moshi=configs/moshi.py:demo,share=$share
 run spirit_lm "$spirit" aligned hf
 samples=$runs/spirit_lm/samples
 part tts 'spirit_lm reads unseen sentences aloud' jaxsd generate --config "$spirit" \

@@ -37,7 +37,9 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = ' '.join(
     [flag for flag in os.environ.get('XLA_FLAGS', '').split()
      if not flag.startswith('--xla_force_host_platform_device_count')]
-    + [f'--xla_force_host_platform_device_count={DEVICES}'])
+    # On a busy machine one device of eight may wait longer than the 40 s after which XLA aborts.
+    + ['--xla_cpu_collective_call_terminate_timeout_seconds=900',
+       f'--xla_force_host_platform_device_count={DEVICES}'])
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_own_folder('compiled')))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 os.environ['PYTHONPATH'] = os.pathsep.join(

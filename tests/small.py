@@ -3,6 +3,7 @@
 
 import functools
 import io
+import os
 import pathlib
 
 import jax
@@ -21,6 +22,11 @@ BACKBONES = {       # the kinds of decoder, each with what sets it apart
     'mixtral': dict(experts=4, experts_per_column=2, kv_heads=2),
     'helium': dict(pairs='interleaved', norm_eps=1e-8, norm_gain='early', window_columns=7),
 }
+
+
+def virtual(devices: int) -> str:
+    """XLA_FLAGS of a process with so many devices; of a flag that is given twice the last holds."""
+    return f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
 
 
 def config(system: str, kind: str = 'llama', **head) -> mlc.ConfigDict:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import released
 from safetensors.numpy import load_file, save_file
+from small import virtual
 
 from jaxsd import export
 from jaxsd.export import loading, streaming
@@ -127,7 +128,7 @@ def test_memory_of_a_large_import(mesh, tmp_path):
     assert size > 4e9
     devices = int(np.prod(list(mesh.values()), dtype=int))
     env = os.environ | dict(
-        JAX_PLATFORMS='cpu', XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}')
+        JAX_PLATFORMS='cpu', XLA_FLAGS=virtual(devices))
     done = subprocess.run([sys.executable, str(ROOT / 'tests' / 'at_scale.py'), 'import',
                            str(folder), json.dumps(mesh)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

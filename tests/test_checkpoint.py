@@ -20,6 +20,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small import virtual
 
 from jaxsd import checkpoint, run
 from jaxsd.checkpoint import CheckpointError, CheckpointMismatch, Checkpoints
@@ -95,7 +96,7 @@ def data_file(step):
 
 def python(code, *args, devices=8, prefix=(), **kw):
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': REPO + os.pathsep + REPO + '/tests',
-                        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+                        'XLA_FLAGS': virtual(devices)}
     return subprocess.run([*prefix, sys.executable, '-c', code, *map(str, args)], env=env,
                           capture_output=True, text=True, timeout=120, **kw)
 

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from small import virtual
 
 from jaxsd import checkpoint, goodput, journal
 
@@ -36,7 +37,7 @@ def quick(system, steps=STEPS):
 
 
 def environment(devices=1, **more):
-    return os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'} | more
+    return os.environ | {'XLA_FLAGS': virtual(devices)} | more
 
 
 def losses(work) -> dict[int, float]:
