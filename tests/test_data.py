@@ -232,7 +232,7 @@ def opened(setup):
     config, stage, v = setup
     (name,) = stage['data']
     source = data._open_source(open_dataset(config.data.path), config, name, v, split='train',
-                               layout=None, fill=data._tokenizer(v))
+                               layout=None, fill=data._tokenizer(v), extras={})
     return data._Rows(source, (config.seed, stage['name'], 'train'))
 
 
@@ -405,7 +405,7 @@ def test_what_is_written_beside_speech_gets_ids(root):
                       == list(encode(text))}
     assert drawn == {'ab', 'cd'}
     _, grid = data._open_source(open_dataset(root), c, 'one', v, split='train', layout=None,
-                                fill=data._tokenizer(v)).draw(0, 0)
+                                fill=data._tokenizer(v), extras={}).draw(0, 0)
     ids = grid.tokens[0].tolist()
     assert any(ids[1 + len(encode(text)):][:len(rest)] == rest for text in ('ab', 'cd'))
     for fields, says in ((dict(task=()), 'fields.task is a text'), (dict(task=3), 'got 3')):
