@@ -434,7 +434,7 @@ def test_prompt_and_markers():
     got = generate.prompt(v, '[Text]', [5, 6], '[Speech]')
     assert got.tolist() == [1, 14, 5, 6, 15] and got.dtype.kind == 'i'
     pair = dict(name='flat.sequence', fields=('speech', 'text'))
-    c = mlc.ConfigDict(dict(layout=dict(name='flat.interleave'), data=dict(sources=dict(
+    c = mlc.ConfigDict(dict(layout=dict(name='flat.interleave'), data=dict(path='x', sources=dict(
         asr=dict(layout=pair), named=dict(layout=pair | dict(markers=('[A]', '[B]'))),
         plain=dict()))))
     assert generate.markers(c, 'asr') == ('[Speech]', '[Text]')
