@@ -434,9 +434,9 @@ def test_prompt_and_markers():
     got = generate.prompt(v, '[Text]', [5, 6], '[Speech]')
     assert got.tolist() == [1, 14, 5, 6, 15] and got.dtype.kind == 'i'
     pair = dict(name='flat.sequence', fields=('speech', 'text'))
+    pairs, all_ = dict(layout=pair | dict(markers=('[A]', '[B]'))), dict(select=('story',))
     c = mlc.ConfigDict(dict(layout=dict(name='flat.interleave'), data=dict(path='x', sources=dict(
-        asr=dict(layout=pair), named=dict(layout=pair | dict(markers=('[A]', '[B]'))),
-        plain=dict()))))
+        asr=dict(layout=pair) | all_, named=pairs | all_, plain=all_))))
     assert generate.markers(c, 'asr') == ('[Speech]', '[Text]')
     assert generate.markers(c, 'named') == ('[A]', '[B]')
     with pytest.raises(ConfigError, match=r'data.sources.plain must be drawn by two fields'):
