@@ -6,8 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} runs=${RUNS:-runs}
-stamps=$runs/.quickstart begun=$SECONDS previous=
-mkdir -p "$stamps"
+stamps=$runs/.quickstart begun=$SECONDS previous=; mkdir -p "$stamps"
 
 part() {    # part NAME 'what happens' COMMAND...
   local stamp=$stamps/$1 what=$2 start=$SECONDS; shift 2
