@@ -100,12 +100,16 @@ def rules_of(have: Mapping) -> Plan:
             rule(attention + 'q_proj.bias', (BLOCKS + 'q/bias', f'L N {ours}', f'(N {theirs})')),
             rule(attention + 'k_proj.bias', (BLOCKS + 'k/bias', f'L G {ours}', f'(G {theirs})')),
             rule(attention + 'v_proj.bias', (BLOCKS + 'v/bias', 'L G H', '(G H)'))]
-    ignored = r'.*\.rotary_emb\.inv_freq'
+    copies: tuple[tuple[str, str, str], ...] = ()
     if have['head.name'] == 'flat':
         rules.append(rule('lm_head.weight', ('head/out/kernel', 'D V', 'V D')))
     else:
-        ignored += r'|lm_head\.weight'      # a copy of the table, which transformers ignores too
-    return Plan(tuple(rules), (), ignored)
+        # Old files bring a copy of the table along. One that differs is a head of its own, with
+        # which transformers 5 runs whatever tie_word_embeddings says.
+        copies = (('lm_head.weight', 'model.embed_tokens.weight',
+                   'it is a head of its own: set tie_word_embeddings to false in config.json, and '
+                   "the config's head to 'flat'"),)
+    return Plan(tuple(rules), (), r'.*\.rotary_emb\.inv_freq', copies)
 
 
 def spell(have: Mapping) -> dict:

@@ -21,11 +21,16 @@ BLOCKS = 'backbone/blocks/'
 
 
 class Plan(NamedTuple):
-    """Rules of a checkpoint, paths of ours it may leave partly empty, peer keys without meaning."""
+    """Rules of a checkpoint, paths of ours it may leave partly empty, peer keys without meaning.
+
+    copies: peer keys that may be there as well if they say the same as another key, with the line
+    that tells what to do where they do not.
+    """
 
     rules: tuple[Rule, ...]
     spare: tuple[str, ...] = ()
     ignored: str = '(?!)'           # regex over whole keys
+    copies: tuple[tuple[str, str, str], ...] = ()       # (copy, original, what to do)
 
 
 def facts(config) -> dict:
