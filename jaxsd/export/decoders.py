@@ -175,6 +175,9 @@ def read(values: Mapping, path: str) -> dict:
         'backbone.experts': j.number('num_local_experts', high=1 << 12) if mixtral else 0,
         'head.name': 'tied' if j.flag('tie_word_embeddings') else 'flat',
     }
+    for name in ('bos', 'eos'):     # one of several will do, and nothing where nothing is stated
+        if ids := j.ids(f'{name}_token_id'):
+            out[f'vocab.{name}'] = frozenset(ids)
     if mixtral:
         out['backbone.experts_per_column'] = j.number('num_experts_per_tok',
                                                       high=out['backbone.experts'])
