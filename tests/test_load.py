@@ -229,6 +229,30 @@ def test_how_to_generate_goes_back_as_it_came(said, generation, ids, tmp_path):
         'eos_token_id'] == 12
 
 
+FILES = {name: f'{{"is": "{name}"}}\n'.encode() for name in (
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+    'chat_template.jinja', 'vocab.json', 'merges.txt')}
+
+
+def test_a_tokenizer_of_another_kind_goes_along(tmp_path, caplog):
+    """Byte for byte while the vocabulary is the checkpoint's; else a line and the card say so."""
+    speaking(tmp_path / 'in')
+    for name, content in FILES.items():
+        (tmp_path / 'in' / name).write_bytes(content)
+    lm = export.load(str(tmp_path / 'in'))
+    lm.save(str(tmp_path / 'out'))
+    assert {name: (tmp_path / 'out' / name).read_bytes() for name in FILES} == FILES
+    assert not caplog.records and '| tokenizer |' not in (tmp_path / 'out/README.md').read_text()
+    lm.config.vocab = dict(lm.config.vocab.to_dict(), text_tokens=90, markers=('[Text]',),
+                           multiple=96)
+    lm.save(str(tmp_path / 'two'))
+    said = ('none here: text ids are those of tokenizer.json of in; tokenizers with added tokens '
+            'are written for sentencepiece models only')
+    assert [r.getMessage() for r in caplog.records] == [f'tokenizer: {said}']
+    assert f'| tokenizer | {said} |' in (tmp_path / 'two' / 'README.md').read_text()
+    assert not {*FILES} & {*os.listdir(tmp_path / 'two')}
+
+
 def test_ids_that_are_none(tmp_path):
     speaking(tmp_path / 'one', eos_token_id='</s>')
     with pytest.raises(ValueError, match='config.json: eos_token_id must be an id, a list of ids'):

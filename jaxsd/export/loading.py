@@ -34,6 +34,8 @@ from jaxsd.stage import flatten, unflatten
 from jaxsd.types import NOTHING
 
 TEXT_BYTES = 1 << 20        # of a card or a license that is read
+TOKENIZER = ('tokenizer.json', 'vocab.json', 'merges.txt', 'tokenizer_config.json',
+             'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja')
 
 
 # As parameters of a config of ours.
@@ -131,8 +133,17 @@ def is_foreign(start: str) -> bool:
 
 def origin_of(path: str, format: str) -> dict:
     """What a ledger and a card keep of a checkpoint of another program."""
-    return dict(format=format, name=os.path.basename(os.path.abspath(path)),
-                license=stated_license(path))
+    out = dict(format=format, name=os.path.basename(os.path.abspath(path)),
+               license=stated_license(path))
+    files = [os.path.basename(x) for x in tokenizer_files(folder_of(path))]
+    return out | (dict(tokenizer=files[0]) if files and format == 'hf' else {})
+
+
+def tokenizer_files(folder: str) -> list[str]:
+    """The files of a tokenizer that is not (or not only) a sentencepiece model, if one is there."""
+    found = [os.path.join(folder, name) for name in TOKENIZER]
+    found = [path for path in found if os.path.isfile(path)]
+    return found if found and os.path.basename(found[0]) in TOKENIZER[:2] else []
 
 
 def stated_license(source: str) -> str:
@@ -323,7 +334,7 @@ def _bare(path: str, format: str = ''):
             os.path.join(folder, tokenizer)):
         config.vocab.tokenizer = os.path.join(folder, tokenizer)
     family.check(facts(config))
-    speaks['ids'] = {k: config.vocab.get(k) for k in ('bos', 'eos')}
+    speaks['vocab'] = plain(config.vocab)
     return format, family, said, config, speaks
 
 
@@ -342,8 +353,9 @@ def _speaks(format: str, values: Mapping, said_in: str, folder: str
     """How a checkpoint generates, in its own words, and the bos and eos that it states, if any.
 
     The words: {'format', 'config': the ids that config.json states, as it states them, 'file': its
-    generation_config.json or None, 'unstated': which of bos and eos nothing states}. Of several ids
-    a config of ours gets the first, config.json's before the other file's.
+    generation_config.json or None, 'unstated': which of bos and eos nothing states, 'tokenizer':
+    the files of its tokenizer}. Of several ids a config of ours gets the first, config.json's
+    before the other file's.
     """
     path = os.path.join(folder, 'generation_config.json')
     file = read_json(path) if os.path.exists(path) else None
@@ -351,7 +363,8 @@ def _speaks(format: str, values: Mapping, said_in: str, folder: str
     specials = {name: ids[0] for name in ('bos', 'eos')
                 if (ids := sum((j.ids(f'{name}_token_id') for j in stated), ()))}
     words = dict(format=format, config={k: values[k] for k in write.STATED if k in values},
-                 file=file, unstated=[k for k in ('bos', 'eos') if k not in specials])
+                 file=file, unstated=[k for k in ('bos', 'eos') if k not in specials],
+                 tokenizer=tokenizer_files(folder))
     return words, specials
 
 

@@ -9,6 +9,7 @@ and the first one writes.
 
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -29,6 +30,8 @@ from jaxsd.export.folder import fresh
 from jaxsd.export.streaming import covered, some
 from jaxsd.run import on_first_process
 from jaxsd.stage import flatten
+
+log = logging.getLogger('jaxsd')
 
 SHARD_BYTES = 4 << 30
 DTYPES = {'f32': 'float32', 'bf16': 'bfloat16'}     # of the tensors of a family
@@ -129,8 +132,8 @@ def _for_runtime(config, flat, out, format, lora_scale, notes, history, shard_by
 def _speaks(config, history: Mapping) -> Mapping:
     """`history`'s 'speaks', where bos and eos are still those that the config was read with."""
     speaks = history.get('speaks', {})
-    ids = {k: config.vocab.get(k) for k in ('bos', 'eos')}
-    return speaks if speaks and speaks['ids'] == ids else {}
+    same = speaks and all(config.vocab.get(k) == speaks['vocab'].get(k) for k in ('bos', 'eos'))
+    return speaks if same else {}
 
 
 def _same(ours: Mapping, shapes: Mapping) -> None:
@@ -226,12 +229,37 @@ def _beside(folder: str, config, format: str, about: str, numbers: int, notes, h
             shutil.copyfile(vocab.tokenizer, os.path.join(folder, 'tokenizer.model'))
         except OSError as e:
             raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
-        if format == 'hf':
-            tokens.write_tokenizer(folder, vocab, config.columns)
+    if format == 'hf':
+        notes = _tokenizer(folder, config, history) | notes
     copy = _codec(folder, config, history.get('codec', {}))
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
         f.write(card(config, format, about, numbers, notes_of(history) | notes, copy))
     return sorted(os.listdir(folder))
+
+
+def _tokenizer(folder: str, config, history: Mapping) -> dict[str, str]:
+    """Writes the tokenizer that transformers loads; what the card says where there is none.
+
+    Where the vocabulary is still that of the checkpoint it came with, its own files go along.
+    """
+    speaks = history.get('speaks', {})
+    if speaks.get('tokenizer') and speaks['vocab'] == plain(config.vocab):
+        for path in speaks['tokenizer']:
+            try:
+                shutil.copyfile(path, os.path.join(folder, os.path.basename(path)))
+            except OSError as e:
+                raise ConfigError(f'the tokenizer cannot be copied: {e}') from e
+        return {}
+    if config.vocab.get('tokenizer'):
+        tokens.write_tokenizer(folder, model.make_vocab(config), config.columns)
+        return {}
+    lost = [s for s in history.get('sources', []) if s.get('tokenizer')]
+    if not lost:
+        return {}
+    said = (f'none here: text ids are those of {lost[-1]["tokenizer"]} of {lost[-1]["name"]}; '
+            'tokenizers with added tokens are written for sentencepiece models only')
+    log.warning('tokenizer: %s', said)
+    return {'tokenizer': said}
 
 
 def notes_of(history: Mapping) -> dict[str, str]:

@@ -92,6 +92,28 @@ def test_transformers_generates_as_before(said, generation, torch, peers, tmp_pa
                                           or said['eos_token_id'])
 
 
+def test_a_byte_level_tokenizer_goes_along(peers, tmp_path):
+    import tokenizers
+    import transformers
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.train_from_iterator(['the cat sat on the mat'] * 9, tokenizers.trainers.BpeTrainer(
+        vocab_size=80, special_tokens=['<|start|>', '<|end|>'], show_progress=False))
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token='<|start|>', eos_token='<|end|>',
+        chat_template='{{ messages[0].content }}<|end|>')
+    peers.decoder('qwen2', 55).save_pretrained(tmp_path / 'in')
+    theirs.save_pretrained(tmp_path / 'in')
+    export.load(str(tmp_path / 'in')).save(str(tmp_path / 'out'))
+    theirs, ours = (transformers.AutoTokenizer.from_pretrained(tmp_path / x) for x in ('in', 'out'))
+    said = 'the mat sat on a cat'
+    assert ours(said).input_ids == theirs(said).input_ids and len(ours(said).input_ids) > 4
+    assert (ours.bos_token, ours.eos_token, len(ours)) == ('<|start|>', '<|end|>', len(theirs))
+    assert ours.apply_chat_template([dict(role='user', content=said)], tokenize=False) == (
+        f'{said}<|end|>')
+
+
 def test_many_streams_from_the_folder_alone(torch, peers, tmp_path):
     import safetensors.torch
     values = peers.KYUTAI | dict(num_layers=3, delays=[0, 0, 2, 2, 2, 0, 2, 2, 2])
