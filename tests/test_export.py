@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from jaxsd import checkpoint, codec, export, model
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, read
-from jaxsd.export import kyutai_lora, rules
+from jaxsd.export import kyutai_lora, rules, streaming
 
 BOTH = ('mine', 'theirs')
 CASES = {
@@ -668,14 +668,33 @@ def test_tensors_that_do_not_fit(folder, tmp_path, fn, match):
     refuse(CASES['llama'][0], bad, 'hf', match)
 
 
-def test_known_leftovers_are_passed_over(folder, tmp_path):
+@pytest.mark.parametrize('box_bytes', [64 << 20, 1000])
+def test_known_leftovers_are_passed_over(box_bytes, folder, tmp_path, monkeypatch):
     """Rotary tables of old files, and the copy that a tied head sometimes brings along."""
+    monkeypatch.setattr(streaming, 'BOX_BYTES', box_bytes)
     config, format = CASES['qwen2']
     bad = copied(folder, tmp_path, 'qwen2')
     change_tensors(bad, lambda s: s.update(
-        {'lm_head.weight': np.ones((96, 64), np.float32),
+        {'lm_head.weight': s['model.embed_tokens.weight'].copy(),
          'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(8, np.float32)}))
     equal(released.random_params(config, 3), export.import_params(config, bad, format))
+
+    def last(state):
+        state['lm_head.weight'][-1, -1] += 1
+    change_tensors(bad, last)
+    match = ('model.safetensors: lm_head.weight differs from model.embed_tokens.weight; .* set '
+             'tie_word_embeddings to false')
+    refuse(config, bad, format, match)
+    with pytest.raises(ValueError, match=match):
+        export.load(bad)
+    change_tensors(bad, lambda s: s.update({'lm_head.weight': s['lm_head.weight'][:-1]}))
+    refuse(config, bad, format, match)
+    change_tensors(bad, lambda s: s.update(
+        {'lm_head.weight': s['model.embed_tokens.weight'] + np.float32(.5)}))
+    edited(bad, tie_word_embeddings=False)      # as the line says
+    lm = export.load(bad)
+    np.testing.assert_array_equal(np.asarray(lm.params['head']['out']['kernel']).T,
+                                  np.asarray(lm.params['frontend']['table']) + np.float32(.5))
 
 
 @pytest.mark.parametrize('index, match', [

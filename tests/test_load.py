@@ -187,6 +187,95 @@ def test_saving_gives_the_same_files(llama, multistream, tmp_path):
     assert not (tmp_path / 'other').exists()
 
 
+def speaking(folder, generation=None, **said):
+    """The golden Llama in `folder`, whose config.json says that; 'absent' is left out."""
+    shutil.copytree(released.GOLDEN / 'llama', folder)
+    values = json.loads((folder / 'config.json').read_text()) | said
+    (folder / 'config.json').write_text(json.dumps(
+        {k: v for k, v in values.items() if v != 'absent'}))
+    if generation is not None:
+        (folder / 'generation_config.json').write_text(json.dumps(generation))
+
+
+@pytest.mark.parametrize('said, generation, ids', [
+    (dict(bos_token_id=None, eos_token_id=[7, 8]), None, (None, 7)),
+    (dict(bos_token_id=5, eos_token_id=9, pad_token_id=3),
+     dict(eos_token_id=[9, 11], pad_token_id=3, do_sample=True, temperature=.6, top_p=.9,
+          repetition_penalty=1.1), (5, 9)),
+    (dict(bos_token_id='absent', eos_token_id='absent'), None, (None, None)),
+    (dict(bos_token_id='absent', eos_token_id=None), dict(bos_token_id=4, eos_token_id=[6, 7]),
+     (4, 6)),
+])
+def test_how_to_generate_goes_back_as_it_came(said, generation, ids, tmp_path):
+    """Lists, null and what is not there; nothing that the source does not state."""
+    speaking(tmp_path / 'in', generation, **said)
+    lm = export.load(str(tmp_path / 'in'))
+    for name, want, default in zip(('bos', 'eos'), ids, (1, 2), strict=True):
+        assert lm.config.vocab.get(name) == want
+        assert export.loading.model.make_vocab(lm.config).specials[name] == (want or default)
+    lm.save(str(tmp_path / 'out'))
+    stated, spelled = (json.loads((tmp_path / x / 'config.json').read_text())
+                       for x in ('in', 'out'))
+    for key in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+        assert spelled.get(key, 'absent') == stated.get(key, 'absent')
+    found = tmp_path / 'out' / 'generation_config.json'
+    assert (json.loads(found.read_text()) if found.exists() else None) == generation
+    told = json.loads((tmp_path / 'out' / 'vocabulary.json').read_text())['specials']
+    assert told == {k: i for k, i in zip(('bos', 'eos'), ids, strict=True) if i is not None}
+    lm.config.vocab.eos = 12        # somebody's decision, which is then what is written
+    lm.save(str(tmp_path / 'two'))
+    assert json.loads((tmp_path / 'two' / 'config.json').read_text())['eos_token_id'] == 12
+    assert json.loads((tmp_path / 'two' / 'generation_config.json').read_text())[
+        'eos_token_id'] == 12
+
+
+FILES = {name: f'{{"is": "{name}"}}\n'.encode() for name in (
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+    'chat_template.jinja', 'vocab.json', 'merges.txt')}
+
+
+def test_a_tokenizer_of_another_kind_goes_along(tmp_path, caplog):
+    """Byte for byte while the vocabulary is the checkpoint's; else a line and the card say so."""
+    speaking(tmp_path / 'in')
+    for name, content in FILES.items():
+        (tmp_path / 'in' / name).write_bytes(content)
+    lm = export.load(str(tmp_path / 'in'))
+    lm.save(str(tmp_path / 'out'))
+    assert {name: (tmp_path / 'out' / name).read_bytes() for name in FILES} == FILES
+    assert not caplog.records and '| tokenizer |' not in (tmp_path / 'out/README.md').read_text()
+    lm.config.vocab = dict(lm.config.vocab.to_dict(), text_tokens=90, markers=('[Text]',),
+                           multiple=96)
+    lm.save(str(tmp_path / 'two'))
+    said = ('none here: text ids are those of tokenizer.json of in; tokenizers with added tokens '
+            'are written for sentencepiece models only')
+    assert [r.getMessage() for r in caplog.records] == [f'tokenizer: {said}']
+    assert f'| tokenizer | {said} |' in (tmp_path / 'two' / 'README.md').read_text()
+    assert not {*FILES} & {*os.listdir(tmp_path / 'two')}
+
+
+def test_ids_that_are_none(tmp_path):
+    speaking(tmp_path / 'one', eos_token_id='</s>')
+    with pytest.raises(ValueError, match='config.json: eos_token_id must be an id, a list of ids'):
+        export.load(str(tmp_path / 'one'))
+    speaking(tmp_path / 'two', dict(bos_token_id=[1.5]))
+    with pytest.raises(ValueError, match='generation_config.json: bos_token_id must be an id'):
+        export.load(str(tmp_path / 'two'))
+
+
+def test_an_import_wants_the_ids_that_the_checkpoint_states(tmp_path):
+    speaking(tmp_path / 'in', bos_token_id=None, eos_token_id=[7, 8])
+    config = released.decoder('llama')
+    with pytest.raises(ConfigError, match='vocab.eos is 2, the checkpoint has 7 or 8'):
+        export.import_params(config, str(tmp_path / 'in'), 'hf')
+    with pytest.raises(ConfigError, match='vocab.eos is 2, .* name it in graft.unlike'):
+        export.open_start(config, str(tmp_path / 'in'), graft=dict(rows=dict(name='mean')))
+    export.open_start(config, str(tmp_path / 'in'),
+                      graft=dict(rows=dict(name='mean'), unlike=('vocab.eos',)))
+    config.vocab.eos = 8
+    same(export.import_params(config, str(tmp_path / 'in'), 'hf'),
+         export.import_params(released.decoder('llama'), str(released.GOLDEN / 'llama'), 'hf'))
+
+
 def test_an_export_of_ours_keeps_the_names_of_its_ids(tmp_path):
     config = released.decoder('llama')
     config.vocab.tokenizer = str(tmp_path / 'text.model')
@@ -215,10 +304,10 @@ def test_a_vocabulary_that_does_not_fit_is_not_believed(said, tmp_path):
             'codec': {'name': 'kmeans', 'frame_hz': 25, 'size': 34}}
     path = tmp_path / 'lm' / 'vocabulary.json'
     path.write_text(json.dumps(good))
-    config = export.loading._bare(str(tmp_path / 'lm'))[-1]
+    config = export.loading._bare(str(tmp_path / 'lm'))[3]
     assert config.codec.size == 34 and config.vocab.markers == ('[Text]', '[Speech]')
     path.write_text(json.dumps(good | said))
-    config = export.loading._bare(str(tmp_path / 'lm'))[-1]
+    config = export.loading._bare(str(tmp_path / 'lm'))[3]
     assert config.codec.name == 'none' or config.codec.size == 34
     assert export.loading.model.make_vocab(config).size == 96
 

@@ -100,12 +100,16 @@ def rules_of(have: Mapping) -> Plan:
             rule(attention + 'q_proj.bias', (BLOCKS + 'q/bias', f'L N {ours}', f'(N {theirs})')),
             rule(attention + 'k_proj.bias', (BLOCKS + 'k/bias', f'L G {ours}', f'(G {theirs})')),
             rule(attention + 'v_proj.bias', (BLOCKS + 'v/bias', 'L G H', '(G H)'))]
-    ignored = r'.*\.rotary_emb\.inv_freq'
+    copies: tuple[tuple[str, str, str], ...] = ()
     if have['head.name'] == 'flat':
         rules.append(rule('lm_head.weight', ('head/out/kernel', 'D V', 'V D')))
     else:
-        ignored += r'|lm_head\.weight'      # a copy of the table, which transformers ignores too
-    return Plan(tuple(rules), (), ignored)
+        # Old files bring a copy of the table along. One that differs is a head of its own, with
+        # which transformers 5 runs whatever tie_word_embeddings says.
+        copies = (('lm_head.weight', 'model.embed_tokens.weight',
+                   'it is a head of its own: set tie_word_embeddings to false in config.json, and '
+                   "the config's head to 'flat'"),)
+    return Plan(tuple(rules), (), r'.*\.rotary_emb\.inv_freq', copies)
 
 
 def spell(have: Mapping) -> dict:
@@ -171,6 +175,9 @@ def read(values: Mapping, path: str) -> dict:
         'backbone.experts': j.number('num_local_experts', high=1 << 12) if mixtral else 0,
         'head.name': 'tied' if j.flag('tie_word_embeddings') else 'flat',
     }
+    for name in ('bos', 'eos'):     # one of several will do, and nothing where nothing is stated
+        if ids := j.ids(f'{name}_token_id'):
+            out[f'vocab.{name}'] = frozenset(ids)
     if mixtral:
         out['backbone.experts_per_column'] = j.number('num_experts_per_tok',
                                                       high=out['backbone.experts'])

@@ -21,11 +21,16 @@ BLOCKS = 'backbone/blocks/'
 
 
 class Plan(NamedTuple):
-    """Rules of a checkpoint, paths of ours it may leave partly empty, peer keys without meaning."""
+    """Rules of a checkpoint, paths of ours it may leave partly empty, peer keys without meaning.
+
+    copies: peer keys that may be there as well if they say the same as another key, with the line
+    that tells what to do where they do not.
+    """
 
     rules: tuple[Rule, ...]
     spare: tuple[str, ...] = ()
     ignored: str = '(?!)'           # regex over whole keys
+    copies: tuple[tuple[str, str, str], ...] = ()       # (copy, original, what to do)
 
 
 def facts(config) -> dict:
@@ -110,9 +115,17 @@ def _streams(said: Mapping, ids: Mapping) -> tuple[dict, dict, dict]:
 
 
 def disagreements(ours: Mapping, theirs: Mapping) -> list[str]:
-    """Sentences for the facts on which the config and the checkpoint differ."""
-    return [f'{key} is {ours.get(key)!r}, the checkpoint has {value!r}'
-            for key, value in theirs.items() if ours.get(key) != value]
+    """Sentences for the facts on which the config and the checkpoint differ.
+
+    A fact of theirs that is a frozenset stands for any of its values.
+    """
+    out = []
+    for key, value in theirs.items():
+        values = sorted(value) if isinstance(value, frozenset) else [value]
+        if ours.get(key) not in values:
+            out.append(f'{key} is {ours.get(key)!r}, the checkpoint has '
+                       f'{" or ".join(map(repr, values))}')
+    return out
 
 
 def need(have: Mapping, want: Mapping, family: str) -> None:
@@ -143,6 +156,14 @@ class Json:
         if not isinstance(value, bool):
             raise self._bad(key, 'true or false')
         return value
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """The ids that a key states, one or a list; none where it is absent, null or negative."""
+        value = self.values.get(key)
+        out = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and i < 1 << 24 for i in out):
+            raise self._bad(key, 'an id, a list of ids or null')
+        return tuple(i for i in out if i >= 0)
 
     def only(self, **legal) -> None:
         """Each key is absent or has one of its legal values."""

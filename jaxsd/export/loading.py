@@ -34,6 +34,8 @@ from jaxsd.stage import flatten, unflatten
 from jaxsd.types import NOTHING
 
 TEXT_BYTES = 1 << 20        # of a card or a license that is read
+TOKENIZER = ('tokenizer.json', 'vocab.json', 'merges.txt', 'tokenizer_config.json',
+             'special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja')
 
 
 # As parameters of a config of ours.
@@ -131,8 +133,17 @@ def is_foreign(start: str) -> bool:
 
 def origin_of(path: str, format: str) -> dict:
     """What a ledger and a card keep of a checkpoint of another program."""
-    return dict(format=format, name=os.path.basename(os.path.abspath(path)),
-                license=stated_license(path))
+    out = dict(format=format, name=os.path.basename(os.path.abspath(path)),
+               license=stated_license(path))
+    files = [os.path.basename(x) for x in tokenizer_files(folder_of(path))]
+    return out | (dict(tokenizer=files[0]) if files and format == 'hf' else {})
+
+
+def tokenizer_files(folder: str) -> list[str]:
+    """The files of a tokenizer that is not (or not only) a sentencepiece model, if one is there."""
+    found = [os.path.join(folder, name) for name in TOKENIZER]
+    found = [path for path in found if os.path.isfile(path)]
+    return found if found and os.path.basename(found[0]) in TOKENIZER[:2] else []
 
 
 def stated_license(source: str) -> str:
@@ -165,7 +176,7 @@ class Loaded:
     """A checkpoint of another program as a config of ours and its parameters.
 
     params: nested dict of float32 arrays. format: what it was read as. history: what it tells of
-    its origin, which `save` passes on.
+    its origin and of how to generate, which `save` passes on.
     """
 
     config: mlc.ConfigDict
@@ -298,30 +309,33 @@ def load(path: str, *, format: str = '', mesh: Mapping | None = None,
     dict(fsdp=4); by default all lie on the first. dtype: of the activations; weights are float32.
     Raises ValueError in one line for whatever is damaged, missing or of no known kind.
     """
-    format, family, said, config = _bare(path, format)
+    format, family, said, config, speaks = _bare(path, format)
     config.frontend.dtype = dtype
     config.mesh = dict(mesh or {})
     source = open_source(config, family, said, path)
     target = flatten(placed(config, None if mesh else jax.devices()[:1]))
     params = {p: array(source, [whole(p, source.shapes[p])], leaf) for p, leaf in target.items()}
-    history = dict(sources=[origin_of(path, format)])
+    history = dict(sources=[origin_of(path, format)], speaks=speaks)
     return Loaded(config, unflatten(params), format, history)
 
 
 def _bare(path: str, format: str = ''):
-    """(format, family, facts, config) of the checkpoint in folder `path`: all but its tensors."""
+    """(format, family, facts, config, how it generates) of the checkpoint in folder `path`: all but
+    its tensors. See `_speaks` for the last."""
     format, values, said_in = described(path, format)
     family, folder = family_of(format), folder_of(path)
     columns = Json(values, said_in).number('max_position_embeddings', 4096)
     said = family.read(values, said_in)
-    config = config_of(said, columns=columns, specials=_specials(values))
+    speaks, specials = _speaks(format, values, said_in, folder)
+    config = config_of(said, columns=columns, specials=specials)
     _name_ids(config, folder)
     tokenizer = values.get('tokenizer_name', 'tokenizer.model')
     if isinstance(tokenizer, str) and tokenizer == os.path.basename(tokenizer) and os.path.isfile(
             os.path.join(folder, tokenizer)):
         config.vocab.tokenizer = os.path.join(folder, tokenizer)
     family.check(facts(config))
-    return format, family, said, config
+    speaks['vocab'] = plain(config.vocab)
+    return format, family, said, config, speaks
 
 
 def placed(config, devices=None):
@@ -334,15 +348,24 @@ def placed(config, devices=None):
                         shapes, where)
 
 
-def _specials(values: Mapping) -> dict[str, int]:
-    """bos and eos of a config.json, where they are there; the first of several."""
-    out = {}
-    for name in ('bos', 'eos'):
-        i = values.get(f'{name}_token_id')
-        i = i[0] if isinstance(i, list) and i else i
-        if type(i) is int and 0 <= i < 1 << 24:
-            out[name] = i
-    return out
+def _speaks(format: str, values: Mapping, said_in: str, folder: str
+            ) -> tuple[dict, dict[str, int]]:
+    """How a checkpoint generates, in its own words, and the bos and eos that it states, if any.
+
+    The words: {'format', 'config': the ids that config.json states, as it states them, 'file': its
+    generation_config.json or None, 'unstated': which of bos and eos nothing states, 'tokenizer':
+    the files of its tokenizer}. Of several ids a config of ours gets the first, config.json's
+    before the other file's.
+    """
+    path = os.path.join(folder, 'generation_config.json')
+    file = read_json(path) if os.path.exists(path) else None
+    stated = Json(values, said_in), Json(file or {}, path)
+    specials = {name: ids[0] for name in ('bos', 'eos')
+                if (ids := sum((j.ids(f'{name}_token_id') for j in stated), ()))}
+    words = dict(format=format, config={k: values[k] for k in write.STATED if k in values},
+                 file=file, unstated=[k for k in ('bos', 'eos') if k not in specials],
+                 tokenizer=tokenizer_files(folder))
+    return words, specials
 
 
 def _name_ids(config, folder: str) -> None:

@@ -61,7 +61,8 @@ def whole(path: str, shape: Sequence[int]) -> Patch:
 
 
 def open_source(config, family: Family, said: Mapping, source: str) -> Source:
-    """The checkpoint in folder (or file) `source`, which is one of `config`, checked, not read.
+    """The checkpoint in folder (or file) `source`, which is one of `config`, checked, not read
+    (but for a tensor that should be the copy of another).
 
     said: its own facts, which may speak of more than the config has (see `Family.cut`). Raises
     ValueError naming file and key for a damaged file and for missing, unused or misshapen tensors;
@@ -73,7 +74,11 @@ def open_source(config, family: Family, said: Mapping, source: str) -> Source:
     covered(plan, shapes)
     found = safetensors.entries(source, lambda key: family.dialect(key, have))
     wanted = list(rules.pieces(plan.rules, shapes))
-    _matched(source, found, wanted, plan.ignored)
+    copies = {copy: (original, fix) for copy, original, fix in plan.copies if copy in found}
+    _matched(source, {k: e for k, e in found.items() if k not in copies}, wanted, plan.ignored)
+    for copy, (original, fix) in copies.items():
+        if not _same(found[copy], found[original]):
+            raise ValueError(f'{found[copy].file}: {copy} differs from {original}; {fix}')
     sections = {path: [] for path in shapes}
     for piece in wanted:
         for section in piece.sections:
@@ -156,6 +161,16 @@ def _matched(source: str, found: Mapping, wanted, ignored: str) -> None:
         if entry.shape != piece.shape:
             raise ValueError(f'{entry.file}: {entry.key} has shape {entry.shape}, '
                              f'the config wants {piece.shape}')
+
+
+def _same(a: safetensors.Entry, b: safetensors.Entry) -> bool:
+    """Whether two tensors hold the same numbers, read a stretch of rows at a time."""
+    if a.shape != b.shape:
+        return False
+    rows = max(1, BOX_BYTES // (4 * math.prod(a.shape[1:])))
+    rest = [slice(0, n) for n in a.shape[1:]]
+    return all(np.array_equal(*(safetensors.read(x, [slice(i, min(i + rows, a.shape[0])), *rest])
+                                for x in (a, b))) for i in range(0, a.shape[0], rows))
 
 
 def covered(plan, shapes: Mapping) -> None:

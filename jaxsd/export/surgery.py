@@ -103,7 +103,8 @@ def check(ours, theirs, said: Mapping, graft: Mapping, where: str) -> dict[str, 
     one_line = len(mine['vocab.rows']) == 1
     compared = {k: v for k, v in said.items() if k not in (*STRUCTURE, *graft.get('unlike', ()))
                 and not (other_head and k.startswith('head.'))
-                and not (one_line and k.startswith(('vocab.', 'layout.')))}
+                and not (one_line and k.startswith(('vocab.', 'layout.'))
+                         and k not in ('vocab.bos', 'vocab.eos'))}
     if wrong := disagreements(mine, compared):
         raise ConfigError(f'{where}: {"; ".join(wrong)}; sizes must be equal; where another '
                           'difference is meant, name it in graft.unlike')

@@ -9,6 +9,7 @@ and the first one writes.
 
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -30,8 +31,11 @@ from jaxsd.export.streaming import covered, some
 from jaxsd.run import on_first_process
 from jaxsd.stage import flatten
 
+log = logging.getLogger('jaxsd')
+
 SHARD_BYTES = 4 << 30
 DTYPES = {'f32': 'float32', 'bf16': 'bfloat16'}     # of the tensors of a family
+STATED = ('bos_token_id', 'eos_token_id', 'pad_token_id')       # ids in a config.json
 
 
 def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
@@ -45,11 +49,12 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
     several processes, which then all call this.
     lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels unless
     the format is of the terms alone. notes: further lines of the card, {name: value}. history:
-    {'sources', 'stages', 'codec'}, as `runs.history` tells them. options: what the format lets its
-    user choose; for a family that is dtype, one of DTYPES (f32 if not given), of all tensors but
-    those of a codec that goes along. Returns {'bytes', 'tensors', 'files'}. Raises ConfigError for
-    a config that the format cannot express, ValueError for parameters of another config and where
-    `out` has something in it; then nothing is written.
+    {'sources', 'stages', 'codec'}, as `runs.history` tells them, and 'speaks': how the checkpoint
+    that the parameters are generates, as `loading` tells it, which goes along unchanged. options:
+    what the format lets its user choose; for a family that is dtype, one of DTYPES (f32 if not
+    given), of all tensors but those of a codec that goes along. Returns {'bytes', 'tensors',
+    'files'}. Raises ConfigError for a config that the format cannot express, ValueError for
+    parameters of another config and where `out` has something in it; then nothing is written.
     """
     notes, history = notes or {}, history or {}
     if format in runtimes.RUNTIMES:
@@ -73,6 +78,16 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
 
     def write():
         spelled, along = family.spell(have), family.along(have)
+        specials = model.make_vocab(config).specials
+        generation = (family.generation(have) if family.generation else {
+            'bos_token_id': specials['bos'], 'eos_token_id': specials['eos'],
+            '_from_model_config': True})
+        if (speaks := _speaks(config, history)).get('format') == format:
+            if 'bos_token_id' in spelled:
+                spelled = {k: v for k, v in spelled.items() if k not in STATED} | speaks['config']
+            # Without the file transformers goes by config.json, as it did with the original.
+            if speaks['file'] is not None or not family.generation:
+                generation = speaks['file']
         if 'torch_dtype' in spelled:        # what transformers computes in, unless it is told
             spelled['torch_dtype'] = DTYPES[dtype]
         shapes = {piece.key: piece.shape for piece in made} | {
@@ -85,10 +100,8 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
                 folder, shapes, itertools.chain(tensors, map(safetensors.whole, along.values())),
                 shard_bytes=shard_bytes if family.sharded else None, short=short)
             _json(folder, 'config.json', spelled)
-            specials = model.make_vocab(config).specials
-            _json(folder, 'generation_config.json', family.generation(have) if family.generation
-                  else {'bos_token_id': specials['bos'], 'eos_token_id': specials['eos'],
-                        '_from_model_config': True})
+            if generation is not None:
+                _json(folder, 'generation_config.json', generation)
             numbers = sum(map(math.prod, shapes.values()))
             files = _beside(folder, config, format, about(format, spelled), numbers, said | notes,
                             history)
@@ -114,6 +127,13 @@ def _for_runtime(config, flat, out, format, lora_scale, notes, history, shard_by
             files = _beside(folder, config, format, made['about'], made['numbers'], notes, history)
         return {'bytes': made['bytes'], 'tensors': made['tensors'], 'files': files}
     return _once(write)
+
+
+def _speaks(config, history: Mapping) -> Mapping:
+    """`history`'s 'speaks', where bos and eos are still those that the config was read with."""
+    speaks = history.get('speaks', {})
+    same = speaks and all(config.vocab.get(k) == speaks['vocab'].get(k) for k in ('bos', 'eos'))
+    return speaks if same else {}
 
 
 def _same(ours: Mapping, shapes: Mapping) -> None:
@@ -197,7 +217,9 @@ def _beside(folder: str, config, format: str, about: str, numbers: int, notes, h
     codec = {k: v for k, v in plain(config.codec).items() if k != 'path'}
     _json(folder, 'vocabulary.json',
           {'ranges': {k: {'start': a, 'size': n} for k, (a, n) in vocab.ranges.items()},
-           'specials': vocab.specials, 'size': vocab.size, 'codec': codec})
+           'specials': {k: i for k, i in vocab.specials.items()
+                        if k not in _speaks(config, history).get('unstated', ())},
+           'size': vocab.size, 'codec': codec})
     _json(folder, 'provenance.json',
           {'jaxsd': jaxsd.__version__, 'format': format, 'fingerprint': fingerprint(config),
            'config': json.loads(to_json(config)), 'codec': history.get('codec') or codec,
@@ -207,12 +229,37 @@ def _beside(folder: str, config, format: str, about: str, numbers: int, notes, h
             shutil.copyfile(vocab.tokenizer, os.path.join(folder, 'tokenizer.model'))
         except OSError as e:
             raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
-        if format == 'hf':
-            tokens.write_tokenizer(folder, vocab, config.columns)
+    if format == 'hf':
+        notes = _tokenizer(folder, config, history) | notes
     copy = _codec(folder, config, history.get('codec', {}))
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
         f.write(card(config, format, about, numbers, notes_of(history) | notes, copy))
     return sorted(os.listdir(folder))
+
+
+def _tokenizer(folder: str, config, history: Mapping) -> dict[str, str]:
+    """Writes the tokenizer that transformers loads; what the card says where there is none.
+
+    Where the vocabulary is still that of the checkpoint it came with, its own files go along.
+    """
+    speaks = history.get('speaks', {})
+    if speaks.get('tokenizer') and speaks['vocab'] == plain(config.vocab):
+        for path in speaks['tokenizer']:
+            try:
+                shutil.copyfile(path, os.path.join(folder, os.path.basename(path)))
+            except OSError as e:
+                raise ConfigError(f'the tokenizer cannot be copied: {e}') from e
+        return {}
+    if config.vocab.get('tokenizer'):
+        tokens.write_tokenizer(folder, model.make_vocab(config), config.columns)
+        return {}
+    lost = [s for s in history.get('sources', []) if s.get('tokenizer')]
+    if not lost:
+        return {}
+    said = (f'none here: text ids are those of {lost[-1]["tokenizer"]} of {lost[-1]["name"]}; '
+            'tokenizers with added tokens are written for sentencepiece models only')
+    log.warning('tokenizer: %s', said)
+    return {'tokenizer': said}
 
 
 def notes_of(history: Mapping) -> dict[str, str]:

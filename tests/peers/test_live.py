@@ -139,6 +139,27 @@ def test_decoder_from_peer(case, torch, peers, show, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_tied_checkpoint_with_a_head_of_its_own(torch, peers, tmp_path):
+    """transformers runs with the head that is there; we refuse, and agree once the file says so."""
+    import transformers
+    from safetensors.numpy import load_file, save_file
+    peer = peers.decoder('llama', 33, tie_word_embeddings=True)
+    peer.save_pretrained(tmp_path)
+    state = load_file(tmp_path / 'model.safetensors')
+    rng = np.random.default_rng(1)
+    state['lm_head.weight'] = rng.standard_normal((96, 64)).astype(
+        state['model.embed_tokens.weight'].dtype)
+    save_file(state, tmp_path / 'model.safetensors', {'format': 'pt'})
+    tokens = tokens_for(our_config(str(tmp_path)), 1)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(
+        torch.tensor(tokens).long()).logits.numpy()
+    with pytest.raises(ValueError, match='lm_head.weight differs from model.embed_tokens.weight'):
+        export.load(str(tmp_path))
+    values = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(values | dict(tie_word_embeddings=False)))
+    far(export.load(str(tmp_path)).scores(tokens), theirs)
+
+
 OURS = {        # a config of ours and the class of transformers that it becomes
     'llama': (released.decoder('llama', head_dim=32), 'Llama'),
     'llama linear': (released.decoder('llama', rope_scaling=dict(name='linear', factor=3.)),

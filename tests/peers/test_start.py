@@ -60,6 +60,60 @@ def test_a_padded_batch(name, changes, torch, peers, tmp_path):
     assert worst <= TOLERANCE and theirs[mask].std() > .5
 
 
+@pytest.mark.parametrize('said, generation', [
+    (dict(bos_token_id=5, eos_token_id=[7, 8, 61], pad_token_id=9), None),
+    (dict(bos_token_id=None, eos_token_id=None), dict(pad_token_id=3)),
+    (dict(bos_token_id=4, eos_token_id=11), dict(
+        eos_token_id=[11, 12], pad_token_id=6, repetition_penalty=1.7, max_new_tokens=9)),
+])
+def test_transformers_generates_as_before(said, generation, torch, peers, tmp_path):
+    """By its own defaults, greedily: from the peer's folder and from what we make of it."""
+    import transformers
+    peers.decoder('llama', 54).save_pretrained(tmp_path / 'in')
+    values = json.loads((tmp_path / 'in' / 'config.json').read_text()) | said
+    (tmp_path / 'in' / 'config.json').write_text(json.dumps(values))
+    os.remove(tmp_path / 'in' / 'generation_config.json')
+    if generation is not None:
+        (tmp_path / 'in' / 'generation_config.json').write_text(json.dumps(generation))
+    export.load(str(tmp_path / 'in')).save(str(tmp_path / 'out'))
+    prompt, made = torch.tensor(text(4, 6)).long(), []
+    for name in ('in', 'out'):
+        lm = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name,
+                                                               dtype=torch.float32)
+        kept = {k: getattr(lm.generation_config, k) for k in (
+            'bos_token_id', 'eos_token_id', 'pad_token_id', 'repetition_penalty',
+            'max_new_tokens')}
+        more = {} if generation and 'max_new_tokens' in generation else dict(max_new_tokens=40)
+        made.append((kept, lm.generate(prompt, attention_mask=torch.ones_like(prompt), **more
+                                       ).tolist()))
+    assert made[0] == made[1]
+    print(made[0][0])
+    assert made[0][0]['eos_token_id'] == ((generation or {}).get('eos_token_id')
+                                          or said['eos_token_id'])
+
+
+def test_a_byte_level_tokenizer_goes_along(peers, tmp_path):
+    import tokenizers
+    import transformers
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.train_from_iterator(['the cat sat on the mat'] * 9, tokenizers.trainers.BpeTrainer(
+        vocab_size=80, special_tokens=['<|start|>', '<|end|>'], show_progress=False))
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token='<|start|>', eos_token='<|end|>',
+        chat_template='{{ messages[0].content }}<|end|>')
+    peers.decoder('qwen2', 55).save_pretrained(tmp_path / 'in')
+    theirs.save_pretrained(tmp_path / 'in')
+    export.load(str(tmp_path / 'in')).save(str(tmp_path / 'out'))
+    theirs, ours = (transformers.AutoTokenizer.from_pretrained(tmp_path / x) for x in ('in', 'out'))
+    said = 'the mat sat on a cat'
+    assert ours(said).input_ids == theirs(said).input_ids and len(ours(said).input_ids) > 4
+    assert (ours.bos_token, ours.eos_token, len(ours)) == ('<|start|>', '<|end|>', len(theirs))
+    assert ours.apply_chat_template([dict(role='user', content=said)], tokenize=False) == (
+        f'{said}<|end|>')
+
+
 def test_many_streams_from_the_folder_alone(torch, peers, tmp_path):
     import safetensors.torch
     values = peers.KYUTAI | dict(num_layers=3, delays=[0, 0, 2, 2, 2, 0, 2, 2, 2])
