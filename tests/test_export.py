@@ -654,7 +654,7 @@ def change_tensors(bad, fn):
 
 @pytest.mark.parametrize('fn, match', [
     (lambda s: s.pop('model.norm.weight'), 'lacks model.norm.weight'),
-    (lambda s: [s.pop(k) for k in list(s) if 'layers.1' in k], 'lacks .* and 1 more'),
+    (lambda s: [s.pop(k) for k in list(s) if 'layers.1' in k], 'lacks .* and more$'),
     (lambda s: s.update(extra=np.zeros(3, np.float32)), 'without a place in the config: extra'),
     (lambda s: s.update({'model.norm.weight': np.zeros(63, np.float32)}),
      r'model.norm.weight has shape \(63,\), the config wants \(64,\)'),

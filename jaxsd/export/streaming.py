@@ -9,7 +9,7 @@ devices hold and nothing else.
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -70,9 +70,9 @@ def open_source(config, family: Family, said: Mapping, source: str) -> Source:
     have = facts(config) | {'checkpoint': said}
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
     plan = family.rules(have)
-    covered(plan, shapes)
     found = safetensors.entries(source, lambda key: family.dialect(key, have))
-    wanted = list(rules.pieces(plan.rules, shapes))
+    wanted = _wanted(source, found, rules.pieces(plan.rules, shapes))
+    covered(wanted, shapes, plan.spare)
     _matched(source, found, wanted, plan.ignored)
     sections = {path: [] for path in shapes}
     for piece in wanted:
@@ -145,10 +145,27 @@ def _write(shard, block, start):
     return jax.lax.dynamic_update_slice(shard, block.astype(shard.dtype), start)
 
 
+def _wanted(source: str, found: Mapping, pieces: Iterable[rules.Piece]) -> list[rules.Piece]:
+    """All of `pieces`, if they are in the files.
+
+    A config.json of a few bytes can speak of more tensors than memory holds. It is believed as far
+    as the files' headers bear it out: no piece is made after those that are missing fill a line.
+    """
+    wanted, missing = [], []
+    for piece in pieces:
+        if piece.key in found:
+            wanted.append(piece)
+        elif len(missing) < LISTED:
+            missing.append(piece.key)
+        else:
+            raise ValueError(f'{source} lacks {some(missing)} and more')
+    if missing:
+        raise ValueError(f'{source} lacks {some(missing)}')
+    return wanted
+
+
 def _matched(source: str, found: Mapping, wanted, ignored: str) -> None:
     keys = {piece.key for piece in wanted}
-    if missing := [piece.key for piece in wanted if piece.key not in found]:
-        raise ValueError(f'{source} lacks {some(missing)}')
     if unused := [k for k in found if k not in keys and not re.fullmatch(ignored, k)]:
         raise ValueError(f'{source} has tensors without a place in the config: {some(unused)}')
     for piece in wanted:
@@ -158,13 +175,13 @@ def _matched(source: str, found: Mapping, wanted, ignored: str) -> None:
                              f'the config wants {piece.shape}')
 
 
-def covered(plan, shapes: Mapping) -> None:
+def covered(pieces: Iterable[rules.Piece], shapes: Mapping, spare: Sequence[str]) -> None:
     """Every number of ours has exactly one place in the peer's files, padding rows apart."""
     size = dict.fromkeys(shapes, 0)
-    for piece in rules.pieces(plan.rules, shapes):
+    for piece in pieces:
         for section in piece.sections:
             size[section.path] += math.prod(section.shape)
-    short = [p for p, n in size.items() if n != math.prod(shapes[p]) and p not in plan.spare]
+    short = [p for p, n in size.items() if n != math.prod(shapes[p]) and p not in spare]
     if short:
         raise ConfigError(f'this format has no place for {some(short)}')
 

@@ -67,8 +67,8 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
     ours = fold_lora(flatten(params), lora_scale)
     _same(ours, shapes)
     plan = family.rules(have)
-    covered(plan, shapes)
     made = list(rules.pieces(plan.rules, shapes))
+    covered(made, shapes, plan.spare)
     tensors = (rules.forward(piece, ours, _take) for piece in made)
 
     def write():
