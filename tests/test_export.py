@@ -601,6 +601,8 @@ def test_bad_decoder_config(folder, tmp_path, changes, match):
     (dict(delays=[0] * 9), 'layout.delays is'), (dict(delays=[0]), 'delays must be n_q'),
     (dict(dep_q=3), 'rows .size, predicted. is'), (dict(hidden_scale=4), 'backbone.mlp is 176'),
     (dict(norm='layer_norm'), 'norm must be'), (dict(gating='none'), "gating must be 'silu'"),
+    (dict(norm=['x']), r"config.json: norm must be .*, got \['x'\]"),
+    (dict(norm={}), 'config.json: norm must be .*, got {}'),
     (dict(positional_embedding='sin'), "positional_embedding must be 'rope'"),
     (dict(depformer_low_rank_embeddings=8), 'depformer_low_rank_embeddings'),
     (dict(depformer_weights_per_step_schedule=[0, 1, 1, 1]),

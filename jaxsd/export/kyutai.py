@@ -204,7 +204,7 @@ def read(values: Mapping, path: str) -> dict:
     if j.flag('lora'):
         raise ValueError(f'{path}: these are low-rank terms and no model; import the model that '
                          "they adapt, then them with --format kyutai-lora into a stage with lora")
-    own, eps = j.flag('depformer_weights_per_step'), NORMS.get(values.get('norm'))
+    own = j.flag('depformer_weights_per_step')
     j.only(gating=('silu',), positional_embedding=tuple(ROTARY), depformer_pos_emb=('none',),
            norm=tuple(NORMS), causal=(True,), layer_scale=(None,), depformer_layer_scale=(None,),
            depformer_gating=('silu',), depformer_norm=(None,), norm_emb=(False,),
@@ -215,6 +215,7 @@ def read(values: Mapping, path: str) -> dict:
     for key in ('norm', 'gating', 'positional_embedding', 'depformer_pos_emb'):
         if key not in values:
             raise ValueError(f'{path}: {key} is missing')
+    eps = NORMS[values['norm']]
     width, heads = j.number('dim'), j.number('num_heads', high=1 << 12)
     repeat = j.number('kv_repeat', 1, high=heads)
     if j.number('depformer_kv_repeat', repeat, high=heads) != 1:
