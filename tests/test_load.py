@@ -269,6 +269,8 @@ def test_delays_that_nobody_has():
 @pytest.mark.parametrize('values, match', [
     (dict(model_type='gpt2'), "no format that can be read here has model_type 'gpt2'"),
     (dict(architectures=['Foo']), r"model_type \['Foo'\]"), ({}, 'model_type None'),
+    (dict(model_type=['llama']), r"config.json: no format .* has model_type \['llama'\]"),
+    (dict(model_type={'a': 1}), "config.json: no format .* has model_type {'a': 1}"),
 ])
 def test_a_folder_of_no_known_kind(values, match, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(values))

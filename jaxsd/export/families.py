@@ -41,7 +41,7 @@ class Family(NamedTuple):
 FAMILIES = {
     'hf': Family(decoders.check, decoders.rules_of, decoders.spell, decoders.read,
                  lambda key, have: (key,), True, None,
-                 lambda values: values.get('model_type') in decoders.SILENT),
+                 lambda values: values.get('model_type') in tuple(decoders.SILENT)),
     'kyutai': Family(kyutai.check, kyutai.rules_of, kyutai.spell, kyutai.read, kyutai.dialect,
                      False, kyutai.RELEASED, lambda values: {'dim', 'n_q', 'dep_q'} <= set(values),
                      kyutai.cut),
