@@ -647,6 +647,17 @@ def test_damaged_json(folder, tmp_path):
         refuse(CASES['llama'][0], bad, 'hf', 'config.json: (cannot be read as|must hold a) JSON')
 
 
+@pytest.mark.parametrize('digits', ['9' * 5000, '-' + '9' * 5000, '9' * 400, '1e999'])
+def test_a_number_of_thousands_of_digits(digits, folder, tmp_path):
+    bad = copied(folder, tmp_path, 'llama')
+    path = os.path.join(bad, 'config.json')
+    with open(path) as f:
+        text = f.read().replace('"hidden_size": 64', f'"hidden_size": {digits}')
+    with open(path, 'w') as f:
+        f.write(text)
+    refuse(CASES['llama'][0], bad, 'hf', 'config.json: hidden_size must be a number .* got -?inf$')
+
+
 def change_tensors(bad, fn):
     path = os.path.join(bad, 'model.safetensors')
     state = load_file(path)

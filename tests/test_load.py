@@ -206,6 +206,9 @@ def test_an_export_of_ours_keeps_the_names_of_its_ids(tmp_path):
     {'codec': {'name': 'os:system', 'frame_hz': 1, 'size': 34}}, {'codec': 3}, {'ranges': []},
     {'ranges': {'text': {'start': 0, 'size': 1 << 60}}}, {'specials': {'bos': 'x'}},
     {'ranges': {k: {'start': 0, 'size': 32} for k in ('text', 'markers', 'units')}},
+    {'codec': {'name': 'kmeans', 'frame_hz': 10**400, 'size': 34}},
+    {'ranges': {'text': {'start': 0, 'size': 60}, 'markers': {'start': 60, 'size': 2},
+                'units': {'start': 62, 'size': 34.0}}},
 ])
 def test_a_vocabulary_that_does_not_fit_is_not_believed(said, tmp_path):
     """It is somebody's file: it may name ids, and neither run code nor change a shape."""
@@ -221,6 +224,7 @@ def test_a_vocabulary_that_does_not_fit_is_not_believed(said, tmp_path):
     path.write_text(json.dumps(good | said))
     config = export.loading._bare(str(tmp_path / 'lm'))[-1]
     assert config.codec.name == 'none' or config.codec.size == 34
+    assert type(config.codec.size) is int and config.codec.frame_hz < 1e5
     assert export.loading.model.make_vocab(config).size == 96
 
 

@@ -11,7 +11,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -362,6 +361,8 @@ def _name_ids(config, folder: str) -> None:
         if config.vocab.name == 'line':
             text, units = ranges['text']['size'], ranges['units']['size']
             first, count = ranges['markers']['start'], ranges['markers']['size']
+            if any(type(n) is not int for n in (text, units, first, count)):
+                return
             markers = sorted((i, m) for m, i in specials.items() if first <= i < first + count)
             vocab = dict(plain(config.vocab), text_tokens=text, multiple=config.vocab.text_tokens,
                          markers=tuple(str(m) for _, m in markers))
@@ -372,5 +373,5 @@ def _name_ids(config, folder: str) -> None:
                 return
             config.vocab = vocab
         config.codec = known
-    except (TypeError, KeyError, ValueError, AttributeError, json.JSONDecodeError):
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return      # no vocabulary of ours: the line stays unnamed

@@ -31,13 +31,19 @@ def _once(pairs, path: str) -> dict:
     return out
 
 
+def _integer(digits: str) -> int | float:
+    """An integer; one beyond every float is infinite, as 1e999 is, for bounds to catch."""
+    return int(digits) if len(digits) <= 300 else float(digits)
+
+
 def read_json(path: str) -> dict:
     """The object in `path`. Raises ValueError where it is too long, damaged or something else."""
     try:
         if os.path.getsize(path) > JSON_BYTES:
             raise ValueError(f'{path}: longer than {JSON_BYTES >> 20} MiB')
         with open(path, encoding='utf-8') as f:
-            value = json.load(f, object_pairs_hook=lambda pairs: _once(pairs, path))
+            value = json.load(f, object_pairs_hook=lambda pairs: _once(pairs, path),
+                              parse_int=_integer)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f'{path}: cannot be read as JSON: {e}') from e
     if not isinstance(value, dict):
