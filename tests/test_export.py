@@ -647,6 +647,37 @@ def test_damaged_json(folder, tmp_path):
         refuse(CASES['llama'][0], bad, 'hf', 'config.json: (cannot be read as|must hold a) JSON')
 
 
+@pytest.mark.parametrize('make, match', [
+    (os.mkfifo, 'cannot be read: not a regular file$'),
+    (os.mkdir, 'cannot be read: not a regular file$'),
+    (lambda path: os.symlink('/nowhere', path), 'cannot be read: No such file or directory$'),
+])
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'vocabulary.json',
+                                  'model.safetensors.index.json'])
+def test_what_is_no_file(name, make, match, folder, tmp_path):
+    """A pipe that nobody writes into, a folder, a link to nothing: named, and not waited for."""
+    bad = copied(folder, tmp_path, 'llama')
+    path = os.path.join(bad, name)
+    if os.path.exists(path):
+        os.remove(path)
+    make(path)
+    with pytest.raises(ValueError, match=f'^{path}: {match}') as e:
+        export.load(bad)
+    assert '\n' not in str(e.value)
+
+
+def test_pipes_beside_the_weights_are_passed_over(folder, tmp_path):
+    bad = copied(folder, tmp_path, 'llama')
+    os.remove(os.path.join(bad, 'README.md'))
+    for name in ('README.md', 'LICENSE'):
+        os.mkfifo(os.path.join(bad, name))
+    assert export.load(bad).history['sources'][0]['license'] == 'not stated'
+    pipe = str(tmp_path / 'pipe')
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match='pipe: cannot be read: not a regular file$'):
+        export.load(pipe)
+
+
 @pytest.mark.parametrize('digits', ['9' * 5000, '-' + '9' * 5000, '9' * 400, '1e999'])
 def test_a_number_of_thousands_of_digits(digits, folder, tmp_path):
     bad = copied(folder, tmp_path, 'llama')
@@ -694,7 +725,7 @@ def test_known_leftovers_are_passed_over(folder, tmp_path):
 @pytest.mark.parametrize('index, match', [
     ({'weight_map': {'model.norm.weight': '../evil.safetensors'}}, 'points outside the folder'),
     ({'weight_map': {'model.norm.weight': '/etc/passwd'}}, 'points outside the folder'),
-    ({'weight_map': {'model.norm.weight': 'gone.safetensors'}}, 'gone.safetensors: not a whole'),
+    ({'weight_map': {'model.norm.weight': 'gone.safetensors'}}, 'gone.safetensors: cannot be read'),
     ({'weight_map': {'model.norm.weight': 'model.safetensors'}}, 'is not where'),
     ({'weight_map': 3}, 'weight_map must name'), ({}, 'weight_map must name'),
 ])

@@ -66,7 +66,7 @@ def described(source: str, format: str = '') -> tuple[str, dict, str]:
     family that has a released default. Raises ValueError for a folder that no family knows.
     """
     path = os.path.join(folder_of(source), 'config.json')
-    if os.path.exists(path):
+    if os.path.lexists(path):
         values = read_json(path)
         format = format or next((k for k, f in FAMILIES.items() if f.claims(values)), '')
         if not format:

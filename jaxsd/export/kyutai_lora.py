@@ -178,7 +178,7 @@ def _agree(have: Mapping, source: str, lora: Mapping) -> tuple[int, Mapping]:
         raise ValueError(f'--source: no file or folder {source}')
     folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
     path = os.path.join(folder, 'config.json')
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         raise ValueError(f'--source: no {path}, which says what the terms are multiplied by')
     values = safetensors.read_json(path)
     j = Json(values, path)

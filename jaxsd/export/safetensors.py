@@ -8,6 +8,7 @@ problem of a file is one ValueError that names the file and the key.
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -36,8 +37,19 @@ def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= 300 else float(digits)
 
 
+def regular(path: str) -> None:
+    """Raises ValueError for what is no file or a link to none: a pipe would never answer."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as e:
+        raise ValueError(f'{path}: cannot be read: {e.strerror}') from e
+    if not stat.S_ISREG(mode):
+        raise ValueError(f'{path}: cannot be read: not a regular file')
+
+
 def read_json(path: str) -> dict:
     """The object in `path`. Raises ValueError where it is too long, damaged or something else."""
+    regular(path)
     try:
         if os.path.getsize(path) > JSON_BYTES:
             raise ValueError(f'{path}: longer than {JSON_BYTES >> 20} MiB')
@@ -55,6 +67,8 @@ def folder_of(source: str) -> str:
     """The folder of a checkpoint that is named by its folder or by its one file."""
     if not os.path.exists(source):
         raise ValueError(f'no file or folder {source}')
+    if not os.path.isdir(source):
+        regular(source)
     if os.path.exists(os.path.join(source, 'ledger.jsonl')):
         raise ValueError(f'{source} is a run directory: jaxsd export writes a checkpoint from it')
     return source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
@@ -74,7 +88,7 @@ def _files(folder: str) -> tuple[list[str], dict[str, str] | None]:
     if os.path.isfile(folder):
         return [folder], None
     index = os.path.join(folder, INDEX)
-    if os.path.exists(index):
+    if os.path.lexists(index):
         stated = read_json(index).get('weight_map')
         if not isinstance(stated, dict) or not all(isinstance(v, str) for v in stated.values()):
             raise ValueError(f'{index}: weight_map must name a file for each key')
@@ -93,6 +107,7 @@ def _files(folder: str) -> tuple[list[str], dict[str, str] | None]:
 
 
 def _open(path: str):
+    regular(path)
     try:
         return safetensors.safe_open(path, 'numpy')
     except (OSError, safetensors.SafetensorError) as e:
