@@ -647,6 +647,28 @@ def test_damaged_json(folder, tmp_path):
         refuse(CASES['llama'][0], bad, 'hf', 'config.json: (cannot be read as|must hold a) JSON')
 
 
+EVIL = 'a\nb\x1b[31m'       # a second line, in red
+
+
+def test_keys_that_a_terminal_would_obey(folder, tmp_path):
+    bad, quoted = copied(folder, tmp_path / '1', 'llama'), r'a\\nb\\x1b\[31m'
+    change_tensors(bad, lambda s: s.update({EVIL: np.zeros(3, np.float32)}))
+    refuse(CASES['llama'][0], bad, 'hf', f"without a place in the config: '{quoted}'$")
+    change_tensors(bad, lambda s: s.update({EVIL: np.zeros(3, np.int32)}))
+    refuse(CASES['llama'][0], bad, 'hf', f"model.safetensors: '{quoted}' is I32")
+    index = os.path.join(bad, 'model.safetensors.index.json')
+    for stated, match in (({EVIL: '../x'}, f"'{quoted}' points outside"),
+                          ({'x': EVIL}, f"x is in no plain file: '{quoted}'$"),
+                          ({'x': 'a\0b'}, r"x is in no plain file: 'a\\x00b'$")):
+        with open(index, 'w') as f:
+            json.dump({'weight_map': stated}, f)
+        refuse(CASES['llama'][0], bad, 'hf', f'index.json: {match}')
+    bad = copied(folder, tmp_path / '2', 'llama')
+    with open(os.path.join(bad, 'config.json'), 'w') as f:
+        f.write('{%s: 1, %s: 2}' % ((json.dumps(EVIL),) * 2))
+    refuse(CASES['llama'][0], bad, 'hf', f"config.json: '{quoted}' is there twice$")
+
+
 @pytest.mark.parametrize('make, match', [
     (os.mkfifo, 'cannot be read: not a regular file$'),
     (os.mkdir, 'cannot be read: not a regular file$'),

@@ -149,7 +149,8 @@ def read(config, source: str, base: Mapping, lora: Mapping) -> dict:
             wanted[name] = None
     for key, entry in found.items():
         if key not in wanted:
-            raise ValueError(f'{source} has tensors without a place in the config: {key}')
+            raise ValueError(f'{source} has tensors without a place in the config: '
+                             f'{safetensors.shown(key)}')
         if wanted[key] is not None and entry.shape != wanted[key].shape:
             raise ValueError(f'{entry.file}: {entry.key} has shape {entry.shape}, the config wants '
                              f'{wanted[key].shape}')

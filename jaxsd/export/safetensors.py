@@ -22,12 +22,17 @@ DTYPES = ('F64', 'F32', 'F16', 'BF16')
 JSON_BYTES = 64 << 20
 
 
+def shown(key: str) -> str:
+    """Somebody's key as an error may show it: in one line, without what a terminal would obey."""
+    return key if key.isprintable() else repr(key)
+
+
 def _once(pairs, path: str) -> dict:
     """A JSON object whose keys occur once: which of two would count is anybody's guess."""
     out = {}
     for key, value in pairs:
         if key in out:
-            raise ValueError(f'{path}: {key} is there twice')
+            raise ValueError(f'{path}: {shown(key)} is there twice')
         out[key] = value
     return out
 
@@ -94,7 +99,9 @@ def _files(folder: str) -> tuple[list[str], dict[str, str] | None]:
             raise ValueError(f'{index}: weight_map must name a file for each key')
         for key, name in stated.items():
             if name != os.path.basename(name) or name in ('', '.', '..'):
-                raise ValueError(f'{index}: {key} points outside the folder: {name!r}')
+                raise ValueError(f'{index}: {shown(key)} points outside the folder: {name!r}')
+            if not name.isprintable():
+                raise ValueError(f'{index}: {shown(key)} is in no plain file: {name!r}')
         return [os.path.join(folder, name) for name in sorted(set(stated.values()))], stated
     names = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors'))
     if SINGLE in names:
@@ -135,27 +142,28 @@ def entries(folder: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, E
             _check_header(path)
             for key in f.keys():
                 if stated is not None and stated.get(key) != os.path.basename(path):
-                    raise ValueError(f'{path}: {key} is not where {INDEX} says')
+                    raise ValueError(f'{path}: {shown(key)} is not where {INDEX} says')
                 seen.add(key)
                 tensor = f.get_slice(key)
                 shape, dtype, current = tuple(tensor.get_shape()), tensor.get_dtype(), names(key)
                 if dtype not in DTYPES:
-                    raise ValueError(f'{path}: {key} is {dtype}; only '
+                    raise ValueError(f'{path}: {shown(key)} is {dtype}; only '
                                      f'{", ".join(DTYPES)} can be imported')
                 if len(current) > 1 and (not shape or shape[0] % len(current)):
-                    raise ValueError(f'{path}: {key} of shape {shape} cannot be cut into '
+                    raise ValueError(f'{path}: {shown(key)} of shape {shape} cannot be cut into '
                                      f'{len(current)} steps')
                 for part, name in enumerate(current):
                     if not name:
                         continue
                     if name in out:
-                        raise ValueError(f'{path}: {key} holds {name}, which {out[name].key} of '
-                                         f'{out[name].file} holds too')
+                        raise ValueError(f'{path}: {shown(key)} holds {shown(name)}, which '
+                                         f'{shown(out[name].key)} of {out[name].file} holds too')
                     cut = (shape[0] // len(current), *shape[1:]) if shape else ()
                     out[name] = Entry(path, key, cut, part)
     for key in stated or ():
         if key not in seen:
-            raise ValueError(f'{os.path.join(folder, INDEX)}: {key} is not in {stated[key]}')
+            raise ValueError(f'{os.path.join(folder, INDEX)}: {shown(key)} is not in '
+                             f'{stated[key]}')
     return out
 
 

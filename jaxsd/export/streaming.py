@@ -171,8 +171,8 @@ def _matched(source: str, found: Mapping, wanted, ignored: str) -> None:
     for piece in wanted:
         entry = found[piece.key]
         if entry.shape != piece.shape:
-            raise ValueError(f'{entry.file}: {entry.key} has shape {entry.shape}, '
-                             f'the config wants {piece.shape}')
+            raise ValueError(f'{entry.file}: {safetensors.shown(entry.key)} has shape '
+                             f'{entry.shape}, the config wants {piece.shape}')
 
 
 def covered(pieces: Iterable[rules.Piece], shapes: Mapping, spare: Sequence[str]) -> None:
@@ -190,4 +190,4 @@ def some(keys) -> str:
     """The first of `keys`, and how many more there are."""
     keys = list(keys)
     rest = f' and {len(keys) - LISTED} more' if len(keys) > LISTED else ''
-    return ', '.join(keys[:LISTED]) + rest
+    return ', '.join(map(safetensors.shown, keys[:LISTED])) + rest
