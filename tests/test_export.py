@@ -855,6 +855,19 @@ def test_what_a_format_cannot_say(config, format, match, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize('format, options, match', [
+    ('nosuch', {}, r"^--format has no option 'nosuch' \(legal: gguf, hf, .*peft, stablehlo\)$"),
+    (['hf'], {}, r"^--format has no option \['hf'\]"),
+    ('hf', dict(dtype=['f32']), r"^--dtype has no option \['f32'\].* \(legal: bf16, f32\)$"),
+    ('hf', dict(dtype={}), r'^--dtype has no option {} \(legal: bf16, f32\)$'),
+])
+def test_options_that_are_none(format, options, match, tmp_path):
+    config = released.decoder('llama')
+    with pytest.raises(ConfigError, match=match):
+        export.save(config, {}, str(tmp_path / 'out'), format, **options)
+    assert os.listdir(tmp_path) == []
+
+
 def test_export_never_overwrites(tmp_path):
     config, format = CASES['llama']
     params = released.random_params(config, 1)

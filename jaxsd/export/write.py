@@ -24,7 +24,7 @@ from jaxsd.codec import fitted
 from jaxsd.config import ConfigError, fingerprint, plain, to_json, unknown
 from jaxsd.export import rules, runtimes, safetensors, tokens
 from jaxsd.export.facts import facts
-from jaxsd.export.families import family_of
+from jaxsd.export.families import FAMILIES
 from jaxsd.export.folder import fresh
 from jaxsd.export.streaming import covered, some
 from jaxsd.run import on_first_process
@@ -52,14 +52,17 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
     `out` has something in it; then nothing is written.
     """
     notes, history = notes or {}, history or {}
+    formats = (*FAMILIES, *runtimes.RUNTIMES)
+    if format not in formats:
+        raise unknown('--format', format, formats)
     if format in runtimes.RUNTIMES:
         return _for_runtime(config, flatten(params), out, format, lora_scale, notes, history,
                             shard_bytes, options)
-    family = family_of(format)
+    family = FAMILIES[format]
     dtype = options.pop('dtype', 'f32')
     if options:
         raise unknown(f'--format {format}', next(iter(options)), ('dtype',))
-    if dtype not in DTYPES:
+    if dtype not in tuple(DTYPES):
         raise unknown('--dtype', dtype, DTYPES)
     have = facts(config)
     family.check(have)
