@@ -21,6 +21,7 @@ from jaxsd import checkpoint, codec, export, model
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, read
 from jaxsd.export import kyutai_lora, rules
+from jaxsd.export.folder import fresh
 
 BOTH = ('mine', 'theirs')
 CASES = {
@@ -68,6 +69,35 @@ def test_a_full_disk_leaves_nothing(file_limit, tmp_path):
         with file_limit(size), pytest.raises(OSError, match=f'--out: {out} cannot be written: '):
             export.save(config, released.random_params(config, 1), str(out), format)
         assert not os.listdir(tmp_path)
+
+
+def test_a_place_that_no_folder_can_take(tmp_path, monkeypatch):
+    """It is known before the block begins, which may write for hours; nothing is left behind."""
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'file').write_text('keep')
+    (tmp_path / 'link').symlink_to(tmp_path / 'empty')
+    (tmp_path / 'dangling').symlink_to(tmp_path / 'nothing')
+    os.mkfifo(tmp_path / 'pipe')
+    monkeypatch.chdir(tmp_path / 'empty')
+    before = sorted(os.listdir(tmp_path))
+    for out, match in (
+            ('.', r'--out: \. is in use'), (str(tmp_path / 'empty'), 'empty is in use'),
+            (str(tmp_path / 'link'), 'is a symbolic link; name a new folder'),
+            (f'{tmp_path}/link/', 'is a symbolic link'),
+            (str(tmp_path / 'dangling'), 'is a symbolic link'),
+            (str(tmp_path / 'file'), 'is not an empty folder'), ('', "--out: '' names no folder"),
+            (str(tmp_path / 'pipe'), 'is not an empty folder'),
+            (str(tmp_path / 'a\0b'), 'names no folder'), ('a\nb', r"'a\\nb' names no folder"),
+            ('/proc', 'is not an empty folder'),
+            (str(tmp_path / 'file' / 'below'), '--out: .*below cannot be written: '),
+            (str(tmp_path / ('n' * 255)), 'cannot be written: File name too long$')):
+        with pytest.raises((ValueError, OSError), match=match) as e, fresh(out):
+            pytest.fail(f'{out} was taken')
+        assert '\n' not in str(e.value)
+    assert sorted(os.listdir(tmp_path)) == before and not os.listdir(tmp_path / 'empty')
+    with fresh('../new/') as folder:
+        open(os.path.join(folder, 'x'), 'w').close()
+    assert os.listdir(tmp_path / 'new') == ['x']
 
 
 def test_what_a_kill_leaves_is_named_and_kept(tmp_path, caplog):
