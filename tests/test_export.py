@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from jaxsd import checkpoint, codec, export, model
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, read
-from jaxsd.export import kyutai_lora, rules
+from jaxsd.export import kyutai, kyutai_lora, rules
 from jaxsd.export.folder import fresh
 
 BOTH = ('mine', 'theirs')
@@ -644,11 +644,26 @@ def test_bad_decoder_config(folder, tmp_path, changes, match):
     (dict(depformer_weights_per_step_schedule=3), 'must be a list'),
     (dict(kv_repeat=2), 'depformer_kv_repeat'), (dict(n_q=1 << 40), 'n_q must be'),
     (dict(existing_text_padding_id=4), 'vocab.pad is 3'),
+    (dict(dep_q=0), 'config.json: dep_q must be a number from 1 to 8, got 0'),
+    (dict(condition_provider=1), 'config.json: condition_provider must be None .*, got 1'),
+    (dict(text_card_out=47), 'config.json: text_card_out must be None or 48 .*, got 47'),
+    (dict(skip_self_attn=True), "config.json: 'skip_self_attn' is not known here"),
+    ({'a\nb': '\n' * 999}, r"config.json: 'a\\nb' is not known here"),
 ])
 def test_bad_multistream_config(folder, tmp_path, changes, match):
     bad = copied(folder, tmp_path, 'kyutai')
     edited(bad, **changes)
     refuse(CASES['kyutai'][0], bad, 'kyutai', match)
+
+
+def test_what_changes_no_model_is_passed_over(folder):
+    """Keys that the moshi package's loader takes out or overrides, and defaults spelled out."""
+    with open(os.path.join(folder['kyutai'], 'config.json')) as f:
+        values = json.load(f)
+    more = dict(text_card_out=48, condition_provider=None, tokenizer_name='x.model', mimi_name='y',
+                depformer_context=4, depformer_max_period=1, depformer_causal=True, model_id={},
+                lm_gen_config={'temp': .8}, lora_rank=8, extra_heads_dim=6)
+    assert kyutai.read(values | more, 'x') == kyutai.read(values, 'x')
 
 
 def test_a_checkpoint_without_config_is_the_released_one(folder, tmp_path):
