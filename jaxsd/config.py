@@ -61,7 +61,7 @@ def parse_arg(arg: str | None, **defaults) -> mlc.ConfigDict:
 def unknown(path: str, key: str, legal) -> ConfigError:
     """The error for a name that is not legal at `path`, with the nearest legal one first."""
     legal = sorted(legal)
-    near = difflib.get_close_matches(key, legal, 1)
+    near = difflib.get_close_matches(str(key), legal, 1)
     hint = f'; did you mean {near[0]!r}?' if near else ''
     return ConfigError(f'{path} has no option {key!r}{hint} (legal: {", ".join(legal)})')
 

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 from jaxsd import checkpoint, codec, export, model
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, read
-from jaxsd.export import kyutai_lora, rules, streaming
+from jaxsd.export import kyutai, kyutai_lora, rules, streaming
+from jaxsd.export.folder import fresh
 
 BOTH = ('mine', 'theirs')
 CASES = {
@@ -68,6 +69,35 @@ def test_a_full_disk_leaves_nothing(file_limit, tmp_path):
         with file_limit(size), pytest.raises(OSError, match=f'--out: {out} cannot be written: '):
             export.save(config, released.random_params(config, 1), str(out), format)
         assert not os.listdir(tmp_path)
+
+
+def test_a_place_that_no_folder_can_take(tmp_path, monkeypatch):
+    """It is known before the block begins, which may write for hours; nothing is left behind."""
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'file').write_text('keep')
+    (tmp_path / 'link').symlink_to(tmp_path / 'empty')
+    (tmp_path / 'dangling').symlink_to(tmp_path / 'nothing')
+    os.mkfifo(tmp_path / 'pipe')
+    monkeypatch.chdir(tmp_path / 'empty')
+    before = sorted(os.listdir(tmp_path))
+    for out, match in (
+            ('.', r'--out: \. is in use'), (str(tmp_path / 'empty'), 'empty is in use'),
+            (str(tmp_path / 'link'), 'is a symbolic link; name a new folder'),
+            (f'{tmp_path}/link/', 'is a symbolic link'),
+            (str(tmp_path / 'dangling'), 'is a symbolic link'),
+            (str(tmp_path / 'file'), 'is not an empty folder'), ('', "--out: '' names no folder"),
+            (str(tmp_path / 'pipe'), 'is not an empty folder'),
+            (str(tmp_path / 'a\0b'), 'names no folder'), ('a\nb', r"'a\\nb' names no folder"),
+            ('/proc', 'is not an empty folder'),
+            (str(tmp_path / 'file' / 'below'), '--out: .*below cannot be written: '),
+            (str(tmp_path / ('n' * 255)), 'cannot be written: File name too long$')):
+        with pytest.raises((ValueError, OSError), match=match) as e, fresh(out):
+            pytest.fail(f'{out} was taken')
+        assert '\n' not in str(e.value)
+    assert sorted(os.listdir(tmp_path)) == before and not os.listdir(tmp_path / 'empty')
+    with fresh('../new/') as folder:
+        open(os.path.join(folder, 'x'), 'w').close()
+    assert os.listdir(tmp_path / 'new') == ['x']
 
 
 def test_what_a_kill_leaves_is_named_and_kept(tmp_path, caplog):
@@ -601,6 +631,8 @@ def test_bad_decoder_config(folder, tmp_path, changes, match):
     (dict(delays=[0] * 9), 'layout.delays is'), (dict(delays=[0]), 'delays must be n_q'),
     (dict(dep_q=3), 'rows .size, predicted. is'), (dict(hidden_scale=4), 'backbone.mlp is 176'),
     (dict(norm='layer_norm'), 'norm must be'), (dict(gating='none'), "gating must be 'silu'"),
+    (dict(norm=['x']), r"config.json: norm must be .*, got \['x'\]"),
+    (dict(norm={}), 'config.json: norm must be .*, got {}'),
     (dict(positional_embedding='sin'), "positional_embedding must be 'rope'"),
     (dict(depformer_low_rank_embeddings=8), 'depformer_low_rank_embeddings'),
     (dict(depformer_weights_per_step_schedule=[0, 1, 1, 1]),
@@ -612,11 +644,26 @@ def test_bad_decoder_config(folder, tmp_path, changes, match):
     (dict(depformer_weights_per_step_schedule=3), 'must be a list'),
     (dict(kv_repeat=2), 'depformer_kv_repeat'), (dict(n_q=1 << 40), 'n_q must be'),
     (dict(existing_text_padding_id=4), 'vocab.pad is 3'),
+    (dict(dep_q=0), 'config.json: dep_q must be a number from 1 to 8, got 0'),
+    (dict(condition_provider=1), 'config.json: condition_provider must be None .*, got 1'),
+    (dict(text_card_out=47), 'config.json: text_card_out must be None or 48 .*, got 47'),
+    (dict(skip_self_attn=True), "config.json: 'skip_self_attn' is not known here"),
+    ({'a\nb': '\n' * 999}, r"config.json: 'a\\nb' is not known here"),
 ])
 def test_bad_multistream_config(folder, tmp_path, changes, match):
     bad = copied(folder, tmp_path, 'kyutai')
     edited(bad, **changes)
     refuse(CASES['kyutai'][0], bad, 'kyutai', match)
+
+
+def test_what_changes_no_model_is_passed_over(folder):
+    """Keys that the moshi package's loader takes out or overrides, and defaults spelled out."""
+    with open(os.path.join(folder['kyutai'], 'config.json')) as f:
+        values = json.load(f)
+    more = dict(text_card_out=48, condition_provider=None, tokenizer_name='x.model', mimi_name='y',
+                depformer_context=4, depformer_max_period=1, depformer_causal=True, model_id={},
+                lm_gen_config={'temp': .8}, lora_rank=8, extra_heads_dim=6)
+    assert kyutai.read(values | more, 'x') == kyutai.read(values, 'x')
 
 
 def test_a_checkpoint_without_config_is_the_released_one(folder, tmp_path):
@@ -645,6 +692,70 @@ def test_damaged_json(folder, tmp_path):
         refuse(CASES['llama'][0], bad, 'hf', 'config.json: (cannot be read as|must hold a) JSON')
 
 
+EVIL = 'a\nb\x1b[31m'       # a second line, in red
+
+
+def test_keys_that_a_terminal_would_obey(folder, tmp_path):
+    bad, quoted = copied(folder, tmp_path / '1', 'llama'), r'a\\nb\\x1b\[31m'
+    change_tensors(bad, lambda s: s.update({EVIL: np.zeros(3, np.float32)}))
+    refuse(CASES['llama'][0], bad, 'hf', f"without a place in the config: '{quoted}'$")
+    change_tensors(bad, lambda s: s.update({EVIL: np.zeros(3, np.int32)}))
+    refuse(CASES['llama'][0], bad, 'hf', f"model.safetensors: '{quoted}' is I32")
+    index = os.path.join(bad, 'model.safetensors.index.json')
+    for stated, match in (({EVIL: '../x'}, f"'{quoted}' points outside"),
+                          ({'x': EVIL}, f"x is in no plain file: '{quoted}'$"),
+                          ({'x': 'a\0b'}, r"x is in no plain file: 'a\\x00b'$")):
+        with open(index, 'w') as f:
+            json.dump({'weight_map': stated}, f)
+        refuse(CASES['llama'][0], bad, 'hf', f'index.json: {match}')
+    bad = copied(folder, tmp_path / '2', 'llama')
+    with open(os.path.join(bad, 'config.json'), 'w') as f:
+        f.write('{%s: 1, %s: 2}' % ((json.dumps(EVIL),) * 2))
+    refuse(CASES['llama'][0], bad, 'hf', f"config.json: '{quoted}' is there twice$")
+
+
+@pytest.mark.parametrize('make, match', [
+    (os.mkfifo, 'cannot be read: not a regular file$'),
+    (os.mkdir, 'cannot be read: not a regular file$'),
+    (lambda path: os.symlink('/nowhere', path), 'cannot be read: No such file or directory$'),
+])
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors', 'vocabulary.json',
+                                  'model.safetensors.index.json'])
+def test_what_is_no_file(name, make, match, folder, tmp_path):
+    """A pipe that nobody writes into, a folder, a link to nothing: named, and not waited for."""
+    bad = copied(folder, tmp_path, 'llama')
+    path = os.path.join(bad, name)
+    if os.path.exists(path):
+        os.remove(path)
+    make(path)
+    with pytest.raises(ValueError, match=f'^{path}: {match}') as e:
+        export.load(bad)
+    assert '\n' not in str(e.value)
+
+
+def test_pipes_beside_the_weights_are_passed_over(folder, tmp_path):
+    bad = copied(folder, tmp_path, 'llama')
+    os.remove(os.path.join(bad, 'README.md'))
+    for name in ('README.md', 'LICENSE'):
+        os.mkfifo(os.path.join(bad, name))
+    assert export.load(bad).history['sources'][0]['license'] == 'not stated'
+    pipe = str(tmp_path / 'pipe')
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match='pipe: cannot be read: not a regular file$'):
+        export.load(pipe)
+
+
+@pytest.mark.parametrize('digits', ['9' * 5000, '-' + '9' * 5000, '9' * 400, '1e999'])
+def test_a_number_of_thousands_of_digits(digits, folder, tmp_path):
+    bad = copied(folder, tmp_path, 'llama')
+    path = os.path.join(bad, 'config.json')
+    with open(path) as f:
+        text = f.read().replace('"hidden_size": 64', f'"hidden_size": {digits}')
+    with open(path, 'w') as f:
+        f.write(text)
+    refuse(CASES['llama'][0], bad, 'hf', 'config.json: hidden_size must be a number .* got -?inf$')
+
+
 def change_tensors(bad, fn):
     path = os.path.join(bad, 'model.safetensors')
     state = load_file(path)
@@ -654,7 +765,7 @@ def change_tensors(bad, fn):
 
 @pytest.mark.parametrize('fn, match', [
     (lambda s: s.pop('model.norm.weight'), 'lacks model.norm.weight'),
-    (lambda s: [s.pop(k) for k in list(s) if 'layers.1' in k], 'lacks .* and 1 more'),
+    (lambda s: [s.pop(k) for k in list(s) if 'layers.1' in k], 'lacks .* and more$'),
     (lambda s: s.update(extra=np.zeros(3, np.float32)), 'without a place in the config: extra'),
     (lambda s: s.update({'model.norm.weight': np.zeros(63, np.float32)}),
      r'model.norm.weight has shape \(63,\), the config wants \(64,\)'),
@@ -700,7 +811,7 @@ def test_known_leftovers_are_passed_over(box_bytes, folder, tmp_path, monkeypatc
 @pytest.mark.parametrize('index, match', [
     ({'weight_map': {'model.norm.weight': '../evil.safetensors'}}, 'points outside the folder'),
     ({'weight_map': {'model.norm.weight': '/etc/passwd'}}, 'points outside the folder'),
-    ({'weight_map': {'model.norm.weight': 'gone.safetensors'}}, 'gone.safetensors: not a whole'),
+    ({'weight_map': {'model.norm.weight': 'gone.safetensors'}}, 'gone.safetensors: cannot be read'),
     ({'weight_map': {'model.norm.weight': 'model.safetensors'}}, 'is not where'),
     ({'weight_map': 3}, 'weight_map must name'), ({}, 'weight_map must name'),
 ])
@@ -805,6 +916,19 @@ def test_both_dialects_at_once(folder, tmp_path):
 def test_what_a_format_cannot_say(config, format, match, tmp_path):
     with pytest.raises(ConfigError, match=match):
         export.save(config, {}, str(tmp_path / 'out'), format)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('format, options, match', [
+    ('nosuch', {}, r"^--format has no option 'nosuch' \(legal: gguf, hf, .*peft, stablehlo\)$"),
+    (['hf'], {}, r"^--format has no option \['hf'\]"),
+    ('hf', dict(dtype=['f32']), r"^--dtype has no option \['f32'\].* \(legal: bf16, f32\)$"),
+    ('hf', dict(dtype={}), r'^--dtype has no option {} \(legal: bf16, f32\)$'),
+])
+def test_options_that_are_none(format, options, match, tmp_path):
+    config = released.decoder('llama')
+    with pytest.raises(ConfigError, match=match):
+        export.save(config, {}, str(tmp_path / 'out'), format, **options)
     assert os.listdir(tmp_path) == []
 
 

@@ -4,6 +4,7 @@
 The live comparison with peft is tests/peers/test_runtimes.py.
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -56,6 +57,20 @@ def test_only_what_an_adapter_holds_was_trained():
         more = Stage(train=(('.*/lora_.', 1.), rule, ('.*', None)), **common)
         with pytest.raises(ConfigError, match=f'adapt also trained .*{path}.* use a format'):
             export.only_adapted(more, params, 'peft')
+
+
+@pytest.mark.parametrize('format', ['peft', 'kyutai-lora'])
+@pytest.mark.parametrize('graft', [dict(rows=dict(name='mean')), dict(fresh=('head/.*',))])
+def test_terms_on_a_grafted_start_fit_nothing(graft, format):
+    """What the graft added is neither in the checkpoint it began from nor in the terms."""
+    params = released.random_params(released.decoder('llama'), 1, LORA)
+    stage = Stage(name='adapt', steps=1, batch=1, data={}, lr=1., start='hf:text', graft=graft,
+                  train=(('.*/lora_.', 1.), ('.*', None)), lora=LORA)
+    with pytest.raises(ConfigError, match='^stage adapt adapts a start that it grafted') as e:
+        export.only_adapted(stage, params, format)
+    assert '\n' not in str(e.value)
+    whole = dataclasses.replace(stage, lora={}, train=(('.*', 1.),))
+    assert export.only_adapted(whole, params, format) == []      # for the format to refuse
 
 
 def test_refused(tmp_path):

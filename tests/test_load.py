@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -294,6 +295,9 @@ def test_an_export_of_ours_keeps_the_names_of_its_ids(tmp_path):
     {'codec': {'name': 'os:system', 'frame_hz': 1, 'size': 34}}, {'codec': 3}, {'ranges': []},
     {'ranges': {'text': {'start': 0, 'size': 1 << 60}}}, {'specials': {'bos': 'x'}},
     {'ranges': {k: {'start': 0, 'size': 32} for k in ('text', 'markers', 'units')}},
+    {'codec': {'name': 'kmeans', 'frame_hz': 10**400, 'size': 34}},
+    {'ranges': {'text': {'start': 0, 'size': 60}, 'markers': {'start': 60, 'size': 2},
+                'units': {'start': 62, 'size': 34.0}}},
 ])
 def test_a_vocabulary_that_does_not_fit_is_not_believed(said, tmp_path):
     """It is somebody's file: it may name ids, and neither run code nor change a shape."""
@@ -309,6 +313,7 @@ def test_a_vocabulary_that_does_not_fit_is_not_believed(said, tmp_path):
     path.write_text(json.dumps(good | said))
     config = export.loading._bare(str(tmp_path / 'lm'))[3]
     assert config.codec.name == 'none' or config.codec.size == 34
+    assert type(config.codec.size) is int and config.codec.frame_hz < 1e5
     assert export.loading.model.make_vocab(config).size == 96
 
 
@@ -357,6 +362,8 @@ def test_delays_that_nobody_has():
 @pytest.mark.parametrize('values, match', [
     (dict(model_type='gpt2'), "no format that can be read here has model_type 'gpt2'"),
     (dict(architectures=['Foo']), r"model_type \['Foo'\]"), ({}, 'model_type None'),
+    (dict(model_type=['llama']), r"config.json: no format .* has model_type \['llama'\]"),
+    (dict(model_type={'a': 1}), "config.json: no format .* has model_type {'a': 1}"),
 ])
 def test_a_folder_of_no_known_kind(values, match, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(values))
@@ -378,6 +385,22 @@ def test_a_config_whose_sizes_the_file_does_not_have(tmp_path):
         with pytest.raises(ValueError, match='has shape|lacks') as e:
             export.load(str(bad))
         assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('name, changes', [
+    ('mixtral', dict(num_hidden_layers=4096, num_local_experts=4096)),
+    ('kyutai', dict(n_q=256, dep_q=256, delays=[0] * 257, num_layers=4096,
+                    depformer_num_layers=4096)),
+])
+def test_a_config_that_speaks_of_millions_of_tensors(name, changes, tmp_path):
+    """The files' headers bound the work: listing what it names would take hours and gigabytes."""
+    shutil.copytree(released.GOLDEN / name, tmp_path / 'lm')
+    path = tmp_path / 'lm' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match='lm lacks .* and more$') as e:
+        export.load(str(tmp_path / 'lm'))
+    assert time.monotonic() - begun < 30 and '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('files, want', [

@@ -140,11 +140,13 @@ class Json:
 
     def __init__(self, values: Mapping, path: str):
         self.values, self.path = values, path
+        self.asked: set[str] = set()
 
     def _bad(self, key, want):
         return ValueError(f'{self.path}: {key} must be {want}, got {self.values.get(key)!r}')
 
     def number(self, key: str, default=None, *, low=1, high=1 << 24, kind=int):
+        self.asked.add(key)
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | kind) or not low <= value <= high:
@@ -152,6 +154,7 @@ class Json:
         return kind(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
+        self.asked.add(key)
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise self._bad(key, 'true or false')
@@ -167,7 +170,15 @@ class Json:
 
     def only(self, **legal) -> None:
         """Each key is absent or has one of its legal values."""
+        self.asked |= set(legal)
         for key, values in legal.items():
             if key in self.values and self.values[key] not in values:
                 legal = ' or '.join(map(repr, values))
                 raise self._bad(key, f'{legal} (nothing else is supported)')
+
+    def closed(self, *others: str) -> None:
+        """There is no key but those that were asked for and `others`."""
+        for key in self.values:
+            if key not in self.asked and key not in others:
+                raise ValueError(f'{self.path}: {key!r} is not known here and may mean another '
+                                 'model than would be read; take it out if it does not')

@@ -41,7 +41,7 @@ class Family(NamedTuple):
 FAMILIES = {
     'hf': Family(decoders.check, decoders.rules_of, decoders.spell, decoders.read,
                  lambda key, have: (key,), True, None,
-                 lambda values: values.get('model_type') in decoders.SILENT),
+                 lambda values: values.get('model_type') in tuple(decoders.SILENT)),
     'kyutai': Family(kyutai.check, kyutai.rules_of, kyutai.spell, kyutai.read, kyutai.dialect,
                      False, kyutai.RELEASED, lambda values: {'dim', 'n_q', 'dep_q'} <= set(values),
                      kyutai.cut),
@@ -66,7 +66,7 @@ def described(source: str, format: str = '') -> tuple[str, dict, str]:
     family that has a released default. Raises ValueError for a folder that no family knows.
     """
     path = os.path.join(folder_of(source), 'config.json')
-    if os.path.exists(path):
+    if os.path.lexists(path):
         values = read_json(path)
         format = format or next((k for k, f in FAMILIES.items() if f.claims(values)), '')
         if not format:

@@ -23,6 +23,12 @@ RELEASED = dict(    # what a checkpoint without config.json is (moshi models/loa
     depformer_multi_linear=True, depformer_gating='silu', depformer_pos_emb='none',
     depformer_weights_per_step=True, delays=[0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1])
 
+WITHOUT_EFFECT = (  # on the model: names of files, how to sample, and what its loader overrides
+    'moshi_name', 'mimi_name', 'mimi_config_name', 'tokenizer_name', 'lora_name', 'model_type',
+    'lm_gen_config', 'tts_config', 'stt_config', 'model_id', 'lora_rank', 'lora_scaling',
+    'extra_heads_dim', 'gradient_checkpointing', 'depformer_causal', 'depformer_context',
+    'depformer_max_period')
+
 
 def check(have: Mapping) -> None:
     """ConfigError unless a kyutai LMModel can be what `have` describes."""
@@ -204,17 +210,19 @@ def read(values: Mapping, path: str) -> dict:
     if j.flag('lora'):
         raise ValueError(f'{path}: these are low-rank terms and no model; import the model that '
                          "they adapt, then them with --format kyutai-lora into a stage with lora")
-    own, eps = j.flag('depformer_weights_per_step'), NORMS.get(values.get('norm'))
+    own = j.flag('depformer_weights_per_step')
     j.only(gating=('silu',), positional_embedding=tuple(ROTARY), depformer_pos_emb=('none',),
            norm=tuple(NORMS), causal=(True,), layer_scale=(None,), depformer_layer_scale=(None,),
            depformer_gating=('silu',), depformer_norm=(None,), norm_emb=(False,),
            bias_proj=(False,), depformer_low_rank_embeddings=(None,), extra_heads_num_heads=(0,),
            demux_second_text_stream=(False,),
            demux_second_stream=(False,), depformer_multi_linear=(own,), quantize=(False,),
-           cross_attention=(False,), conditioners=(None, {}), fuser=(None,))
+           cross_attention=(False,), conditioners=(None, {}), condition_provider=(None,),
+           fuser=(None,))
     for key in ('norm', 'gating', 'positional_embedding', 'depformer_pos_emb'):
         if key not in values:
             raise ValueError(f'{path}: {key} is missing')
+    eps = NORMS[values['norm']]
     width, heads = j.number('dim'), j.number('num_heads', high=1 << 12)
     repeat = j.number('kv_repeat', 1, high=heads)
     if j.number('depformer_kv_repeat', repeat, high=heads) != 1:
@@ -226,6 +234,7 @@ def read(values: Mapping, path: str) -> dict:
     codebooks, card = j.number('n_q', 8, high=256), j.number('card', 1024)
     spoken = j.number('dep_q', 8, high=codebooks)
     text = j.number('text_card', 32000)
+    j.only(text_card_out=(None, text))
     steps = 'own' if own else 'shared'
     if (schedule := values.get('depformer_weights_per_step_schedule')) is not None:
         if (not own or not isinstance(schedule, list) or len(schedule) != spoken
@@ -240,7 +249,7 @@ def read(values: Mapping, path: str) -> dict:
             or any(type(d) is not int or not 0 <= d < 1 << 16 for d in delays)):
         raise ValueError(f'{path}: delays must be n_q + 1 = {codebooks + 1} numbers of columns')
     context = values.get('context')
-    return {
+    out = {
         'backbone.width': width, 'backbone.layers': j.number('num_layers', high=1 << 12),
         'backbone.heads': heads, 'backbone.kv_heads': heads // repeat,
         'backbone.head_dim': width // heads, 'backbone.mlp': _hidden(int(scale * width), width),
@@ -258,3 +267,5 @@ def read(values: Mapping, path: str) -> dict:
                                    *[(card + 1, 0)] * (codebooks - spoken)),
         'layout.delays': tuple(delays),
     }
+    j.closed(*WITHOUT_EFFECT, 'delays', 'context', 'depformer_weights_per_step_schedule')
+    return out

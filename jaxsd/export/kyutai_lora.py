@@ -149,7 +149,8 @@ def read(config, source: str, base: Mapping, lora: Mapping) -> dict:
             wanted[name] = None
     for key, entry in found.items():
         if key not in wanted:
-            raise ValueError(f'{source} has tensors without a place in the config: {key}')
+            raise ValueError(f'{source} has tensors without a place in the config: '
+                             f'{safetensors.shown(key)}')
         if wanted[key] is not None and entry.shape != wanted[key].shape:
             raise ValueError(f'{entry.file}: {entry.key} has shape {entry.shape}, the config wants '
                              f'{wanted[key].shape}')
@@ -178,7 +179,7 @@ def _agree(have: Mapping, source: str, lora: Mapping) -> tuple[int, Mapping]:
         raise ValueError(f'--source: no file or folder {source}')
     folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
     path = os.path.join(folder, 'config.json')
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         raise ValueError(f'--source: no {path}, which says what the terms are multiplied by')
     values = safetensors.read_json(path)
     j = Json(values, path)

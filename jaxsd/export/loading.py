@@ -11,7 +11,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from jaxsd.config import ConfigError, plain
 from jaxsd.export import surgery, write
 from jaxsd.export.facts import Json, config_of, disagreements, facts
 from jaxsd.export.families import FAMILIES, described, family_of
-from jaxsd.export.safetensors import folder_of, read_json
+from jaxsd.export.safetensors import folder_of, read_json, regular
 from jaxsd.export.streaming import array, blocks, open_source, whole
 from jaxsd.layout import duplex
 from jaxsd.stage import flatten, unflatten
@@ -152,10 +151,12 @@ def stated_license(source: str) -> str:
     folder = folder_of(source)
 
     def head(name):
+        path = os.path.join(folder, name)
         try:
-            with open(os.path.join(folder, name), encoding='utf-8', errors='replace') as f:
+            regular(path)
+            with open(path, encoding='utf-8', errors='replace') as f:
                 return f.read(TEXT_BYTES)
-        except OSError:
+        except (OSError, ValueError):
             return ''
 
     if card := re.match(r'---\n(.*?)\n---', head('README.md'), re.DOTALL):
@@ -372,7 +373,7 @@ def _name_ids(config, folder: str) -> None:
     """Which ids of a line are markers and units, and of which codec, where a `vocabulary.json` that
     fits says so. It is somebody's file: only plain names and numbers are taken from it."""
     path = os.path.join(folder, 'vocabulary.json')
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return
     said = read_json(path)
     codec, ranges, specials = (said.get(k) for k in ('codec', 'ranges', 'specials'))
@@ -385,6 +386,8 @@ def _name_ids(config, folder: str) -> None:
         if config.vocab.name == 'line':
             text, units = ranges['text']['size'], ranges['units']['size']
             first, count = ranges['markers']['start'], ranges['markers']['size']
+            if any(type(n) is not int for n in (text, units, first, count)):
+                return
             markers = sorted((i, m) for m, i in specials.items() if first <= i < first + count)
             vocab = dict(plain(config.vocab), text_tokens=text, multiple=config.vocab.text_tokens,
                          markers=tuple(str(m) for _, m in markers))
@@ -395,5 +398,5 @@ def _name_ids(config, folder: str) -> None:
                 return
             config.vocab = vocab
         config.codec = known
-    except (TypeError, KeyError, ValueError, AttributeError, json.JSONDecodeError):
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         return      # no vocabulary of ours: the line stays unnamed

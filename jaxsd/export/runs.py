@@ -46,11 +46,16 @@ def export_run(config, workdir: str, out: str, format: str, *,
 def only_adapted(stage, params, format: str) -> list[str]:
     """The embedding tables that a stage trained besides low-rank terms, as `format` can hold.
 
-    ConfigError where it trained anything else: it would be lost. A stage without low-rank terms is
-    for the format itself to refuse.
+    ConfigError where it trained anything else: it would be lost; and where it began from a graft,
+    as the weights with its new rows or parts, which the terms adapt, lie in no checkpoint. A stage
+    without low-rank terms is for the format itself to refuse.
     """
     if not stage.lora:
         return []
+    if stage.graft:
+        raise ConfigError(f'stage {stage.name} adapts a start that it grafted itself, and no '
+                          f'checkpoint holds the result, so format {format!r} would fit nothing; '
+                          'use a format of whole models, which folds the terms')
     moved = [path for path, m in stages.multipliers(stage, flatten(params)).items()
              if m is not None and not path.endswith(('/lora_a', '/lora_b'))]
     lost = [path for path in moved if path not in runtimes.RUNTIMES[format].tables]

@@ -8,6 +8,7 @@ problem of a file is one ValueError that names the file and the key.
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,23 +22,45 @@ DTYPES = ('F64', 'F32', 'F16', 'BF16')
 JSON_BYTES = 64 << 20
 
 
+def shown(key: str) -> str:
+    """Somebody's key as an error may show it: in one line, without what a terminal would obey."""
+    return key if key.isprintable() else repr(key)
+
+
 def _once(pairs, path: str) -> dict:
     """A JSON object whose keys occur once: which of two would count is anybody's guess."""
     out = {}
     for key, value in pairs:
         if key in out:
-            raise ValueError(f'{path}: {key} is there twice')
+            raise ValueError(f'{path}: {shown(key)} is there twice')
         out[key] = value
     return out
 
 
+def _integer(digits: str) -> int | float:
+    """An integer; one beyond every float is infinite, as 1e999 is, for bounds to catch."""
+    return int(digits) if len(digits) <= 300 else float(digits)
+
+
+def regular(path: str) -> None:
+    """Raises ValueError for what is no file or a link to none: a pipe would never answer."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as e:
+        raise ValueError(f'{path}: cannot be read: {e.strerror}') from e
+    if not stat.S_ISREG(mode):
+        raise ValueError(f'{path}: cannot be read: not a regular file')
+
+
 def read_json(path: str) -> dict:
     """The object in `path`. Raises ValueError where it is too long, damaged or something else."""
+    regular(path)
     try:
         if os.path.getsize(path) > JSON_BYTES:
             raise ValueError(f'{path}: longer than {JSON_BYTES >> 20} MiB')
         with open(path, encoding='utf-8') as f:
-            value = json.load(f, object_pairs_hook=lambda pairs: _once(pairs, path))
+            value = json.load(f, object_pairs_hook=lambda pairs: _once(pairs, path),
+                              parse_int=_integer)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f'{path}: cannot be read as JSON: {e}') from e
     if not isinstance(value, dict):
@@ -49,6 +72,8 @@ def folder_of(source: str) -> str:
     """The folder of a checkpoint that is named by its folder or by its one file."""
     if not os.path.exists(source):
         raise ValueError(f'no file or folder {source}')
+    if not os.path.isdir(source):
+        regular(source)
     if os.path.exists(os.path.join(source, 'ledger.jsonl')):
         raise ValueError(f'{source} is a run directory: jaxsd export writes a checkpoint from it')
     return source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
@@ -68,13 +93,15 @@ def _files(folder: str) -> tuple[list[str], dict[str, str] | None]:
     if os.path.isfile(folder):
         return [folder], None
     index = os.path.join(folder, INDEX)
-    if os.path.exists(index):
+    if os.path.lexists(index):
         stated = read_json(index).get('weight_map')
         if not isinstance(stated, dict) or not all(isinstance(v, str) for v in stated.values()):
             raise ValueError(f'{index}: weight_map must name a file for each key')
         for key, name in stated.items():
             if name != os.path.basename(name) or name in ('', '.', '..'):
-                raise ValueError(f'{index}: {key} points outside the folder: {name!r}')
+                raise ValueError(f'{index}: {shown(key)} points outside the folder: {name!r}')
+            if not name.isprintable():
+                raise ValueError(f'{index}: {shown(key)} is in no plain file: {name!r}')
         return [os.path.join(folder, name) for name in sorted(set(stated.values()))], stated
     names = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors'))
     if SINGLE in names:
@@ -87,6 +114,7 @@ def _files(folder: str) -> tuple[list[str], dict[str, str] | None]:
 
 
 def _open(path: str):
+    regular(path)
     try:
         return safetensors.safe_open(path, 'numpy')
     except (OSError, safetensors.SafetensorError) as e:
@@ -114,27 +142,28 @@ def entries(folder: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, E
             _check_header(path)
             for key in f.keys():
                 if stated is not None and stated.get(key) != os.path.basename(path):
-                    raise ValueError(f'{path}: {key} is not where {INDEX} says')
+                    raise ValueError(f'{path}: {shown(key)} is not where {INDEX} says')
                 seen.add(key)
                 tensor = f.get_slice(key)
                 shape, dtype, current = tuple(tensor.get_shape()), tensor.get_dtype(), names(key)
                 if dtype not in DTYPES:
-                    raise ValueError(f'{path}: {key} is {dtype}; only '
+                    raise ValueError(f'{path}: {shown(key)} is {dtype}; only '
                                      f'{", ".join(DTYPES)} can be imported')
                 if len(current) > 1 and (not shape or shape[0] % len(current)):
-                    raise ValueError(f'{path}: {key} of shape {shape} cannot be cut into '
+                    raise ValueError(f'{path}: {shown(key)} of shape {shape} cannot be cut into '
                                      f'{len(current)} steps')
                 for part, name in enumerate(current):
                     if not name:
                         continue
                     if name in out:
-                        raise ValueError(f'{path}: {key} holds {name}, which {out[name].key} of '
-                                         f'{out[name].file} holds too')
+                        raise ValueError(f'{path}: {shown(key)} holds {shown(name)}, which '
+                                         f'{shown(out[name].key)} of {out[name].file} holds too')
                     cut = (shape[0] // len(current), *shape[1:]) if shape else ()
                     out[name] = Entry(path, key, cut, part)
     for key in stated or ():
         if key not in seen:
-            raise ValueError(f'{os.path.join(folder, INDEX)}: {key} is not in {stated[key]}')
+            raise ValueError(f'{os.path.join(folder, INDEX)}: {shown(key)} is not in '
+                             f'{stated[key]}')
     return out
 
 

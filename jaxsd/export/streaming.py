@@ -9,7 +9,7 @@ devices hold and nothing else.
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -71,11 +71,12 @@ def open_source(config, family: Family, said: Mapping, source: str) -> Source:
     have = facts(config) | {'checkpoint': said}
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
     plan = family.rules(have)
-    covered(plan, shapes)
     found = safetensors.entries(source, lambda key: family.dialect(key, have))
-    wanted = list(rules.pieces(plan.rules, shapes))
     copies = {copy: (original, fix) for copy, original, fix in plan.copies if copy in found}
-    _matched(source, {k: e for k, e in found.items() if k not in copies}, wanted, plan.ignored)
+    kept = {k: e for k, e in found.items() if k not in copies}
+    wanted = _wanted(source, kept, rules.pieces(plan.rules, shapes))
+    covered(wanted, shapes, plan.spare)
+    _matched(source, kept, wanted, plan.ignored)
     for copy, (original, fix) in copies.items():
         if not _same(found[copy], found[original]):
             raise ValueError(f'{found[copy].file}: {copy} differs from {original}; {fix}')
@@ -150,17 +151,34 @@ def _write(shard, block, start):
     return jax.lax.dynamic_update_slice(shard, block.astype(shard.dtype), start)
 
 
+def _wanted(source: str, found: Mapping, pieces: Iterable[rules.Piece]) -> list[rules.Piece]:
+    """All of `pieces`, if they are in the files.
+
+    A config.json of a few bytes can speak of more tensors than memory holds. It is believed as far
+    as the files' headers bear it out: no piece is made after those that are missing fill a line.
+    """
+    wanted, missing = [], []
+    for piece in pieces:
+        if piece.key in found:
+            wanted.append(piece)
+        elif len(missing) < LISTED:
+            missing.append(piece.key)
+        else:
+            raise ValueError(f'{source} lacks {some(missing)} and more')
+    if missing:
+        raise ValueError(f'{source} lacks {some(missing)}')
+    return wanted
+
+
 def _matched(source: str, found: Mapping, wanted, ignored: str) -> None:
     keys = {piece.key for piece in wanted}
-    if missing := [piece.key for piece in wanted if piece.key not in found]:
-        raise ValueError(f'{source} lacks {some(missing)}')
     if unused := [k for k in found if k not in keys and not re.fullmatch(ignored, k)]:
         raise ValueError(f'{source} has tensors without a place in the config: {some(unused)}')
     for piece in wanted:
         entry = found[piece.key]
         if entry.shape != piece.shape:
-            raise ValueError(f'{entry.file}: {entry.key} has shape {entry.shape}, '
-                             f'the config wants {piece.shape}')
+            raise ValueError(f'{entry.file}: {safetensors.shown(entry.key)} has shape '
+                             f'{entry.shape}, the config wants {piece.shape}')
 
 
 def _same(a: safetensors.Entry, b: safetensors.Entry) -> bool:
@@ -173,13 +191,13 @@ def _same(a: safetensors.Entry, b: safetensors.Entry) -> bool:
                                 for x in (a, b))) for i in range(0, a.shape[0], rows))
 
 
-def covered(plan, shapes: Mapping) -> None:
+def covered(pieces: Iterable[rules.Piece], shapes: Mapping, spare: Sequence[str]) -> None:
     """Every number of ours has exactly one place in the peer's files, padding rows apart."""
     size = dict.fromkeys(shapes, 0)
-    for piece in rules.pieces(plan.rules, shapes):
+    for piece in pieces:
         for section in piece.sections:
             size[section.path] += math.prod(section.shape)
-    short = [p for p, n in size.items() if n != math.prod(shapes[p]) and p not in plan.spare]
+    short = [p for p, n in size.items() if n != math.prod(shapes[p]) and p not in spare]
     if short:
         raise ConfigError(f'this format has no place for {some(short)}')
 
@@ -188,4 +206,4 @@ def some(keys) -> str:
     """The first of `keys`, and how many more there are."""
     keys = list(keys)
     rest = f' and {len(keys) - LISTED} more' if len(keys) > LISTED else ''
-    return ', '.join(keys[:LISTED]) + rest
+    return ', '.join(map(safetensors.shown, keys[:LISTED])) + rest

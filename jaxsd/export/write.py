@@ -25,7 +25,7 @@ from jaxsd.codec import fitted
 from jaxsd.config import ConfigError, fingerprint, plain, to_json, unknown
 from jaxsd.export import rules, runtimes, safetensors, tokens
 from jaxsd.export.facts import facts
-from jaxsd.export.families import family_of
+from jaxsd.export.families import FAMILIES
 from jaxsd.export.folder import fresh
 from jaxsd.export.streaming import covered, some
 from jaxsd.run import on_first_process
@@ -57,14 +57,17 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
     parameters of another config and where `out` has something in it; then nothing is written.
     """
     notes, history = notes or {}, history or {}
+    formats = (*FAMILIES, *runtimes.RUNTIMES)
+    if format not in formats:
+        raise unknown('--format', format, formats)
     if format in runtimes.RUNTIMES:
         return _for_runtime(config, flatten(params), out, format, lora_scale, notes, history,
                             shard_bytes, options)
-    family = family_of(format)
+    family = FAMILIES[format]
     dtype = options.pop('dtype', 'f32')
     if options:
         raise unknown(f'--format {format}', next(iter(options)), ('dtype',))
-    if dtype not in DTYPES:
+    if dtype not in tuple(DTYPES):
         raise unknown('--dtype', dtype, DTYPES)
     have = facts(config)
     family.check(have)
@@ -72,8 +75,8 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
     ours = fold_lora(flatten(params), lora_scale)
     _same(ours, shapes)
     plan = family.rules(have)
-    covered(plan, shapes)
     made = list(rules.pieces(plan.rules, shapes))
+    covered(made, shapes, plan.spare)
     tensors = (rules.forward(piece, ours, _take) for piece in made)
 
     def write():
