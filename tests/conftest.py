@@ -7,6 +7,7 @@ before the first import, and that processes started by a test inherit.
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import os
 import pathlib
@@ -75,6 +76,16 @@ def file_limit():
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return limit
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget():
+    """Compiled programs are given back after each file: together they would take more mappings of
+    memory than Linux allows a process (vm.max_map_count), and the next one to compile is killed."""
+    yield
+    if jax := sys.modules.get('jax'):
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope='session')
