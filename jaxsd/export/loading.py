@@ -66,7 +66,8 @@ def agreeing(config, source: str, format: str):
     _, values, path = described(source, format)
     said = family.read(values, path)
     if wrong := disagreements(have, family.cut(have, said)):
-        raise ConfigError(f'the config is not that of {path}: {"; ".join(wrong)}')
+        raise ConfigError(f'the config is not that of {path}: {"; ".join(wrong)}; '
+                          "where it is meant to differ, declare how in the stage's graft")
     return family, said
 
 

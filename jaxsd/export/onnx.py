@@ -8,10 +8,12 @@ time, and a cache of as many columns as the model was trained on. The weights ar
 the program names as its external data; activations are float32, which onnxruntime has on CPU.
 """
 
+import contextlib
 import copy
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,21 @@ from jaxsd.types import NOTHING, Row
 FILE, OLD, NEW = 'step.onnx', 'cache/', 'new cache/'
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """jax2onnx tells of every optional package that it does not find, with a traceback."""
+    loggers = [logging.getLogger(name) for name in ('jax2onnx', 'onnx_ir')]
+    levels = [x.level for x in loggers]
+    for x in loggers:
+        x.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for x, level in zip(loggers, levels, strict=True):
+            x.setLevel(level)
+
+
+@_quiet()
 def write(folder: str, config, flat: Mapping, *, shard_bytes: int) -> dict:
     """Writes step.onnx, the weights and signature.json to `folder`. See `runtimes.Runtime`."""
     import jax2onnx

@@ -4,6 +4,7 @@
 Needs jax2onnx, so it runs where the peers are (`make test-peers`).
 """
 
+import logging
 import subprocess
 import sys
 
@@ -53,12 +54,16 @@ np.savez('made.npz', said=np.stack(columns, 1),
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_runs_without_us(case, tmp_path):
+def test_runs_without_us(case, tmp_path, caplog):
     """Against the path that trains. What the other speaker says is given, as it is live."""
     config = CASES[case]
     config.columns = 32
     params, rows = released.random_params(config, 3), model.make_vocab(config).rows
-    made = export.save(config, params, str(tmp_path / 'out'), 'onnx', shard_bytes=100_000)
+    level = logging.getLogger('jax2onnx').level
+    with caplog.at_level('INFO'):
+        made = export.save(config, params, str(tmp_path / 'out'), 'onnx', shard_bytes=100_000)
+    assert not [r for r in caplog.records if r.name.startswith(('jax2onnx', 'onnx_ir'))]
+    assert logging.getLogger('jax2onnx').level == level
     assert len([x for x in made['files'] if x.endswith('.safetensors')]) > 1
     assert {'step.onnx', 'signature.json', 'vocabulary.json', 'provenance.json', 'README.md'} < set(
         made['files'])
