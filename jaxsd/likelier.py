@@ -8,6 +8,7 @@ against the same answer after somebody else's.
 
 import copy
 import csv
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -116,10 +117,11 @@ def grid_scores(lm: generate.LM, grids: list[Grid], *, batch: int) -> np.ndarray
     """The mean log-probability of each grid's scored cells, by their weights; grids not packed."""
     graph = whole(lm.config, lm.stage)
     logp_of = jax.jit(lambda params, arrays: nnx.merge(graph, params)(arrays, jax.random.key(0))[0])
+    extras = data.extras(lm.config, dataclasses.asdict(lm.stage))
     columns, out = -(-max(g.tokens.shape[1] for g in grids) // 64) * 64, []
     for part in generate.in_parts(grids, batch):
         rows = [packing.lay([(g, g.tokens.shape[1])], streams=len(lm.vocab.rows), columns=columns,
-                            features=data.features(lm.config)) for g in part]
+                            extras=extras) for g in part]
         rows += rows[-1:] * (batch - len(part))         # few shapes, few compilations
         arrays = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
         logp, weights = np.asarray(logp_of(lm.params, arrays)), arrays['weights']
