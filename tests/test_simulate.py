@@ -61,7 +61,7 @@ def test_gaps_and_overlaps_are_of_the_distribution_that_was_asked_for():
 
 
 def test_how_often_each_happens():
-    every = [p for placed in plans(300) for p in placed]
+    every = [p for placed in plans(2000) for p in placed]
     turn = [p for p in every if p.kind in ('opening', 'smooth', 'interruption')]
     assert sum(p.kind == 'pause' for p in every) / len(turn) == pytest.approx(0.15, abs=0.02)
     broken = sum(p.fto is None and p.kind == 'interruption' for p in every)
