@@ -163,6 +163,7 @@ class Server(http.server.ThreadingHTTPServer):
                  samplers: dict, seed: int = 0):
         self.codec, self.local = codec, address[0] in LOCAL
         self.frame = round(codec.identity['sample_rate_hz'] / codec.identity['frame_hz'])
+        self.lobby = None       # an address in use closes the server before there is one
         super().__init__(address, _Page)
         try:
             self.lobby = live.Lobby(lm, codec, slots=slots, samplers=samplers, seed=seed)
@@ -172,7 +173,8 @@ class Server(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.lobby.serve, daemon=True).start()
 
     def server_close(self):
-        self.lobby.close()
+        if self.lobby is not None:
+            self.lobby.close()
         super().server_close()
 
     def handle_error(self, request, client_address):
