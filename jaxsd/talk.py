@@ -110,43 +110,50 @@ class _Page(http.server.BaseHTTPRequestHandler):
 
     def _talk(self):
         wav = self._recording()
-        lobby, frame = self.server.lobby, self.server.frame
+        lobby = self.server.lobby
         entered = lobby.enter()
         if entered is None:
             raise _Refused(503, f'{lobby.slots} are talking already; try again in a moment')
         slot, talk = entered
         try:
-            self.send_response(200)
-            for name, value in HEADERS.items():
-                self.send_header(name, value)
-            self.send_header('Content-Type', 'application/x-ndjson')
-            self.send_header('Transfer-Encoding', 'chunked')
-            self.end_headers()
-            self._line(dict(hz=talk.hz, rate_hz=self.server.codec.identity['sample_rate_hz'],
-                            frames=-(-len(wav) // frame)))
-            start, heard, first_ms = time.perf_counter(), 0, None
-            wav = np.concatenate([wav, np.zeros(2 * frame, np.float32)])
-            for at in range(0, len(wav), frame):
-                for codes in talk.frames_of(wav[at:at + frame]):
-                    heard += 1
-                    said = lobby.hear(slot, codes)
-                    if said is None:
-                        continue
-                    sound, mine, words = talk.say(said)
-                    if first_ms is None:
-                        first_ms = 1000 * (time.perf_counter() - start)
-                    pcm = (np.clip(sound, -1, 1) * 32767).astype('<i2')
-                    self._line(dict(pcm=base64.b64encode(pcm.tobytes()).decode(),
-                                    mine=int(mine[0]), theirs=int(codes[0]), words=words))
-            self._line(dict(done=True, first_audio_compute_ms=round(first_ms or 0.0, 1),
-                            real_time_factor=round((time.perf_counter() - start) * talk.hz
-                                                   / max(heard, 1), 3)))
+            try:
+                over = self._converse(slot, talk, wav)
+            finally:
+                lobby.leave(slot)       # before the last line, after which they may come again
+            self._line(over)
             self.wfile.write(b'0\r\n\r\n')
-        except OSError:             # they left
+        except OSError:                 # they left
             self.close_connection = True
             log.info('a connection broke; its slot is free again')
-        finally:
-            lobby.leave(slot)
+
+    def _converse(self, slot: int, talk: live.Talk, wav: np.ndarray) -> dict:
+        """Answers `wav` line by line; returns what the last line says."""
+        lobby, frame = self.server.lobby, self.server.frame
+        self.send_response(200)
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        self.send_header('Content-Type', 'application/x-ndjson')
+        self.send_header('Transfer-Encoding', 'chunked')
+        self.end_headers()
+        self._line(dict(hz=talk.hz, rate_hz=self.server.codec.identity['sample_rate_hz'],
+                        frames=-(-len(wav) // frame)))
+        start, heard, first_ms = time.perf_counter(), 0, None
+        wav = np.concatenate([wav, np.zeros(2 * frame, np.float32)])
+        for at in range(0, len(wav), frame):
+            for codes in talk.frames_of(wav[at:at + frame]):
+                heard += 1
+                said = lobby.hear(slot, codes)
+                if said is None:
+                    continue
+                sound, mine, words = talk.say(said)
+                if first_ms is None:
+                    first_ms = 1000 * (time.perf_counter() - start)
+                pcm = (np.clip(sound, -1, 1) * 32767).astype('<i2')
+                self._line(dict(pcm=base64.b64encode(pcm.tobytes()).decode(),
+                                mine=int(mine[0]), theirs=int(codes[0]), words=words))
+        return dict(done=True, first_audio_compute_ms=round(first_ms or 0.0, 1),
+                    real_time_factor=round((time.perf_counter() - start) * talk.hz
+                                           / max(heard, 1), 3))
 
     def _line(self, value: dict) -> None:
         data = json.dumps(value).encode() + b'\n'

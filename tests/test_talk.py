@@ -17,9 +17,6 @@ from test_evaluate import made
 from jaxsd import codec, data, generate, live, talk
 from jaxsd.config import ConfigError, plain
 
-# Its slots are counted while other threads still leave them: not yet steady on a busy machine.
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope='module')
 def system(corpus):
