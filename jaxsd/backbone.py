@@ -116,10 +116,10 @@ class Decoder(nnx.Module):
                                  block_columns=self.block_columns, engine=self.attention,
                                  place=place)
         else:
-            k_BCGH, v_BCGH, at, mask_BTC = cache
-            k = k_BCGH.at[at].set(k.astype(k_BCGH.dtype))
-            v = v_BCGH.at[at].set(v.astype(v_BCGH.dtype))
-            o = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BTC)
+            k_LBCGH, v_LBCGH, n, at, mask_BTC = cache
+            k = k_LBCGH.at[n, *at].set(k.astype(k_LBCGH.dtype))
+            v = v_LBCGH.at[n, *at].set(v.astype(v_LBCGH.dtype))
+            o = attend(q, k[n].astype(q.dtype), v[n].astype(q.dtype), mask_BTC)
         x_BTD = place(x_BTD + block.out(o), 'batch', 'column', 'width')
         y, load_2E = block.feed_forward(block.norm_mlp(x_BTD), where, place)
         return place(x_BTD + y, 'batch', 'column', 'width'), (k, v), load_2E
@@ -150,16 +150,17 @@ class Decoder(nnx.Module):
         C = cache['position'].shape[1]
         slots = (cache['written'][..., None] + jnp.arange(T)) % C
         # One count for all sequences, or one for each, which then come and go on their own.
-        at = (slice(None), slots) if slots.ndim == 1 else (jnp.arange(len(slots))[:, None], slots)
+        at = (jnp.arange(x_BTD.shape[0])[:, None], jnp.atleast_2d(slots))
         keys = Where(cache['position'].at[at].set(where.position),
                      cache['segment'].at[at].set(where.segment))
         mask = visible(where, keys, self.window_columns)
 
-        def step(x, layer):
-            block, k, v = layer
-            x, kv, _ = self._layer(block, x, where, (k, v, at, mask), place)
-            return x, kv
-        x_BTD, (k, v) = jax.lax.scan(step, x_BTD, (self.blocks, cache['k'], cache['v']))
+        def step(carry, layer):     # the cache is carried, so that a layer writes its columns alone
+            (x, k, v), (n, block) = carry, layer
+            x, kv, _ = self._layer(block, x, where, (k, v, n, at, mask), place)
+            return (x, *kv), None
+        (x_BTD, k, v), _ = jax.lax.scan(step, (x_BTD, cache['k'], cache['v']),
+                                        (jnp.arange(self.layers), self.blocks))
         cache = dict(k=k, v=v, position=keys.position, segment=keys.segment,
                      written=cache['written'] + T)
         return self.norm(x_BTD), cache

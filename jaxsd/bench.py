@@ -73,7 +73,7 @@ def run(config, *, stage_name: str | None = None, steps: int = 20) -> dict[str, 
                 audio_s.append(sum(c['audio_s'] for c in account.values()))
     step_s, wait_s = statistics.median(spent), statistics.median(waits)
     positions = stage.batch * config.columns
-    tflops = journal.model_tflops(config, positions) / mesh.size / (step_s + wait_s)
+    tflops = journal.model_tflops(config, positions, stage) / mesh.size / (step_s + wait_s)
     peak = journal.peak_tflops(mesh.devices.flat[0])
     return {
         'compile s': compile_s, 'step s': step_s, 'slowest step s': max(spent),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsd import checkpoint, data, model
+from jaxsd import checkpoint, data, model, nn
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError
 from jaxsd.layout import chunks, duplex, flat
@@ -556,21 +556,23 @@ class LM:
 
 
 def load(config, workdir: str, stage_name: str | None = None, *, untrained: bool = False) -> LM:
-    """The newest sound checkpoint of a stage, or its model as the config's seed draws it.
+    """The newest sound checkpoint of a stage, or its model as the config's seed draws it, with
+    kernels in the dtype that they are read in.
 
     Raises CheckpointError or ConfigError.
     """
     stage = stages.find(config, stage_name)
     graph, shapes, _ = model.abstract(config, stage.lora)
+    v, dtype = model.make_vocab(config), config.frontend.get('dtype', 'bfloat16')
     if untrained:
-        params = jax.jit(lambda key: model.init(config, key, stage.lora))(
+        params = jax.jit(lambda key: nn.as_read(model.init(config, key, stage.lora), dtype))(
             jax.random.key(config.seed))
-        return LM(config, stage, model.make_vocab(config), graph, params, 0, workdir)
+        return LM(config, stage, v, graph, params, 0, workdir)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
     params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, stage.name), target)
     data.same_codec(meta['data'], config)
-    return LM(config, stage, model.make_vocab(config), graph, params, int(meta['step']), workdir)
+    return LM(config, stage, v, graph, nn.as_read(params, dtype), int(meta['step']), workdir)
 
 
 def prompt(vocab: Vocab, *parts) -> np.ndarray:

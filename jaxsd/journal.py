@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxsd import data, model
 from jaxsd import run as rundir
-from jaxsd.stage import Stage, flatten
+from jaxsd.stage import Stage, flatten, multipliers
 
 # bf16 peaks of one device, TFLOP/s, from the vendors' data sheets (dense).
 PEAK_TFLOPS = {'TPU v4': 275, 'TPU v5 lite': 197, 'TPU v5e': 197, 'TPU v5': 459, 'TPU v5p': 459,
@@ -29,29 +29,31 @@ TAIL_BYTES = 1 << 16        # of the metrics, to find their last line
 
 # How fast.
 
-def model_tflops(config, columns: int) -> float:
+def model_tflops(config, columns: int, stage: Stage) -> float:
     """TFLOPs of one forward and backward pass over `columns` columns, attention counted causally.
 
-    Every matrix is counted twice per use (multiply, add) and three times per step (forward and two
-    backward products), rows as if they held one segment each. Recomputation is not counted: this
-    is the model's work, not the machine's.
+    Every matrix is counted twice per use (multiply, add) in the forward pass and for the gradient
+    of its input, and twice more for its own gradient if the stage trains it; rows as if they held
+    one segment each. Recomputation is not counted: this is the model's work, not the machine's.
     """
-    _, shapes, _ = model.abstract(config)
-    flat = {p: int(np.prod(x.shape)) for p, x in flatten(shapes).items() if p.endswith('/kernel')}
-    used = sum(flat.values())
+    _, shapes, _ = model.abstract(config, stage.lora)
     head, back = config.head, config.backbone
-    if back.get('experts'):
-        mixed = shapes['backbone']['blocks']['experts']
-        used += (mixed['gate_up'].size + mixed['down'].size) * (
-            back.experts_per_column / back.experts)
-    if head['name'] == 'tied':
-        used += shapes['frontend']['table'].size
-    flops = 2.0 * used
+
+    def used(path: str) -> float:       # the share of its numbers that a column meets
+        name = path.rsplit('/', 1)[-1]
+        if '/experts/' in path and name in ('gate_up', 'down'):
+            return back.experts_per_column / back.experts
+        table = path == 'frontend/table' and head['name'] == 'tied'
+        return float(table or name in ('kernel', 'lora_a', 'lora_b'))
+    flat = {p: int(np.prod(x.shape)) for p, x in flatten(shapes).items()}
+    trained = multipliers(stage, flat)
+    flops = sum(2.0 * size * used(path) * (2 + (trained[path] is not None))
+                for path, size in flat.items())
     seen = config.columns / 2
     if back.get('window_columns'):
         seen = min(seen, back.window_columns)
-    flops += 4.0 * back.layers * back.heads * back.head_dim * seen
-    return 3.0 * flops * columns / 1e12
+    flops += 3 * 4.0 * back.layers * back.heads * back.head_dim * seen
+    return flops * columns / 1e12
 
 
 def peak_tflops(device) -> float | None:

@@ -294,7 +294,7 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
 
 def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, state, first,
           consumed, saved, probe, profile_steps, stop, began_s, ready):
-    tflops = journal.model_tflops(config, stage.batch * config.columns) / mesh.size
+    tflops = journal.model_tflops(config, stage.batch * config.columns, stage) / mesh.size
     peak = journal.peak_tflops(mesh.devices.flat[0])
     first_trace, last_trace = profile_steps or (stage.steps, stage.steps)
     if profile_steps and not (first < last_trace and first_trace < stage.steps):

@@ -38,7 +38,7 @@ run() {     # run NAME CONFIG SOURCE FORMAT LIMIT
   part "export-$name" "exporting $name: $work/export" \
     jaxsd export --config "$config" --workdir "$work" --format "$format" --out "$work/export"
 }
-share=${MOSHI_SHARE:-0.07} spirit=configs/spirit_lm.py:demo moshi=configs/moshi.py:demo,share=$share
+share=${MOSHI_SHARE:-0.05} spirit=configs/spirit_lm.py:demo moshi=configs/moshi.py:demo,share=$share
 run spirit_lm "$spirit" aligned hf "${LIMIT:-100}"
 samples=$runs/spirit_lm/samples
 part tts 'spirit_lm reads unseen sentences aloud' jaxsd generate --config "$spirit" \
@@ -50,7 +50,7 @@ part continue 'spirit_lm goes on with what was said' jaxsd generate --config "$s
   --workdir "$runs/spirit_lm" --task s2s --count 3 --output "$samples"
 
 echo "moshi is trained for $share of its demo steps here; README, Figures, has all of it"
-run moshi "$moshi" dialogue kyutai "${LIMIT:-40}"
+run moshi "$moshi" dialogue kyutai "${LIMIT:-24}"
 part duplex 'moshi answers unseen callers' jaxsd generate --config "$moshi" \
   --workdir "$runs/moshi" --task duplex --count 6 --output "$runs/moshi/samples"
 part report "writing $runs/report.html" \

@@ -13,8 +13,9 @@ from flax import nnx
 from small import BACKBONES, batch, built, config
 
 from jaxsd import config as configs
-from jaxsd import model
+from jaxsd import model, nn
 from jaxsd.config import override
+from jaxsd.stage import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 SYSTEMS = ('flat', 'streams')
@@ -259,3 +260,20 @@ def test_published_sizes_to_the_parameter():
     override(spirit, 'vocab.text_tokens', str(32_000 - 501 - 2))
     assert model.make_vocab(spirit).size == 32_000
     assert model.count(model.abstract(spirit)[1]) == 6_738_415_616
+
+
+@pytest.mark.parametrize('system, kind', [
+    ('flat', 'llama'), ('tied', 'qwen2'), ('streams', 'helium'), ('parallel', 'qwen3'),
+    ('flat', 'mixtral')])
+def test_kernels_kept_as_they_are_read_change_no_score(system, kind):
+    c = config(system, kind)
+    c.frontend.dtype = 'bfloat16'
+    lora = dict(rank=2, scale=2.0)
+    graph, _, _ = model.abstract(c, lora)
+    params = jax.tree.map(lambda x: x * 1.3, model.init(c, jax.random.key(1), lora))
+    kept = nn.as_read(params, 'bfloat16')
+    halved = {p for p, x in flatten(kept).items() if x.dtype == 'bfloat16'}
+    assert {p for p in flatten(params) if p.endswith('/kernel') and 'router' not in p} < halved
+    scores = jax.jit(lambda params: nnx.merge(graph, params).scores(batch(c)))
+    for one, other in zip(scores(params), scores(kept), strict=True):
+        np.testing.assert_array_equal(one, other)

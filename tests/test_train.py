@@ -2,6 +2,7 @@
 """Does the loop do, count and write down what it says; and what if something goes wrong in it?"""
 
 import collections
+import dataclasses
 import functools
 import json
 import logging
@@ -290,15 +291,18 @@ def test_accumulated_gradients_are_those_of_one_batch_and_of_the_loss(system):
 
 def test_flops_by_hand():
     """Llama's shapes: every matrix twice per column, attention over half a row, three passes."""
-    c = small_config('flat')
+    c, stage = small_config('flat'), Stage(name='all', steps=1, batch=1, data={}, lr=1e-3)
     D, F, L, V = 16, 24, 2, model.make_vocab(c).sizes(16).rows[0].predicted
     matrices = L * (4 * D * D + 3 * D * F) + D * V
     attention = 2 * L * 2 * (c.columns / 2) * D     # scores and values, over half a row on average
-    assert journal.model_tflops(c, 100) == pytest.approx(
+    assert journal.model_tflops(c, 100, stage) == pytest.approx(
         3 * 100 * (2 * matrices + attention) / 1e12, rel=1e-6)
+    frozen = dataclasses.replace(stage, train=(('head/.*', 1.0), ('.*', None)))
+    assert journal.model_tflops(c, 100, frozen) == pytest.approx(
+        100 * (4 * matrices + 2 * D * V + 3 * attention) / 1e12, rel=1e-6)
     experts = small_config('flat', 'mixtral')       # a router, two of four, half as many keys
     matrices += L * (-D * D + 4 * D + 3 * D * F)
-    assert journal.model_tflops(experts, 100) == pytest.approx(
+    assert journal.model_tflops(experts, 100, stage) == pytest.approx(
         3 * 100 * (2 * matrices + attention) / 1e12, rel=1e-6)
 
 
