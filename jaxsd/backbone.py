@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxsd import nn
@@ -156,11 +157,11 @@ class Decoder(nnx.Module):
         mask = visible(where, keys, self.window_columns)
 
         def step(carry, layer):     # the cache is carried, so that a layer writes its columns alone
-            (x, k, v), (n, block) = carry, layer
+            (x, k, v), (block, n) = carry, layer
             x, kv, _ = self._layer(block, x, where, (k, v, n, at, mask), place)
             return (x, *kv), None
-        (x_BTD, k, v), _ = jax.lax.scan(step, (x_BTD, cache['k'], cache['v']),
-                                        (jnp.arange(self.layers), self.blocks))
+        (x_BTD, k, v), _ = nn.each_layer(step, (x_BTD, cache['k'], cache['v']), self.blocks,
+                                         np.arange(self.layers))
         cache = dict(k=k, v=v, position=keys.position, segment=keys.segment,
                      written=cache['written'] + T)
         return self.norm(x_BTD), cache

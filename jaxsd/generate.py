@@ -22,6 +22,7 @@ from jaxsd import checkpoint, data, model, nn
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError
 from jaxsd.layout import chunks, duplex, flat
+from jaxsd.stage import flatten, unflatten
 from jaxsd.types import NOTHING, Where
 from jaxsd.vocab import Text, Vocab, initial
 
@@ -557,22 +558,27 @@ class LM:
 
 def load(config, workdir: str, stage_name: str | None = None, *, untrained: bool = False) -> LM:
     """The newest sound checkpoint of a stage, or its model as the config's seed draws it, with
-    kernels in the dtype that they are read in.
+    parameters as a stream reads them, see `nn.as_read` and `nn.apart`.
 
     Raises CheckpointError or ConfigError.
     """
     stage = stages.find(config, stage_name)
-    graph, shapes, _ = model.abstract(config, stage.lora)
+    graph, shapes, axes = model.abstract(config, stage.lora)
     v, dtype = model.make_vocab(config), config.frontend.get('dtype', 'bfloat16')
     if untrained:
-        params = jax.jit(lambda key: nn.as_read(model.init(config, key, stage.lora), dtype))(
-            jax.random.key(config.seed))
-        return LM(config, stage, v, graph, params, 0, workdir)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, stage.name), target)
-    data.same_codec(meta['data'], config)
-    return LM(config, stage, v, graph, nn.as_read(params, dtype), int(meta['step']), workdir)
+        params, step = jax.jit(lambda key: model.init(config, key, stage.lora))(
+            jax.random.key(config.seed)), 0
+    else:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+                              shapes)
+        params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, stage.name), target)
+        data.same_codec(meta['data'], config)
+        step = int(meta['step'])
+    params, axes = flatten(params), flatten(axes)
+    for path, x in params.items():      # one by one, or all would be there twice
+        params[path] = nn.apart(nn.as_read(path, x, dtype), axes[path])
+    return LM(config, stage, v, graph, unflatten(params), step, workdir)
 
 
 def prompt(vocab: Vocab, *parts) -> np.ndarray:

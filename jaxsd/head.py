@@ -218,11 +218,6 @@ class _Layer(nnx.Module):
         self.down = per_step((mlp,), (D,), ('mlp', 'embed'))
 
 
-def _each(dense: nn.Dense, slot):
-    """The weights of step `slot` (an index, or one index per step) of a stacked Dense."""
-    return jax.tree.map(lambda x: x[slot], dense)
-
-
 def _slots(step_weights, steps: int) -> tuple[int, ...]:
     """Which set of weights each step uses, of `max + 1` sets."""
     if step_weights == 'own':
@@ -309,22 +304,22 @@ class Depth(nnx.Module):
 
         def spread(x_PBTD):     # else the compiler has every device take the columns of all
             return place(x_PBTD, None, 'batch', 'column', 'width')
-        x = jax.vmap(lambda dense: dense(h_BTD))(_each(self.inputs, slots))
+        x = jax.vmap(lambda dense: dense(h_BTD))(nn.nth(self.inputs, slots))
         x = spread(x + jnp.stack([self._before(target, p, h_BTD.dtype, place)
                                   for p in range(P)]))
         causal = jnp.tril(jnp.ones((P, P), bool))
 
         def layer(x, block):
             y = block.norm_attention(x)
-            qkv = per_step(_each(block.qkv, slots), y)              # [P, B, T, 3, N, H]
+            qkv = per_step(nn.nth(block.qkv, slots), y)              # [P, B, T, 3, N, H]
             q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
             s = jnp.einsum('PBTNH,QBTNH->BTNPQ', q, k, preferred_element_type=jnp.float32)
             s = jnp.where(causal, s / jnp.sqrt(jnp.float32(q.shape[-1])), -1e30)
             o = jnp.einsum('BTNPQ,QBTNH->PBTNH', jax.nn.softmax(s, -1).astype(v.dtype), v)
-            x = spread(x + per_step(_each(block.out, slots), o))
+            x = spread(x + per_step(nn.nth(block.out, slots), o))
             y = block.norm_mlp(x)
-            return spread(x + nn.gated(y, lambda y: per_step(_each(block.gate_up, slots), y),
-                                       lambda y: per_step(_each(block.down, slots), y))), None
+            return spread(x + nn.gated(y, lambda y: per_step(nn.nth(block.gate_up, slots), y),
+                                       lambda y: per_step(nn.nth(block.down, slots), y))), None
         x, _ = jax.lax.scan(layer, x, self.blocks, unroll=nn.unroll(self.layers, place))
         return jax.vmap(lambda dense, x: dense(x))(self.outs, x)
 
@@ -381,23 +376,23 @@ class Depth(nnx.Module):
         values = jnp.zeros_like(keys)
         for p in range(P):
             before = self._before([c[:, None] for c in column], p, h_BD.dtype)[:, 0]
-            x = _each(self.inputs, self.slots[p])(h_BD) + before
+            x = nn.nth(self.inputs, self.slots[p])(h_BD) + before
             seen = jnp.arange(P) <= p
 
             def layer(x, kv, p=p, seen=seen):
                 block, k_PBNH, v_PBNH = kv
-                qkv = _each(block.qkv, self.slots[p])(block.norm_attention(x))
+                qkv = nn.nth(block.qkv, self.slots[p])(block.norm_attention(x))
                 q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
                 k_PBNH, v_PBNH = k_PBNH.at[p].set(k), v_PBNH.at[p].set(v)
                 s = jnp.einsum('BNH,PBNH->BNP', q, k_PBNH, preferred_element_type=jnp.float32)
                 s = jnp.where(seen, s / jnp.sqrt(jnp.float32(H)), -1e30)
                 o = jnp.einsum('BNP,PBNH->BNH', jax.nn.softmax(s, -1).astype(v.dtype), v_PBNH)
-                x = x + _each(block.out, self.slots[p])(o)
-                x = x + nn.gated(block.norm_mlp(x), _each(block.gate_up, self.slots[p]),
-                                 _each(block.down, self.slots[p]))
+                x = x + nn.nth(block.out, self.slots[p])(o)
+                x = x + nn.gated(block.norm_mlp(x), nn.nth(block.gate_up, self.slots[p]),
+                                 nn.nth(block.down, self.slots[p]))
                 return x, (k_PBNH, v_PBNH)
-            x, (keys, values) = jax.lax.scan(layer, x, (self.blocks, keys, values))
-            logits = _each(self.outs, p)(x).astype(jnp.float32)
+            x, (keys, values) = nn.each_layer(layer, x, self.blocks, keys, values)
+            logits = nn.nth(self.outs, p)(x).astype(jnp.float32)
             column.append(pick(p + 1, logits, _fold(key, p + 1))
                           + self.rows[p + 1].start)
         silent = [jnp.full((B,), NOTHING)] * (len(self.rows) - 1 - P)
@@ -447,7 +442,7 @@ class Group(_Beside):
                                    (*h.shape[:-1], *self.queries.shape))
         x = jnp.concatenate([self.inputs(h)[..., None, :], queries], axis=-2)
         x = self.within(x, jnp.ones((self.cells + 1,) * 2, bool))
-        return jnp.stack([_each(self.outs, m)(x[..., 1 + g, :]) for g, m in enumerate(self.maps)])
+        return jnp.stack([nn.nth(self.outs, m)(x[..., 1 + g, :]) for g, m in enumerate(self.maps)])
 
     def log_prob(self, h_BTD, target_BKT, embed_VD, key=None, place: Place = anywhere):
         del embed_VD, key

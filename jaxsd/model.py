@@ -43,6 +43,7 @@ class Model(nnx.Module):
         Of a head that speaks frames also `frames`, what it says in every column and what it should
         have said, both float32 [B, T, M], the column being predicted as its cells are.
         """
+        self = nn.together(self)
         h_BTD, beside = self.hidden(batch, place)
         target = place(next_column(batch['tokens']), 'batch', 'stream', 'column')
         logp, hit = self.head.log_prob(h_BTD, target, self.table, key, place)
@@ -53,6 +54,7 @@ class Model(nnx.Module):
 
     def scores(self, batch):
         """Per row, logits [B, T, V_row] for the column after each column (None: unpredicted)."""
+        self = nn.together(self)
         return self.head.scores(self.hidden(batch)[0], next_column(batch['tokens']), self.table)
 
     def step(self, tokens_BKT, where: Where, cache, key, pick, heard=None):

@@ -50,17 +50,15 @@ class Dense(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if hasattr(self, 'bias') else y
 
 
-def as_read(params: dict, dtype) -> dict:
-    """`params` with the kernels in `dtype`, the activations', to which they are cast at every use.
+def as_read(path: str, x, dtype):
+    """The parameter `x` of a path in `dtype`, the activations', if it is cast to that at every use.
 
-    For what only reads them, at half the bytes of each pass and to the same numbers. Tables, norms
+    For what only reads parameters: half the bytes of each pass, and the same numbers. Tables, norms
     and routers are added, scaled or multiplied in float32, and stay.
     """
-    def read(path, x):
-        names = [str(p.key) for p in path]
-        kernel = names[-1] in ('kernel', 'bias', 'lora_a', 'lora_b') or 'experts' in names
-        return x.astype(dtype) if kernel and 'router' not in names else x
-    return jax.tree_util.tree_map_with_path(read, params)
+    *within, name = path.split('/')
+    kernel = name in ('kernel', 'bias', 'lora_a', 'lora_b') or 'experts' in within
+    return x.astype(dtype) if kernel and 'router' not in within else x
 
 
 def add_lora(model, rank: int, scale: float, *, rngs) -> None:
@@ -386,3 +384,43 @@ def unroll(layers: int, place: Place) -> int:
     """How far a scan over layers is unrolled: whole on CPU, where XLA loses half its speed to the
     loop's copies, not at all on accelerators, where it costs compile time."""
     return layers if place.platform == 'cpu' else 1
+
+
+# A stream reads every weight once per column, and a slice of a stack would be copied first: there
+# stacks lie apart, a tuple of arrays in the place of one.
+
+def apart(x, axes: tuple[str, ...]):
+    """The array of a parameter whose own axes have these names, without the axes of stacks."""
+    return x if x.ndim == len(axes) else tuple(apart(part, axes) for part in x)
+
+
+def together(module):
+    """`module` with its stacks in one piece, as a whole batch goes through them."""
+    def whole(x):
+        return jnp.stack([whole(part) for part in x]) if isinstance(x, tuple) else x
+    return _by_parameter(whole, module)
+
+
+def nth(stack, n):
+    """Module `n` of a stack, which may lie apart; of one that does not also several at once."""
+    return _by_parameter(lambda x: x[n], stack)
+
+
+def _by_parameter(fn: Callable, module):
+    def of(v):
+        x = v.get_value()
+        new = fn(x)
+        return v if new is x else nnx.Param(new, **v.get_metadata())
+    return jax.tree.map(of, module, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def each_layer(step: Callable, carry, blocks, *beside):
+    """`jax.lax.scan` of step(carry, (block, *beside)), layer by layer where `blocks` lie apart."""
+    parts = jax.tree.leaves(blocks, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    if not isinstance(parts[0].get_value(), tuple):
+        return jax.lax.scan(step, carry, (blocks, *beside))
+    out = []
+    for n in range(len(parts[0].get_value())):
+        carry, y = step(carry, (nth(blocks, n), *(x[n] for x in beside)))
+        out.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *out)

@@ -74,5 +74,5 @@ class Within(nnx.Module):
             q, k, v = self._qkv(block, x, None)
             keys, values = keys.at[:, p].set(k[:, 0]), values.at[:, p].set(v[:, 0])
             return self._mix(block, x, q, keys, values, seen), (keys, values)
-        x, cache = jax.lax.scan(layer, x_BD[:, None], (self.blocks, *cache))
+        x, cache = nn.each_layer(layer, x_BD[:, None], self.blocks, *cache)
         return self.norm(x)[:, 0], cache

@@ -25,13 +25,14 @@ ROWS, COLUMNS = 16, 1250        # of moshi-finetune's example
 RANK = 128
 
 
-def training(config: str, nth: int, rows: int, columns: int):
+def training(config: str, nth: int, rows: int, columns: int, remat: str = 'full'):
     """What `jaxsd bench` finds of a config's nth stage at a batch of rows of columns."""
     def measure():
         from jaxsd import bench
         from jaxsd.config import overridden, read
         c = overridden(read(str(ROOT / config)), [
-            ('mesh.fsdp', '1'), ('columns', str(columns)), (f'stages[{nth}].batch', str(rows))])
+            ('mesh.fsdp', '1'), ('columns', str(columns)), ('backbone.remat', remat),
+            (f'stages[{nth}].batch', str(rows))])
         return bench.run(c, stage_name=c.stages[nth]['name'], steps=STEPS)
     return measure
 
@@ -79,7 +80,8 @@ def _frames(once):
 def _their_model(**options):
     import torch
     from moshi.models import loaders
-    lm = loaders.get_moshi_lm(None, device='meta', dtype=torch.bfloat16, lm_kwargs_overrides=options)
+    lm = loaders.get_moshi_lm(None, device='meta', dtype=torch.bfloat16,
+                              lm_kwargs_overrides=options)
     lm = lm.to_empty(device='cuda')
     with torch.no_grad():
         for x in lm.parameters():
@@ -142,8 +144,8 @@ CASES = {
     'adapt theirs': adapt_theirs,
     'frame': frame,
     'frame theirs': frame_theirs,
-    'moshi': training('configs/moshi.py:mine', 3, 8, 2048),
-    'llama': training('configs/spirit_lm.py', 0, 16, 2048),
+    'moshi': training('configs/moshi.py:mine', 3, 4, 2048),
+    'llama': training('configs/spirit_lm.py', 0, 4, 2048, remat='dots'),
 }
 
 

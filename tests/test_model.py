@@ -15,7 +15,7 @@ from small import BACKBONES, batch, built, config
 from jaxsd import config as configs
 from jaxsd import model, nn
 from jaxsd.config import override
-from jaxsd.stage import flatten
+from jaxsd.stage import flatten, unflatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 SYSTEMS = ('flat', 'streams')
@@ -265,15 +265,18 @@ def test_published_sizes_to_the_parameter():
 @pytest.mark.parametrize('system, kind', [
     ('flat', 'llama'), ('tied', 'qwen2'), ('streams', 'helium'), ('parallel', 'qwen3'),
     ('flat', 'mixtral')])
-def test_kernels_kept_as_they_are_read_change_no_score(system, kind):
+def test_parameters_as_a_stream_reads_them_change_no_score(system, kind):
     c = config(system, kind)
     c.frontend.dtype = 'bfloat16'
     lora = dict(rank=2, scale=2.0)
     graph, _, _ = model.abstract(c, lora)
     params = jax.tree.map(lambda x: x * 1.3, model.init(c, jax.random.key(1), lora))
-    kept = nn.as_read(params, 'bfloat16')
-    halved = {p for p, x in flatten(kept).items() if x.dtype == 'bfloat16'}
-    assert {p for p in flatten(params) if p.endswith('/kernel') and 'router' not in p} < halved
+    axes = flatten(model.abstract(c, lora)[2])
+    kept = {p: nn.as_read(p, x, 'bfloat16') for p, x in flatten(params).items()}
+    halved = {p for p, x in kept.items() if x.dtype == 'bfloat16'}
+    assert {p for p in kept if p.endswith('/kernel') and 'router' not in p} < halved
+    parts = {p: nn.apart(x, axes[p]) for p, x in kept.items()}
+    assert len(parts['backbone/blocks/q/kernel']) == c.backbone.layers
     scores = jax.jit(lambda params: nnx.merge(graph, params).scores(batch(c)))
-    for one, other in zip(scores(params), scores(kept), strict=True):
+    for one, other in zip(scores(params), scores(unflatten(parts)), strict=True):
         np.testing.assert_array_equal(one, other)
