@@ -59,7 +59,7 @@ def config_of(case: str):
         c = released.decoder(kind, **sizes, theta=1e4)
         c.codec = dict(name='kmeans', path='', frame_hz=25.0, size=510, codebooks=1)
         c.vocab = dict(name='line', text_tokens=3584, multiple=128)
-    c.columns = 512
+    c.columns, c.backbone.block_columns = 512, 128
     return c
 
 
@@ -124,17 +124,14 @@ def ours(case: str, folder: str):
 
 
 def _our_training(config, params, given):
-    import jax
     import numpy as np
     import released
 
-    from jaxsd import model, sharding, state, train
+    from jaxsd import state, train
     from jaxsd.stage import Stage
     stage = Stage(name='all', steps=1000, batch=4, data={}, lr=1e-4)
-    graph, target, by_path = state.abstract_state(config, stage, state.mesh_of(config))
+    step, target, by_path = train.step_on(config, stage, state.mesh_of(config))
     held = state.fresh_state(config, stage, target, by_path, params)
-    step = jax.jit(train.make_step(graph, model.objective_of(config), stage, by_path,
-                                   sharding.anywhere), donate_argnums=0)
     if given.ndim == 3:
         tokens = released.columns_of(config, given)
         late = np.array(released.late(config))[:, None]

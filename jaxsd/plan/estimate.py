@@ -19,7 +19,7 @@ from jaxsd import model, run, state, train
 from jaxsd.config import ConfigError, options_of, resolve
 from jaxsd.plan import targets, traffic, work
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)

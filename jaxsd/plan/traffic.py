@@ -14,6 +14,8 @@ import numpy as np
 BITS = {'pred': 8, 'token': 0, 'opaque': 0}
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
                'collective-permute', 'collective-broadcast')
+# On TPUs sums over slices go through the hosts: a program only sends its part and receives.
+BETWEEN_SLICES = 'between-slices'
 # What reads and writes no memory of its own: names, loops (their bodies are counted), hand-overs.
 FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional',
         'call', 'after-all', 'partition-id', 'replica-id', 'opt-barrier', 'add-dependency', 'iota')
@@ -38,7 +40,7 @@ class Collective(NamedTuple):
         n = len(self.group)
         if self.kind in ('collective-permute', 'collective-broadcast'):
             return float(self.bytes * self.times)
-        share = (n - 1) / n * (2 if self.kind == 'all-reduce' else 1)
+        share = (n - 1) / n * (2 if self.kind in ('all-reduce', BETWEEN_SLICES) else 1)
         return share * self.bytes * self.times
 
 
@@ -262,7 +264,9 @@ def read(text: str, devices: int) -> Traffic:
         return sum(operands) + written
 
     def walk(name: str, times: int, counted: bool, via: str = '') -> None:
-        for op in comps.get(name, ()):
+        for nth, op in enumerate(comps.get(name, ())):
+            if op.op == 'recv' and 'megascale' in op.rest:
+                _received(op, comps[name][nth + 1:], times)
             called = _called(op)
             kind, _, ending = op.op.rpartition('-')
             base = kind if ending in ('start', 'done') else op.op
@@ -286,6 +290,18 @@ def read(text: str, devices: int) -> Traffic:
                 bytes_of[product] += times * memory(op, called)
             for inner in called:
                 walk(inner, times, counted and inside, op.name)
+
+    def _received(op: _Op, after: list[_Op], times: int) -> None:
+        slices, last = re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{(?:\d+:)?(\d+)\}',
+                                 op.rest).groups()
+        waits = next((n for n, x in enumerate(after)
+                      if x.op == 'recv-done' and op.name in x.operands), 0)
+        busy = any(x.op in ('fusion', 'dot', 'convolution', 'custom-call', 'while')
+                   for x in after[:waits])
+        arrays = _ARRAY.match(op.type.lstrip('('))
+        found[op.name] = Collective(
+            BETWEEN_SLICES, size(arrays[0]), times,
+            tuple(n * (int(last) + 1) for n in range(len(slices.split(',')))), busy)
 
     def _note(op: _Op, kind: str, overlaps: bool, where: str, times: int) -> None:
         out, read_ = size(op.type), sum(size(types.get(n, '')) for n in op.operands)
