@@ -44,13 +44,11 @@ quickstart: env
 demos: env
 	@PYTHON='$(VENV)/bin/python' RUNS='$(RUNS)/demos' bash launch/demos.sh
 
-# As many processes as cores help, which take whole files: most of the time goes to compiling.
 test: env
-	'$(VENV)/bin/python' -m pytest -n 2 --dist loadfile
+	'$(VENV)/bin/python' -m pytest
 
 test-all: env
-	'$(VENV)/bin/python' -m pytest -n 2 --dist loadfile \
-		-m 'not peers and not plans and not slurm and not browser'
+	'$(VENV)/bin/python' -m pytest -m 'not peers and not plans and not slurm and not browser'
 
 # moshi pins older torch and numpy than it needs, jax2onnx an older orbax-checkpoint (which it does
 # not import), hence --no-deps, last, and their needs by hand.

@@ -558,7 +558,7 @@ class LM:
 
 def load(config, workdir: str, stage_name: str | None = None, *, untrained: bool = False) -> LM:
     """The newest sound checkpoint of a stage, or its model as the config's seed draws it, with
-    parameters as a stream reads them, see `nn.as_read` and `nn.apart`.
+    parameters as a stream reads them.
 
     Raises CheckpointError or ConfigError.
     """
@@ -575,10 +575,16 @@ def load(config, workdir: str, stage_name: str | None = None, *, untrained: bool
         params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, stage.name), target)
         data.same_codec(meta['data'], config)
         step = int(meta['step'])
+    return LM(config, stage, v, graph, streamed(params, axes, dtype), step, workdir)
+
+
+def streamed(params: dict, axes: dict, dtype='float32') -> dict:
+    """Parameters as a stream reads them, of the names of their `axes` (`model.abstract`) and the
+    dtype of activations: see `nn.as_read` and `nn.apart`. Whole batches take them as well."""
     params, axes = flatten(params), flatten(axes)
     for path, x in params.items():      # one by one, or all would be there twice
         params[path] = nn.apart(nn.as_read(path, x, dtype), axes[path])
-    return LM(config, stage, v, graph, unflatten(params), step, workdir)
+    return unflatten(params)
 
 
 def prompt(vocab: Vocab, *parts) -> np.ndarray:

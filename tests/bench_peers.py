@@ -85,8 +85,7 @@ def ours(case: str, folder: str):
     import numpy as np
     import released
 
-    from jaxsd import export, generate, model, nn
-    from jaxsd.stage import flatten, unflatten
+    from jaxsd import export, generate, model
     jax.config.update('jax_compilation_cache_dir', None)
     kind, config = CASES[case][0], config_of(case)
     params = jax.jit(lambda key: model.init(config, key))(jax.random.key(0))
@@ -97,9 +96,8 @@ def ours(case: str, folder: str):
     if kind == 'train':
         return _our_training(config, params, given)
     (graph, _, axes), v = model.abstract(config), model.make_vocab(config)
-    axes = flatten(axes)
-    params = unflatten({p: nn.apart(x, axes[p]) for p, x in flatten(params).items()})
-    speaker = generate.ready(graph, params, v, {}, config.backbone.get('window_columns'))
+    speaker = generate.ready(graph, generate.streamed(params, axes), v, {},
+                             config.backbone.get('window_columns'))
     if kind == 'speak':
         stream = None
 

@@ -26,7 +26,7 @@ SPREAD = Sampler(1.0)
 
 def speaker_of(system: str, kind: str, **samplers):
     c, graph, params = built(system, kind)
-    v = model.make_vocab(c)
+    v, params = model.make_vocab(c), generate.streamed(params, model.abstract(c)[2])
     return v, generate.ready(graph, params, v, samplers, c.backbone.get('window_columns'))
 
 

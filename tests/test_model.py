@@ -13,9 +13,9 @@ from flax import nnx
 from small import BACKBONES, batch, built, config
 
 from jaxsd import config as configs
-from jaxsd import model, nn
+from jaxsd import generate, model
 from jaxsd.config import override
-from jaxsd.stage import flatten, unflatten
+from jaxsd.stage import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 SYSTEMS = ('flat', 'streams')
@@ -271,12 +271,11 @@ def test_parameters_as_a_stream_reads_them_change_no_score(system, kind):
     lora = dict(rank=2, scale=2.0)
     graph, _, _ = model.abstract(c, lora)
     params = jax.tree.map(lambda x: x * 1.3, model.init(c, jax.random.key(1), lora))
-    axes = flatten(model.abstract(c, lora)[2])
-    kept = {p: nn.as_read(p, x, 'bfloat16') for p, x in flatten(params).items()}
-    halved = {p for p, x in kept.items() if x.dtype == 'bfloat16'}
-    assert {p for p in kept if p.endswith('/kernel') and 'router' not in p} < halved
-    parts = {p: nn.apart(x, axes[p]) for p, x in kept.items()}
-    assert len(parts['backbone/blocks/q/kernel']) == c.backbone.layers
+    parts = generate.streamed(params, model.abstract(c, lora)[2], 'bfloat16')
+    assert parts['backbone']['norm']['weight'].dtype == 'float32'
+    kernels = [x for p, x in flatten(parts).items() if p.endswith('/kernel') and 'router' not in p]
+    assert {x.dtype.name for x in jax.tree.leaves(kernels)} == {'bfloat16'}
+    assert len(parts['backbone']['blocks']['q']['kernel']) == c.backbone.layers
     scores = jax.jit(lambda params: nnx.merge(graph, params).scores(batch(c)))
-    for one, other in zip(scores(params), scores(unflatten(parts)), strict=True):
+    for one, other in zip(scores(params), scores(parts), strict=True):
         np.testing.assert_array_equal(one, other)
