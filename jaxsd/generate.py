@@ -575,16 +575,23 @@ def load(config, workdir: str, stage_name: str | None = None, *, untrained: bool
         params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, stage.name), target)
         data.same_codec(meta['data'], config)
         step = int(meta['step'])
-    return LM(config, stage, v, graph, streamed(params, axes, dtype), step, workdir)
+    params = flatten(params)        # held by nobody else: what is replaced is given back
+    _replace(params, flatten(axes), dtype)
+    return LM(config, stage, v, graph, unflatten(params), step, workdir)
 
 
 def streamed(params: dict, axes: dict, dtype='float32') -> dict:
     """Parameters as a stream reads them, of the names of their `axes` (`model.abstract`) and the
     dtype of activations: see `nn.as_read` and `nn.apart`. Whole batches take them as well."""
-    params, axes = flatten(params), flatten(axes)
-    for path, x in params.items():      # one by one, or all would be there twice
-        params[path] = nn.apart(nn.as_read(path, x, dtype), axes[path])
-    return unflatten(params)
+    flat = flatten(params)
+    _replace(flat, flatten(axes), dtype)
+    return unflatten(flat)
+
+
+def _replace(flat: dict, axes: dict, dtype) -> None:
+    """One by one and in place, or all would be there twice."""
+    for path, x in flat.items():
+        flat[path] = nn.apart(nn.as_read(path, x, dtype), axes[path])
 
 
 def prompt(vocab: Vocab, *parts) -> np.ndarray:

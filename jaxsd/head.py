@@ -311,7 +311,7 @@ class Depth(nnx.Module):
 
         def layer(x, block):
             y = block.norm_attention(x)
-            qkv = per_step(nn.nth(block.qkv, slots), y)              # [P, B, T, 3, N, H]
+            qkv = per_step(nn.nth(block.qkv, slots), y)            # [P, B, T, 3, N, H]
             q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
             s = jnp.einsum('PBTNH,QBTNH->BTNPQ', q, k, preferred_element_type=jnp.float32)
             s = jnp.where(causal, s / jnp.sqrt(jnp.float32(q.shape[-1])), -1e30)

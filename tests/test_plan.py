@@ -237,6 +237,32 @@ def test_the_text_of_an_accelerator():
     assert found.loops_once == 0
 
 
+SLICES = """ENTRY %main (x: f32[4,128]) -> f32[4,128] {
+  %x = f32[4,128]{1,0} parameter(0)
+  %after = token[] after-all()
+  %send = (f32[4,128]{1,0}, u32[], token[]) send(%x, %after), channel_id=2, ATTRIBUTES
+  %recv = (f32[4,128]{1,0}, u32[], token[]) recv(%after), channel_id=1, ATTRIBUTES
+  MEANWHILE
+  %sent = token[] send-done(%send), channel_id=2
+  %received = (f32[4,128]{1,0}, token[]) recv-done(%recv), channel_id=1
+  ROOT %sum = f32[4,128]{1,0} get-tuple-element(%received), index=0
+}"""
+
+
+@pytest.mark.parametrize('meanwhile, overlaps', [
+    ('', False), ('%y = f32[4,128]{1,0} fusion(%x), kind=kLoop, calls=%f', True)])
+@pytest.mark.parametrize('ids, slices, received', [('1,2', 2, 1.0), ('1,2,3,4', 4, 1.5)])
+def test_what_goes_between_slices(ids, slices, received, meanwhile, overlaps):
+    """A sum over n slices: 2 (n - 1) / n of its bytes, whatever the chips of a slice."""
+    text = SLICES.replace('MEANWHILE', meanwhile).replace(
+        'ATTRIBUTES', 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name='
+        f'"xla_megascale_runtime",_xla_megascale_target="{{{ids}}}x{{0:7}}"}}')
+    one, = traffic.read(text, 8 * slices).collectives
+    assert (one.kind, one.overlaps) == (traffic.BETWEEN_SLICES, overlaps)
+    assert one.group == tuple(range(0, 8 * slices, 8))
+    assert one.wire_bytes == received * 4 * 128 * 4
+
+
 def test_a_loop_that_tells_nothing_is_said():
     text = BY_HAND.replace('constant(32)', 'parameter(1)')
     assert traffic.read(text, 16).loops_once == 1

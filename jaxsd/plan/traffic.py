@@ -292,16 +292,15 @@ def read(text: str, devices: int) -> Traffic:
                 walk(inner, times, counted and inside, op.name)
 
     def _received(op: _Op, after: list[_Op], times: int) -> None:
-        slices, last = re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{(?:\d+:)?(\d+)\}',
-                                 op.rest).groups()
+        ids = re.search(r'_xla_megascale_target="\{([\d,]+)\}', op.rest)
+        slices = len(ids[1].split(',')) if ids else 2
         waits = next((n for n, x in enumerate(after)
                       if x.op == 'recv-done' and op.name in x.operands), 0)
         busy = any(x.op in ('fusion', 'dot', 'convolution', 'custom-call', 'while')
                    for x in after[:waits])
-        arrays = _ARRAY.match(op.type.lstrip('('))
-        found[op.name] = Collective(
-            BETWEEN_SLICES, size(arrays[0]), times,
-            tuple(n * (int(last) + 1) for n in range(len(slices.split(',')))), busy)
+        array = _ARRAY.match(op.type.lstrip('('))
+        found[op.name] = Collective(BETWEEN_SLICES, size(array[0]), times,
+                                    tuple(range(0, devices, devices // slices)), busy)
 
     def _note(op: _Op, kind: str, overlaps: bool, where: str, times: int) -> None:
         out, read_ = size(op.type), sum(size(types.get(n, '')) for n in op.operands)
