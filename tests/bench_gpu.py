@@ -7,10 +7,11 @@ Every case has the GPU for itself, in a process of its own. 'adapt' is moshi-fin
 (example/moshi_7B.yaml: rank 128 on every linear, 16 dialogues of 100 s, recomputed layers), ours by
 `jaxsd bench`, theirs by the package's LMModel as train.py steps it. 'frame' is one frame of one
 conversation, sampled, of a full window's ring: ours by the room that `talk` speaks from, theirs by
-LMGen, which captures CUDA graphs. Weights and codes are random.
+LMGen, which captures CUDA graphs. Weights and codes are random. 'attention' compares engines.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -65,6 +66,41 @@ def frame_theirs():
         out = speaker.step(heard[:, :, n:n + 1])
         return None if out is None else out.cpu()
     return _frames(once)
+
+
+def attention(implementation: str = 'cudnn'):
+    """The most that cuDNN's outputs and gradients on packed rows differ from those of the engine
+    'xla', as a share of the largest number; bfloat16, keys shared by two heads."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxsd import attention as engines
+    from jaxsd.types import Where
+    rng, T = np.random.default_rng(0), COLUMNS
+    q, k, v = (jnp.asarray(rng.normal(size=(2, T, heads, 128)), jnp.bfloat16)
+               for heads in (8, 4, 4))
+    column, segment = np.arange(T), np.where(np.arange(T) < 500, 1, 2)
+    segment[T - 50:] = 0
+    where = Where(*(jnp.tile(jnp.asarray(x, jnp.int32), (2, 1)) for x in (
+        np.where(segment == 2, column - 500, column), segment)))
+    found = {}
+    for window in (None, 700):
+        def loss(q, k, v, engine, window=window):
+            o = engine(q, k, v, where, where, engines.Part(0, 0, 1), window_columns=window,
+                       block_columns=512).astype(jnp.float32)
+            o = jnp.where((where.segment > 0)[:, :, None, None], o, 0)
+            return jnp.sum(o * jnp.sin(jnp.arange(o.size).reshape(o.shape))), o
+
+        def run(engine, loss=loss):
+            grads, o = jax.jit(jax.grad(lambda *x: loss(*x, engine), (0, 1, 2), has_aux=True))(
+                q, k, v)
+            return [np.asarray(x, np.float32) for x in (o, *grads)]
+        pairs = zip(run(engines.xla), run(
+            functools.partial(engines.cudnn, implementation=implementation)), strict=True)
+        found[f'window {window}'] = float(max(np.abs(a - b).max() / np.abs(a).max()
+                                              for a, b in pairs))
+    return found
 
 
 def _frames(once):
@@ -140,6 +176,7 @@ def adapt_theirs():
 
 
 CASES = {
+    'attention': attention,
     'adapt': training('configs/moshi.py:mine', 4, ROWS, COLUMNS),
     'adapt theirs': adapt_theirs,
     'frame': frame,
