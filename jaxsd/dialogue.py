@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxsd import data, generate, turns
+from jaxsd import data, generate, trained, turns
 from jaxsd.config import ConfigError, plain
 from jaxsd.layout import chunks, duplex
 from jaxsd.types import NOTHING, Record, positive
@@ -40,13 +40,13 @@ def layout_of(config, source: str) -> dict:
     return options
 
 
-def own_source(lm: generate.LM) -> str | None:
+def own_source(lm: trained.LM) -> str | None:
     """A source of two speakers, drawn as the stage was trained to talk; None if it has none."""
     def drawn(name):
         return plain(lm.config.data.sources[name]).get('layout') or plain(lm.config.layout)
-    trained = [n for n in lm.stage.data if drawn(n)['name'] in LAYOUTS]
-    own = [n for n in trained if drawn(n) == plain(lm.config.layout)]
-    return next(iter([*own, *trained]), None)
+    learned = [n for n in lm.stage.data if drawn(n)['name'] in LAYOUTS]
+    own = [n for n in learned if drawn(n) == plain(lm.config.layout)]
+    return next(iter([*own, *learned]), None)
 
 
 def tokens_of(record: Record, channel: int, layout: dict) -> np.ndarray:
@@ -56,7 +56,7 @@ def tokens_of(record: Record, channel: int, layout: dict) -> np.ndarray:
     return np.asarray(record.units[channel])[None]
 
 
-def talk(lm: generate.LM, heard: list[np.ndarray], layout: dict, *, batch: int = 16,
+def talk(lm: trained.LM, heard: list[np.ndarray], layout: dict, *, batch: int = 16,
          samplers: dict | None = None, key=None) -> list[Said]:
     """My side of conversations with each of `heard` [books, T]; greedy unless `samplers` say more.
 
@@ -67,7 +67,7 @@ def talk(lm: generate.LM, heard: list[np.ndarray], layout: dict, *, batch: int =
                  )[layout['name']]
     order = sorted(range(len(heard)), key=lambda i: heard[i].shape[1])     # little is padding
     out: list = [None] * len(heard)
-    for n, part in enumerate(generate.in_parts(order, batch)):
+    for n, part in enumerate(trained.in_parts(order, batch)):
         full = [heard[i] for i in part] + [heard[part[0]]] * (batch - len(part))   # few shapes
         said = speak(lm, lm.speaker(samplers), full, layout, jax.random.fold_in(key, n))
         for i, one in zip(part, said, strict=False):
@@ -83,16 +83,16 @@ def _columns(lm, speaker, heard, layout, key) -> list[Said]:
     for columns in generate.converse(speaker, plans, key=key):
         frames = columns.shape[1] - 1 - max(late)       # the last ones lack their late rows
         rows = duplex.undelay(columns, late)[:, :max(0, frames)]
-        out.append(Said(local(v, rows), generate.words_at(v, lm.text(), rows[0]) if written
+        out.append(Said(local(v, rows), trained.words_at(v, lm.text(), rows[0]) if written
                         else None))
     return out
 
 
-def delays(lm: generate.LM, layout: dict) -> tuple[int, ...]:
+def delays(lm: trained.LM, layout: dict) -> tuple[int, ...]:
     """Each row's delay in columns under `layout`."""
     if layout['name'] == 'duplex.units':
         return (0,) * len(lm.vocab.rows)
-    return generate.layout_delays(layout, lm.vocab)
+    return trained.layout_delays(layout, lm.vocab)
 
 
 def local(vocab, rows_KT: np.ndarray) -> np.ndarray:
@@ -118,7 +118,7 @@ def _flattened(lm, speaker, heard, layout, key) -> list[Said]:
         if 'text' in streams:
             line = np.full((len(cells), frames), NOTHING, np.int32)
             line[:, :count] = cells[:, at['text']:at['text'] + count]
-            words = generate.words_at(v, lm.text(), line.reshape(-1))
+            words = trained.words_at(v, lm.text(), line.reshape(-1))
         out.append(Said(codes[None], words))
     return out
 
@@ -150,7 +150,7 @@ def _spans(record: Record, channel: int) -> list[tuple[float, float]]:
     return [(t.start_s, t.end_s) for t in record.turns if t.channel == channel]
 
 
-def transcripts(lm: generate.LM, spoken: list[np.ndarray], source: str) -> list[str]:
+def transcripts(lm: trained.LM, spoken: list[np.ndarray], source: str) -> list[str]:
     """What each of `spoken` (codes [books, T]) says, written down by the model itself, greedily.
 
     source: one whose layout writes theirs, late, and leaves my rows empty.
@@ -168,8 +168,8 @@ def transcripts(lm: generate.LM, spoken: list[np.ndarray], source: str) -> list[
         plan[0, 1 + late[0]:] = generate.FREE
         plan[1:][plan[1:] == generate.FREE] = NOTHING
         plans.append(plan)
-    return [' '.join(w for _, w in generate.words_at(v, lm.text(), duplex.undelay(x, late)[0]))
-            for part in generate.in_parts(plans, 16) for x in generate.converse(lm.speaker(), part)]
+    return [' '.join(w for _, w in trained.words_at(v, lm.text(), duplex.undelay(x, late)[0]))
+            for part in trained.in_parts(plans, 16) for x in generate.converse(lm.speaker(), part)]
 
 
 def _figures(actives, theirs, words, records, hz, murmurs) -> dict[str, float]:
@@ -197,7 +197,7 @@ def _figures(actives, theirs, words, records, hz, murmurs) -> dict[str, float]:
     return out
 
 
-def turn_taking(lm: generate.LM, *, split: str, limit: int | None, source: str, batch: int = 16,
+def turn_taking(lm: trained.LM, *, split: str, limit: int | None, source: str, batch: int = 16,
                 murmurs: tuple[str, ...] = (), listener: str = '', probed: int = 0) -> dict:
     """The other's side of dialogues is played: who speaks when, and how is the other dealt with?
 

@@ -21,26 +21,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxsd import data, frames, generate, journal, likelier, model, reply, sharding, speak
+from jaxsd import data, frames, generate, journal, likelier, model, reply, sharding, trained
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind, plain, unknown
 from jaxsd.dialogue import turn_taking  # noqa: F401 - a task, found by its name here
 from jaxsd.layout import duplex, flat, framed, template
-from jaxsd.likelier import gold_pairs, pair_scores, preferred
+from jaxsd.likelier import cloze, matched, pairs, shares, stories
 from jaxsd.state import mesh_of
-from jaxsd.types import NOTHING, Record, positive
+from jaxsd.types import NOTHING, positive
 
 log = logging.getLogger('jaxsd')
-
-
-def shares(sums, of=()) -> dict[str, list[float]]:
-    """What each item adds to a metric that is the sum of `sums` over that of `of` (default: items).
-
-    Kept as `per_item` of a result, so that items can be drawn again (`ablate`).
-    """
-    return {k: [float(f'{x:.7g}') for x in values] for k, values in (('sum', sums), ('of', of))
-            if len(values)}
 
 
 # Likelihood.
@@ -70,7 +61,7 @@ def _likelihood(config, params, vocab, source, *, split, limit, batch, totals):
     return {name: s / weight_of[name] for name, s in sums.items() if weight_of[name] > 0}
 
 
-def likelihood(lm: generate.LM, *, split: str, limit: int | None, sources: tuple[str, ...],
+def likelihood(lm: trained.LM, *, split: str, limit: int | None, sources: tuple[str, ...],
                batch: int = 16) -> dict:
     """Nats per token and accuracy of every range of the line, per source; whole records, packed."""
     positive('evals.likelihood', batch=batch, sources=len(sources))
@@ -124,7 +115,7 @@ def probe(config, stage: stages.Stage):
             found = _likelihood(config, params, vocab, source, split='test', limit=64,
                                 batch=batch, totals=totals)
             out |= {f'{source}/{k}': x for k, x in found.items() if k.startswith('loss/')}
-        lm = generate.LM(config, stage, vocab, graph, params, step, '')
+        lm = trained.LM(config, stage, vocab, graph, params, step, '')
         for name, t in tasks.items():
             start = time.perf_counter()
             found = t(lm, split='test', limit=t.keywords['probed'])['metrics']
@@ -170,22 +161,22 @@ def errors_per_item(said: list[str], heard: list[str]) -> dict[str, dict]:
             'exact %': shares([100.0 * (a == b) for a, b in zip(said, heard, strict=True)])}
 
 
-def asr(lm: generate.LM, *, split: str, limit: int | None, source: str) -> dict:
+def asr(lm: trained.LM, *, split: str, limit: int | None, source: str) -> dict:
     """Word error rate of writing down held-out speech (jiwer), greedy.
 
     The floor is the same transcripts against other sentences, as in the tasks below.
     """
     records = list(data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit))
-    given, asked = generate.markers(lm.config, source)
+    given, asked = trained.markers(lm.config, source)
     units = [flat.speech_tokens(r.units[0], lm.vocab) for r in records]
-    heard = generate.transcribe(lm, units, given, asked)
+    heard = trained.transcribe(lm, units, given, asked)
     said = [_said(r) for r in records]
     return dict(metrics=beside_others(said, heard), items=len(records), judged=JUDGED_BY_WORDS,
                 per_item=errors_per_item(said, heard),
                 note='greedy; words pooled over sentences')
 
 
-def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener: str = 'asr'
+def tts(lm: trained.LM, *, split: str, limit: int | None, source: str, listener: str = 'asr'
         ) -> dict:
     """Round trip: text to units to the model's own transcript, as a word error rate.
 
@@ -193,8 +184,8 @@ def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener
     """
     records = list(data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit))
     said = [_said(r) for r in records]
-    spoken = generate.read_aloud(lm, said, *generate.markers(lm.config, source))
-    heard = generate.transcribe(lm, spoken, *generate.markers(lm.config, listener))
+    spoken = trained.read_aloud(lm, said, *trained.markers(lm.config, source))
+    heard = trained.transcribe(lm, spoken, *trained.markers(lm.config, listener))
     found = beside_others(said, heard)
     return dict(metrics={'round-trip WER %': found['WER %'],
                          'wrong-sentence WER %': found['wrong-sentence WER %']},
@@ -203,7 +194,7 @@ def tts(lm: generate.LM, *, split: str, limit: int | None, source: str, listener
                 note='greedy synthesis, transcribed by the same model')
 
 
-def listening(lm: generate.LM, *, split: str, limit: int | None, source: str, batch: int = 16
+def listening(lm: trained.LM, *, split: str, limit: int | None, source: str, batch: int = 16
               ) -> dict:
     """Word error rate of what is written while held-out speech is heard, a frame at a time, greedy.
 
@@ -217,15 +208,15 @@ def listening(lm: generate.LM, *, split: str, limit: int | None, source: str, ba
     if options['name'] != 'duplex.columns' or options.get('text') != 'theirs':
         raise ConfigError(f'listening: data.sources.{source} must be drawn by duplex.columns with '
                           "text='theirs'")
-    late = generate.layout_delays(options, v)
+    late = trained.layout_delays(options, v)
     records = list(data.examples(lm.config, split, source, vocab=v, limit=limit))
     records.sort(key=lambda r: r.codes.shape[-1])       # so that few columns are padding
     silent = [k for k, row in enumerate(v.rows) if row.name.startswith('mine')]
 
     def words(columns):
-        return ' '.join(w for _, w in generate.words_at(v, text, duplex.undelay(columns, late)[0]))
+        return ' '.join(w for _, w in trained.words_at(v, text, duplex.undelay(columns, late)[0]))
     said, heard = [], []
-    for part in generate.in_parts(records, batch):
+    for part in trained.in_parts(records, batch):
         plans = [generate.conversation_plan(v, r.codes[options['theirs']], late) for r in part]
         for plan in plans:
             plan[silent] = np.where(plan[silent] == generate.FREE, NOTHING, plan[silent])
@@ -236,38 +227,9 @@ def listening(lm: generate.LM, *, split: str, limit: int | None, source: str, ba
                 note='greedy, frame by frame; words pooled over records')
 
 
-# What was given, or another's.
-
-def matched(lm: generate.LM, *, split: str, limit: int | None, source: str, given: str = 'before',
-            batch: int = 16) -> dict:
-    """Is what follows likelier after what belongs to it than after what another record begins with?
-
-    given: 'before', a question or a text to be read, the columns before the first scored one;
-    'half', the first half of a record, whose last quarter is scored; or rows, by the first word of
-    their name: 'text' beside which a voice speaks, 'theirs' beside whom I do. nats: of the same
-    scored cells, by weight, upon their own and upon another's. right: how often their own is the
-    likelier; guessing makes 50. The other record is one in the same voice, where there is one.
-    """
-    positive('evals.matched', batch=batch)
-    records = reply.examples(lm, source, split=split, limit=limit)
-    # A model is not asked about columns further than it ever learned.
-    grids = [likelier.first(g, lm.config.columns) for g in reply.drawn(lm, source, records)[0]]
-    pairs = [likelier.given_another(*pair, given, lm.vocab.rows)
-             for pair in likelier.beside_another(records, grids)]
-    pairs = [pair for pair in pairs if pair[0].weights.any()]
-    if not pairs:
-        raise ConfigError(f'matched: split {split} of {source} has no two records that say '
-                          'different things')
-    own, wrong = (likelier.grid_scores(lm, list(x), batch=batch) for x in zip(*pairs, strict=True))
-    return dict(metrics={'right %': 100 * preferred(own, wrong), 'nats': -float(own.mean()),
-                         'nats/another': -float(wrong.mean())},
-                items=len(pairs), judged=('right %', 50.0), note='teacher-forced; given: '
-                f'{given}; right by guessing: 50 %')
-
-
 # Answers by a template.
 
-def exchanges(lm: generate.LM, *, split: str, limit: int | None, source: str,
+def exchanges(lm: trained.LM, *, split: str, limit: int | None, source: str,
             questions: str = 'grammar.json') -> dict:
     """Every question of held-out dialogues alone, answered by the source's template, greedily.
 
@@ -299,7 +261,7 @@ def exchanges(lm: generate.LM, *, split: str, limit: int | None, source: str,
         raise ConfigError(f'exchanges: split {split} of {source} asks no question of {questions}')
     start, size = v.ranges['text']
     heard, bounds = [], dict(text=48, speech=400, any=448)
-    for part in generate.in_parts(list(zip(prompts, steps, strict=True))):
+    for part in trained.in_parts(list(zip(prompts, steps, strict=True))):
         told = generate.follow(lm.speaker(), *map(list, zip(*part, strict=True)), v,
                                most_tokens=bounds)
         for out in told:
@@ -322,7 +284,7 @@ def exchanges(lm: generate.LM, *, split: str, limit: int | None, source: str,
 
 # Answers written and spoken side by side.
 
-def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
+def replies(lm: trained.LM, *, split: str, limit: int | None, source: str,
             most_columns: int = 128) -> dict:
     """Questions as `source` draws them: are they answered in the right words, and units?
 
@@ -365,7 +327,7 @@ def replies(lm: generate.LM, *, split: str, limit: int | None, source: str,
 
 # Sound that is no tokens.
 
-def sounds(lm: generate.LM, *, split: str, limit: int | None, source: str,
+def sounds(lm: trained.LM, *, split: str, limit: int | None, source: str,
            most_columns: int = 256) -> dict:
     """Frames that follow the true text of what `source` draws, against those that should.
 
@@ -390,7 +352,7 @@ def sounds(lm: generate.LM, *, split: str, limit: int | None, source: str,
                'length %': 100 * sum(map(len, said)) / sum(map(len, true))}
     if all('slot' in g.extra for g in grids):
         text, heard, written = lm.text(), [], []
-        for part in generate.in_parts(list(zip(records, grids, strict=True)), 16):
+        for part in trained.in_parts(list(zip(records, grids, strict=True)), 16):
             asked = [reply.asked(g) for _, g in part]
             asked += [asked[-1]] * (16 - len(part))
             found = reply.answer(lm.speaker(), [p for p, _ in asked], stop=reply.ended(v),
@@ -406,7 +368,7 @@ def sounds(lm: generate.LM, *, split: str, limit: int | None, source: str,
                 note='each frame read back before the next; floors: another record\'s')
 
 
-def refined(lm: generate.LM, *, split: str, limit: int | None, source: str,
+def refined(lm: trained.LM, *, split: str, limit: int | None, source: str,
             steps: tuple[int, ...] = (1, 2, 8)) -> dict:
     """Latents that the flow makes of true units, against true latents: what part of the units'
     error is left, in percent, in the columns that were not given.
@@ -437,158 +399,6 @@ def refined(lm: generate.LM, *, split: str, limit: int | None, source: str,
 def _prompt_s(config, source: str) -> float:
     layout = plain(config.data.sources[source]).get('layout') or plain(config.layout)
     return layout['prompt_s']
-
-
-# Continuations across modalities.
-
-def _split_story(record, unit_hz: float):
-    """(words of the first turn, its units, words of the second, its units) of a two-turn record."""
-    (_, _, end, _), (_, start, _, _) = record.turns[:2]
-    cut_s = (end + start) / 2
-    cut = round(cut_s * unit_hz)
-    units = record.units[0]
-    first = [w for w in record.words if w.start_s < cut_s]
-    second = [w for w in record.words if w.start_s >= cut_s]
-    return first, units[:cut], second, units[cut:]
-
-
-def stories(lm: generate.LM, *, split: str, limit: int | None, source: str = 'aligned',
-            norm: str = 'mean', scope: str = 'continuation', alone: bool = False) -> dict:
-    """Does the model know how a story goes on, across modalities? (arXiv 2402.05755 §4.1)
-
-    The first sentence is the prompt, written (T) or spoken (S), and the second is scored in either.
-    nats/A->B: mean nats per token of the true continuation. right/A->B: how often it is likelier
-    per token than the second sentence of another story told by the same voice.
-
-    norm: 'mean' per token or 'sum', which moves these figures by more than ten points. scope: what
-    is scored, the 'continuation' or 'full', all but BOS. alone: only ids of the continuation's
-    modality share the probability.
-    """
-    records = [r for r in data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit)
-               if len(r.turns) == 2]
-    if not records:
-        raise ConfigError(f'stories: split {split} of {source} has no record of two sentences')
-    parts = [_split_story(r, lm.config.codec.frame_hz) for r in records]
-    v = lm.vocab
-
-    def tokens(kind, words, units):
-        return flat.text_tokens(words, v) if kind == 'T' else flat.speech_tokens(units, v)
-
-    def rows(a, b):
-        for i, (words, units, *second) in enumerate(parts):
-            j = likelier.other(records, i, lambda r: r.turns[1].text)
-            first = tokens(a, words, units)
-            yield ((first, tokens(b, *second)),
-                   (first, tokens(b, *parts[i if j is None else j][2:])))
-    return dict(**_crossed(lm, rows, norm=norm, scope=scope, alone=alone),
-                items=len(records), **_told(norm, scope, 'second sentence'))
-
-
-def cloze(lm: generate.LM, *, split: str, limit: int | None, path: str, norm: str = 'mean',
-          scope: str = 'continuation', alone: bool = False) -> dict:
-    """StoryCloze, spoken and written: is a story's own ending likelier than the other one?
-
-    path: a directory with X_mutual, X_correct and X_incorrect, each as wav and txt, for every story
-    X, as the multi-speaker benchmark is published. Figures and options as in `stories`; from speech
-    to speech what precedes and an ending are encoded as one sound. `split` means nothing here.
-    """
-    del split
-    codec, v, text = bind(lm.config.codec, 'jaxsd.codec', 'codec')(), lm.vocab, lm.text()
-    names = sorted(n.removesuffix('_correct.wav') for n in os.listdir(path)
-                   if n.endswith('_correct.wav'))[:limit]
-    if not names:
-        raise ConfigError(f'cloze: {path} holds no X_correct.wav')
-
-    def sound(name):
-        return speak.read_wav(os.path.join(path, name + '.wav'),
-                              codec.identity['sample_rate_hz'])[0]
-
-    def units(wav):
-        return codec.encode(wav)[0]
-
-    def tokens(kind, name):
-        if kind == 'S':
-            return flat.speech_tokens(units(sound(name)), v)
-        with open(os.path.join(path, name + '.txt'), encoding='utf-8') as f:
-            return v.encode('text', [i for word in f.read().split() for i in text.encode(word)])
-
-    def rows(a, b):
-        for name in names:
-            if a == b == 'S':
-                first = sound(f'{name}_mutual')
-                n = len(units(first))
-                whole = [units(np.concatenate([first, sound(f'{name}_{end}')]))
-                         for end in ('correct', 'incorrect')]
-                yield tuple((flat.speech_tokens(x[:n], v), flat.speech_tokens(x[n:], v))
-                            for x in whole)
-            else:
-                first = tokens(a, f'{name}_mutual')
-                yield tuple((first, tokens(b, f'{name}_{end}')) for end in ('correct', 'incorrect'))
-    return dict(**_crossed(lm, rows, norm=norm, scope=scope, alone=alone),
-                items=len(names), **_told(norm, scope, 'ending'))
-
-
-def _crossed(lm: generate.LM, rows_of, *, norm: str, scope: str, alone: bool) -> dict:
-    """metrics and per_item: nats and right % from and to text (T) and speech (S).
-
-    rows_of(a, b): for each story ((ids of its beginning in a, of its true end in b), (the same,
-    of a wrong end)).
-    """
-    v, marker = lm.vocab, {'T': '[Text]', 'S': '[Speech]'}
-    metrics, per_item = {}, {}
-    for a in 'TS':
-        for b in 'TS':
-            legal = generate.allowed_ids(v, 'text' if b == 'T' else 'speech')
-            # A continuation in the same modality goes on without a new marker.
-            middle = [marker[b]] if a != b else []
-            rows = [(generate.prompt(v, marker[a], first, *middle), end)
-                    for pair in rows_of(a, b) for first, end in pair]
-            scores = pair_scores(lm, rows, norm=norm, scope=scope, legal=legal if alone else None)
-            good, bad = scores[0::2], scores[1::2]
-            metrics[f'nats/{a}->{b}'] = -float(np.mean(good))
-            metrics[f'right %/{a}->{b}'] = 100 * preferred(good, bad)
-            per_item |= {f'nats/{a}->{b}': shares(-good), f'right %/{a}->{b}': shares(
-                100 * np.where(good == bad, 0.5, good > bad))}
-    return dict(metrics=metrics, per_item=per_item)
-
-
-def _told(norm: str, scope: str, what: str) -> dict:
-    return dict(judged=('right %/S->T', 50.0), note=f'{norm} nats ({scope}) of the {what} given '
-                'what precedes it; T text, S speech')
-
-
-def pairs(lm: generate.LM, *, split: str, limit: int | None, path: str, source: str,
-          norm: str = 'mean', alone: bool = False) -> dict:
-    """Which of two recordings is likelier: words and non-words, grammatical and not (ZeroSpeech).
-
-    path: a directory with gold.csv and the wav files that it names. Each file is written as
-    `source` is drawn, and all of the row but BOS is scored. right: per item the mean over voices,
-    then over items, ties counting half. norm and alone: see `stories`. `split` means nothing here.
-    """
-    del split
-    codec = bind(lm.config.codec, 'jaxsd.codec', 'codec')()
-    gold = gold_pairs(os.path.join(path, 'gold.csv'))
-    items = dict(list(gold.items())[:limit])
-    rows = []
-    for files in items.values():
-        for name in (name for pair in files for name in pair):
-            file = os.path.join(path, name if name.endswith('.wav') else f'{name}.wav')
-            wav = speak.read_wav(file, codec.identity['sample_rate_hz'])
-            ids = data.drawn(lm.config, source, lm.vocab, Record(
-                name, 'pair', '', wav.shape[-1] / codec.identity['sample_rate_hz'],
-                units=(codec.encode(wav.mean(0))[0],))).tokens[0]
-            rows.append((ids[:1], ids[1:]))
-    legal = generate.allowed_ids(lm.vocab, 'speech') if alone else None
-    scores = pair_scores(lm, rows, norm=norm, scope='full', legal=legal)
-    by_item, at = [], 0
-    for files in items.values():
-        mine = scores[at:at + 2 * len(files)]
-        by_item.append(preferred(mine[0::2], mine[1::2]))
-        at += 2 * len(files)
-    return dict(metrics={'right %': 100 * float(np.mean(by_item))}, items=len(items),
-                judged=('right %', 50.0),
-                per_item={'right %': shares(100 * np.array(by_item))},
-                note=f'{norm} over the whole row; voices averaged first, ties count half')
 
 
 # Conversation.
@@ -655,7 +465,7 @@ def summary(found: list[tuple[str, Answer]]) -> tuple[dict, list[int]]:
                       for of in sorted({of for of, _ in found})}, latency
 
 
-def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batch: int = 16,
+def answers(lm: trained.LM, *, split: str, limit: int | None, source: str, batch: int = 16,
             questions: str = 'grammar.json') -> dict:
     """The user's side of held-out dialogues is played; are their questions answered, and when?
 
@@ -670,17 +480,17 @@ def answers(lm: generate.LM, *, split: str, limit: int | None, source: str, batc
     asked, kinds = questions_of(os.path.join(config.data.path, questions))
     records = list(data.examples(config, split, source, vocab=v, limit=limit))
     hz = config.codec.frame_hz
-    late = generate.layout_delays(plain(config.layout), v)
+    late = trained.layout_delays(plain(config.layout), v)
     speaker = lm.speaker()
     text = lm.text()
     records.sort(key=lambda r: r.codes.shape[-1])       # so that few columns are padding
     found = []
-    for part in generate.in_parts(records, batch):
+    for part in trained.in_parts(records, batch):
         plans = [generate.conversation_plan(v, r.codes[1], late) for r in part]
         plans += plans[:1] * (batch - len(part))
         filled = generate.converse(speaker, plans)
         for r, columns in zip(part, filled, strict=False):
-            said = generate.words_at(v, text, duplex.undelay(columns, late)[0])
+            said = trained.words_at(v, text, duplex.undelay(columns, late)[0])
             found += score_dialogue(said, r.turns, asked, kinds, hz)
     if not found:
         raise ConfigError(f'answers: split {split} of {source} asks no question of {questions}')
@@ -739,7 +549,7 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
     if not chosen:
         raise ConfigError('config.evals names no task')
     recorded(workdir)       # a file that cannot be added to is said before the work
-    lm = generate.load(config, workdir, stage_name, untrained=untrained)
+    lm = trained.load(config, workdir, stage_name, untrained=untrained)
     entries = []
     for name, task in chosen.items():
         log.info('evaluating %s on split %s', name, split)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsd import codec, generate, reply
+from jaxsd import codec, generate, reply, trained
 from jaxsd.config import ConfigError
 from jaxsd.generate import Speaker
 from jaxsd.layout import framed
@@ -142,11 +142,11 @@ def true_frames(grid: Grid) -> np.ndarray:
     return grid.extra['frames'][grid.extra['framed'] > 0]
 
 
-def spoken(lm: generate.LM, grids: list[Grid], *, most_columns: int, batch: int = 16
+def spoken(lm: trained.LM, grids: list[Grid], *, most_columns: int, batch: int = 16
            ) -> list[np.ndarray]:
     """The frames that follow what stands before the first frame of each grid, its text given."""
     marked, out = marks(lm.vocab), []
-    for part in generate.in_parts(grids, batch):
+    for part in trained.in_parts(grids, batch):
         part = [*part, *[part[-1]] * (batch - len(part))]
         firsts = [int(np.argmax(g.extra['framed'] > 0)) for g in part]
         heard = None
@@ -158,7 +158,7 @@ def spoken(lm: generate.LM, grids: list[Grid], *, most_columns: int, batch: int 
     return out[:len(grids)]
 
 
-def answered(lm: generate.LM, prompts: list[np.ndarray], heard=None, *, most_tokens: int = 64,
+def answered(lm: trained.LM, prompts: list[np.ndarray], heard=None, *, most_tokens: int = 64,
              most_columns: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(text ids with EOS, frames [n, M]): what is written after each prompt, and then spoken."""
     said = reply.answer(lm.speaker(), prompts, stop=reply.ended(lm.vocab), heard=heard,
@@ -173,11 +173,11 @@ def answered(lm: generate.LM, prompts: list[np.ndarray], heard=None, *, most_tok
     return [(w[0, p.shape[1]:], f) for p, w, f in zip(prompts, whole, frames, strict=True)]
 
 
-def refined(lm: generate.LM, grids: list[Grid], *, steps: int, batch: int = 16
+def refined(lm: trained.LM, grids: list[Grid], *, steps: int, batch: int = 16
             ) -> list[np.ndarray]:
     """Latents [n, W] of the sounds of grids, with what each is given."""
     out = []
-    for n, part in enumerate(generate.in_parts(grids, batch)):
+    for n, part in enumerate(trained.in_parts(grids, batch)):
         part = [*part, *[part[-1]] * (batch - len(part))]
         there = [g.extra['framed'] > 0 for g in part]
         counts = [int((g.weights[0][t] == 0).sum()) for g, t in zip(part, there, strict=True)]

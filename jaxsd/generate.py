@@ -9,7 +9,6 @@ writing down speech, reading text aloud, continuing either, and holding a conver
 loop with different plans.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -18,16 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsd import checkpoint, data, model, nn
-from jaxsd import stage as stages
-from jaxsd.config import ConfigError
-from jaxsd.layout import chunks, duplex, flat
-from jaxsd.stage import flatten, unflatten
+from jaxsd.layout import chunks, flat
 from jaxsd.types import NOTHING, Where
-from jaxsd.vocab import Text, Vocab, initial
+from jaxsd.vocab import Vocab, initial
 
 FREE = -2
 """In a plan: the model chooses this cell."""
+
+CHUNK = 64
+"""Columns of a conversation per dispatch: one program for dialogues of every length."""
 
 
 class Sampler(NamedTuple):
@@ -43,6 +41,14 @@ GREEDY = Sampler()
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def few(n: int) -> int:
+    """The first of 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640 ... that holds n.
+
+    Prompts that grow or differ in length take few programs, and at most a quarter of padding.
+    """
+    return _round_up(n, max(32, (1 << max(n - 1, 1).bit_length()) // 8))
 
 
 def draw(logits_BV, key, sampler: Sampler):
@@ -193,14 +199,14 @@ class Stream:
         self._step += n
         return keys
 
-    def first(self, prompts: list[np.ndarray], plan_BK, allowed=None, multiple: int = 1,
+    def first(self, prompts: list[np.ndarray], plan_BK, allowed=None, padded: int = 0,
               heard=None):
         """Reads `prompts` (each [K, T_i]) and returns the first decoded column [B, K].
 
-        The longest is padded to a `multiple` of columns, so that few programs are compiled.
+        They are padded to `padded` columns, or to the longest.
         heard: (feats [T_i, F], slot [T_i]) of each prompt, where the frontend has an encoder.
         """
-        longest = _round_up(max(p.shape[1] for p in prompts), multiple)
+        longest = max(padded, *(p.shape[1] for p in prompts))
         tokens, where, features = at_the_right(prompts, longest, heard)
         s = self._speaker
         self._column, self._ended, self._cache = _prefill(
@@ -247,15 +253,15 @@ def continue_prompts(speaker: Speaker, prompts: list[np.ndarray], vocab: Vocab, 
     """
     key = jax.random.key(0) if key is None else key
     rows = len(prompts)
-    padded = -(-rows // 8) * 8          # few shapes, few compilations
+    padded = min(1 << (rows - 1).bit_length(), _round_up(rows, 8))      # few shapes, few programs
     prompts = prompts + [prompts[-1]] * (padded - rows)
-    longest = _round_up(max(len(p) for p in prompts), 32)
+    longest = few(max(len(p) for p in prompts))
     stream = Stream(speaker, rows=padded, columns=longest + most_tokens + chunk, key=key)
     allowed = allowed_ids(vocab, kind, stop)
     allowed[list(also)] = True
     allowed = jnp.asarray(allowed)
     free = np.full((padded, 1), FREE, np.int32)
-    out = [np.asarray(stream.first([p[None] for p in prompts], free, allowed, multiple=32))[None]]
+    out = [np.asarray(stream.first([p[None] for p in prompts], free, allowed, longest))[None]]
     eos = vocab.specials['eos'] if stop is None else stop
     while sum(len(x) for x in out) < most_tokens:
         ended = (np.concatenate(out)[:, :, 0] == eos).any(0)
@@ -437,16 +443,16 @@ def converse(speaker: Speaker, plans: list[np.ndarray], *, key=None) -> list[np.
     The ring holds the backbone's window, so memory does not grow with the conversation.
     """
     key = jax.random.key(0) if key is None else key
-    longest = _round_up(max(p.shape[1] for p in plans), 64)
+    longest = 2 + _round_up(max(p.shape[1] for p in plans) - 2, CHUNK)
     batch = np.full((len(plans), plans[0].shape[0], longest), NOTHING, np.int32)
     for i, p in enumerate(plans):
         batch[i, :, :p.shape[1]] = p
-    ring = min(longest, speaker.window_columns or longest)
+    ring = min(few(longest), speaker.window_columns or few(longest))
     stream = Stream(speaker, rows=len(plans), columns=ring, key=key)
-    first = stream.first([b[:, :1] for b in batch], batch[:, :, 1])
-    rest = stream.more(np.moveaxis(batch[:, :, 2:], 2, 0))
-    filled = np.concatenate([batch[:, :, :1], np.asarray(first)[:, :, None],
-                             np.moveaxis(np.asarray(rest), 0, 2)], axis=2)
+    said = [np.asarray(stream.first([b[:, :1] for b in batch], batch[:, :, 1]))[None]]
+    for at in range(2, longest, CHUNK):
+        said.append(np.asarray(stream.more(np.moveaxis(batch[:, :, at:at + CHUNK], 2, 0))))
+    filled = np.concatenate([batch[:, :, :1], np.moveaxis(np.concatenate(said), 0, 2)], axis=2)
     return [filled[i, :, :p.shape[1]] for i, p in enumerate(plans)]
 
 
@@ -530,134 +536,3 @@ class Room:
                                       for k, d in enumerate(late)])
             self._frames[slot] += 1
         return out
-
-
-# A trained stage, and what it is asked to do.
-
-@dataclasses.dataclass(frozen=True)
-class LM:
-    """A trained stage, ready to score and to speak."""
-
-    config: object
-    stage: stages.Stage
-    vocab: Vocab
-    graph: nnx.GraphDef
-    params: dict
-    step: int
-    workdir: str
-
-    def speaker(self, samplers: dict | None = None) -> Speaker:
-        return ready(self.graph, self.params, self.vocab, samplers or {},
-                              self.config.backbone.get('window_columns'))
-
-    def text(self) -> Text:
-        if not self.vocab.tokenizer:
-            raise ConfigError('this config names no text tokenizer (vocab.tokenizer)')
-        return Text(self.vocab.tokenizer)
-
-
-def load(config, workdir: str, stage_name: str | None = None, *, untrained: bool = False) -> LM:
-    """The newest sound checkpoint of a stage, or its model as the config's seed draws it, with
-    parameters as a stream reads them.
-
-    Raises CheckpointError or ConfigError.
-    """
-    stage = stages.find(config, stage_name)
-    graph, shapes, axes = model.abstract(config, stage.lora)
-    v, dtype = model.make_vocab(config), config.frontend.get('dtype', 'bfloat16')
-    if untrained:
-        params, step = jax.jit(lambda key: model.init(config, key, stage.lora))(
-            jax.random.key(config.seed)), 0
-    else:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-                              shapes)
-        params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, stage.name), target)
-        data.same_codec(meta['data'], config)
-        step = int(meta['step'])
-    params = flatten(params)        # held by nobody else: what is replaced is given back
-    _replace(params, flatten(axes), dtype)
-    return LM(config, stage, v, graph, unflatten(params), step, workdir)
-
-
-def streamed(params: dict, axes: dict, dtype='float32') -> dict:
-    """Parameters as a stream reads them, of the names of their `axes` (`model.abstract`) and the
-    dtype of activations: see `nn.as_read` and `nn.apart`. Whole batches take them as well."""
-    flat = flatten(params)
-    _replace(flat, flatten(axes), dtype)
-    return unflatten(flat)
-
-
-def _replace(flat: dict, axes: dict, dtype) -> None:
-    """One by one and in place, or all would be there twice."""
-    for path, x in flat.items():
-        flat[path] = nn.apart(nn.as_read(path, x, dtype), axes[path])
-
-
-def prompt(vocab: Vocab, *parts) -> np.ndarray:
-    """BOS, then markers (by name) and id arrays, as one row. ConfigError for an unknown marker."""
-    for part in parts:
-        if isinstance(part, str) and part not in vocab.specials:
-            raise ConfigError(f'vocab.markers lacks {part}, which this task is asked with')
-    return np.concatenate([[vocab.specials['bos']]] + [
-        [vocab.specials[p]] if isinstance(p, str) else np.asarray(p, np.int32) for p in parts])
-
-
-def markers(config, source: str) -> tuple[str, str]:
-    """The two markers of a source that pairs fields: of what is given, of what is asked."""
-    layout = data.layout_of(config, source)
-    fields = layout.get('fields', ())
-    if len(fields) != 2:
-        raise ConfigError(f'data.sources.{source} must be drawn by two fields, got {fields}')
-    return tuple(layout.get('markers') or (flat.MARKERS[f] for f in fields))
-
-
-def in_parts(items, size: int = 32):
-    for i in range(0, len(items), size):
-        yield items[i:i + size]
-
-
-def transcribe(lm: LM, units: list[np.ndarray], given: str, asked: str,
-               most_tokens: int = 48) -> list[str]:
-    """What each run-length-free stretch of units (ids on the line) says, written down greedily."""
-    text, out = lm.text(), []
-    for part in in_parts(units):
-        prompts = [prompt(lm.vocab, given, u, asked) for u in part]
-        for ids in continue_prompts(lm.speaker(), prompts, lm.vocab, kind='text',
-                                             most_tokens=most_tokens):
-            out.append(text.decode(ids))
-    return out
-
-
-def read_aloud(lm: LM, texts: list[str], given: str, asked: str, *, most_tokens: int = 200,
-               sampler: Sampler = GREEDY, seed: int = 0) -> list[np.ndarray]:
-    """Units (ids on the line) of each text, read aloud."""
-    text, out = lm.text(), []
-    for n, part in enumerate(in_parts(texts)):
-        prompts = [prompt(lm.vocab, given, [i for w in t.split() for i in text.encode(w)], asked)
-                   for t in part]
-        out += continue_prompts(
-            lm.speaker({lm.vocab.rows[0].name: sampler}), prompts, lm.vocab, kind='speech',
-            most_tokens=most_tokens, key=jax.random.fold_in(jax.random.key(seed), n))
-    return out
-
-
-def layout_delays(layout: dict, vocab: Vocab) -> tuple[int, ...]:
-    """Each row's delay in columns under the options of a layout."""
-    return duplex.delays(vocab, acoustic_delay_columns=layout.get('acoustic_delay_columns', 1),
-                         text_delay_columns=layout.get('text_delay_columns', 0))
-
-
-def words_at(vocab: Vocab, text: Text, row: np.ndarray) -> list[tuple[int, str]]:
-    """(first frame, word) of every word in an undelayed text row [T] (ids on the line)."""
-    start = vocab.ranges['text'][0]
-    quiet = {vocab.specials.get(k) for k in ('pad', 'epad', 'bos', 'eos')}
-    words: list[tuple[int, list[int]]] = []
-    for t, token in enumerate(row):
-        local = int(token) - start
-        if token < 0 or local in quiet or local >= text.size:
-            continue
-        if text.piece(local).startswith('\u2581') or not words:
-            words.append((t, []))
-        words[-1][1].append(local)
-    return [(t, text.decode(ids)) for t, ids in words]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of two is likelier: the scores behind every choice between a right and a wrong one.
+"""Which of two is likelier: the scores behind every choice between a right and a wrong one, and the
+tasks of `evaluate` that are such a choice.
 
 A model is asked nothing here and says nothing: it is shown both and tells how probable it finds
 them, word against non-word, a story's own end against another's, an answer after its question
@@ -9,15 +10,26 @@ against the same answer after somebody else's.
 import copy
 import csv
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsd import data, generate, model, packing
-from jaxsd.config import ConfigError
-from jaxsd.types import NOTHING, Grid, Record
+from jaxsd import data, generate, model, packing, reply, speak, trained
+from jaxsd.config import ConfigError, bind
+from jaxsd.layout import flat
+from jaxsd.types import NOTHING, Grid, Record, positive
+
+
+def shares(sums, of=()) -> dict[str, list[float]]:
+    """What each item adds to a metric that is the sum of `sums` over that of `of` (default: items).
+
+    Kept as `per_item` of a result, so that items can be drawn again (`ablate`).
+    """
+    return {k: [float(f'{x:.7g}') for x in values] for k, values in (('sum', sums), ('of', of))
+            if len(values)}
 
 
 def sequence_score(logp_KT, weights_KT, norm: str) -> float:
@@ -37,7 +49,7 @@ def preferred(good, bad) -> float:
     return float(np.mean(np.where(good == bad, 0.5, good > bad)))
 
 
-def pair_scores(lm: generate.LM, rows, *, norm: str, scope: str, legal=None, batch: int = 32
+def pair_scores(lm: trained.LM, rows, *, norm: str, scope: str, legal=None, batch: int = 32
                 ) -> np.ndarray:
     """`sequence_score` of each (prompt, continuation): ids of one row.
 
@@ -58,7 +70,7 @@ def pair_scores(lm: generate.LM, rows, *, norm: str, scope: str, legal=None, bat
         found = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)
         return jnp.pad(found[..., 0], ((0, 0), (1, 0)))[:, None]
     out = []
-    for part in generate.in_parts(rows, batch):
+    for part in trained.in_parts(rows, batch):
         tokens = np.full((batch, 1, columns), NOTHING, np.int32)
         weights = np.zeros((batch, 1, columns), np.float32)
         for i, (prompt, continuation) in enumerate(part):
@@ -113,13 +125,13 @@ def whole(config, stage):
     return model.abstract(config, stage.lora)[0]
 
 
-def grid_scores(lm: generate.LM, grids: list[Grid], *, batch: int) -> np.ndarray:
+def grid_scores(lm: trained.LM, grids: list[Grid], *, batch: int) -> np.ndarray:
     """The mean log-probability of each grid's scored cells, by their weights; grids not packed."""
     graph = whole(lm.config, lm.stage)
     logp_of = jax.jit(lambda params, arrays: nnx.merge(graph, params)(arrays, jax.random.key(0))[0])
     extras = data.extras(lm.config, dataclasses.asdict(lm.stage))
     columns, out = -(-max(g.tokens.shape[1] for g in grids) // 64) * 64, []
-    for part in generate.in_parts(grids, batch):
+    for part in trained.in_parts(grids, batch):
         rows = [packing.lay([(g, g.tokens.shape[1])], streams=len(lm.vocab.rows), columns=columns,
                             extras=extras) for g in part]
         rows += rows[-1:] * (batch - len(part))         # few shapes, few compilations
@@ -187,3 +199,184 @@ def given_another(grid: Grid, wrong: Grid, given: str, rows) -> tuple[Grid, Grid
                           for k, x in g.extra.items()})
         return out
     return upon(grid), upon(wrong)
+
+
+# What was given, or another's.
+
+def matched(lm: trained.LM, *, split: str, limit: int | None, source: str, given: str = 'before',
+            batch: int = 16) -> dict:
+    """Is what follows likelier after what belongs to it than after what another record begins with?
+
+    given: 'before', a question or a text to be read, the columns before the first scored one;
+    'half', the first half of a record, whose last quarter is scored; or rows, by the first word of
+    their name: 'text' beside which a voice speaks, 'theirs' beside whom I do. nats: of the same
+    scored cells, by weight, upon their own and upon another's. right: how often their own is the
+    likelier; guessing makes 50. The other record is one in the same voice, where there is one.
+    """
+    positive('evals.matched', batch=batch)
+    records = reply.examples(lm, source, split=split, limit=limit)
+    # A model is not asked about columns further than it ever learned.
+    grids = [first(g, lm.config.columns) for g in reply.drawn(lm, source, records)[0]]
+    pairs = [given_another(*pair, given, lm.vocab.rows)
+             for pair in beside_another(records, grids)]
+    pairs = [pair for pair in pairs if pair[0].weights.any()]
+    if not pairs:
+        raise ConfigError(f'matched: split {split} of {source} has no two records that say '
+                          'different things')
+    own, wrong = (grid_scores(lm, list(x), batch=batch) for x in zip(*pairs, strict=True))
+    return dict(metrics={'right %': 100 * preferred(own, wrong), 'nats': -float(own.mean()),
+                         'nats/another': -float(wrong.mean())},
+                items=len(pairs), judged=('right %', 50.0), note='teacher-forced; given: '
+                f'{given}; right by guessing: 50 %')
+
+
+# Continuations across modalities.
+
+def _split_story(record, unit_hz: float):
+    """(words of the first turn, its units, words of the second, its units) of a two-turn record."""
+    (_, _, end, _), (_, start, _, _) = record.turns[:2]
+    cut_s = (end + start) / 2
+    cut = round(cut_s * unit_hz)
+    units = record.units[0]
+    first = [w for w in record.words if w.start_s < cut_s]
+    second = [w for w in record.words if w.start_s >= cut_s]
+    return first, units[:cut], second, units[cut:]
+
+
+def stories(lm: trained.LM, *, split: str, limit: int | None, source: str = 'aligned',
+            norm: str = 'mean', scope: str = 'continuation', alone: bool = False) -> dict:
+    """Does the model know how a story goes on, across modalities? (arXiv 2402.05755 §4.1)
+
+    The first sentence is the prompt, written (T) or spoken (S), and the second is scored in either.
+    nats/A->B: mean nats per token of the true continuation. right/A->B: how often it is likelier
+    per token than the second sentence of another story told by the same voice.
+
+    norm: 'mean' per token or 'sum', which moves these figures by more than ten points. scope: what
+    is scored, the 'continuation' or 'full', all but BOS. alone: only ids of the continuation's
+    modality share the probability.
+    """
+    records = [r for r in data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit)
+               if len(r.turns) == 2]
+    if not records:
+        raise ConfigError(f'stories: split {split} of {source} has no record of two sentences')
+    parts = [_split_story(r, lm.config.codec.frame_hz) for r in records]
+    v = lm.vocab
+
+    def tokens(kind, words, units):
+        return flat.text_tokens(words, v) if kind == 'T' else flat.speech_tokens(units, v)
+
+    def rows(a, b):
+        for i, (words, units, *second) in enumerate(parts):
+            j = other(records, i, lambda r: r.turns[1].text)
+            first = tokens(a, words, units)
+            yield ((first, tokens(b, *second)),
+                   (first, tokens(b, *parts[i if j is None else j][2:])))
+    return dict(**_crossed(lm, rows, norm=norm, scope=scope, alone=alone),
+                items=len(records), **_told(norm, scope, 'second sentence'))
+
+
+def cloze(lm: trained.LM, *, split: str, limit: int | None, path: str, norm: str = 'mean',
+          scope: str = 'continuation', alone: bool = False) -> dict:
+    """StoryCloze, spoken and written: is a story's own ending likelier than the other one?
+
+    path: a directory with X_mutual, X_correct and X_incorrect, each as wav and txt, for every story
+    X, as the multi-speaker benchmark is published. Figures and options as in `stories`; from speech
+    to speech what precedes and an ending are encoded as one sound. `split` means nothing here.
+    """
+    del split
+    codec, v, text = bind(lm.config.codec, 'jaxsd.codec', 'codec')(), lm.vocab, lm.text()
+    names = sorted(n.removesuffix('_correct.wav') for n in os.listdir(path)
+                   if n.endswith('_correct.wav'))[:limit]
+    if not names:
+        raise ConfigError(f'cloze: {path} holds no X_correct.wav')
+
+    def sound(name):
+        return speak.read_wav(os.path.join(path, name + '.wav'),
+                              codec.identity['sample_rate_hz'])[0]
+
+    def units(wav):
+        return codec.encode(wav)[0]
+
+    def tokens(kind, name):
+        if kind == 'S':
+            return flat.speech_tokens(units(sound(name)), v)
+        with open(os.path.join(path, name + '.txt'), encoding='utf-8') as f:
+            return v.encode('text', [i for word in f.read().split() for i in text.encode(word)])
+
+    def rows(a, b):
+        for name in names:
+            if a == b == 'S':
+                first = sound(f'{name}_mutual')
+                n = len(units(first))
+                whole = [units(np.concatenate([first, sound(f'{name}_{end}')]))
+                         for end in ('correct', 'incorrect')]
+                yield tuple((flat.speech_tokens(x[:n], v), flat.speech_tokens(x[n:], v))
+                            for x in whole)
+            else:
+                first = tokens(a, f'{name}_mutual')
+                yield tuple((first, tokens(b, f'{name}_{end}')) for end in ('correct', 'incorrect'))
+    return dict(**_crossed(lm, rows, norm=norm, scope=scope, alone=alone),
+                items=len(names), **_told(norm, scope, 'ending'))
+
+
+def _crossed(lm: trained.LM, rows_of, *, norm: str, scope: str, alone: bool) -> dict:
+    """metrics and per_item: nats and right % from and to text (T) and speech (S).
+
+    rows_of(a, b): for each story ((ids of its beginning in a, of its true end in b), (the same,
+    of a wrong end)).
+    """
+    v, marker = lm.vocab, {'T': '[Text]', 'S': '[Speech]'}
+    metrics, per_item = {}, {}
+    for a in 'TS':
+        for b in 'TS':
+            legal = generate.allowed_ids(v, 'text' if b == 'T' else 'speech')
+            # A continuation in the same modality goes on without a new marker.
+            middle = [marker[b]] if a != b else []
+            rows = [(trained.prompt(v, marker[a], first, *middle), end)
+                    for pair in rows_of(a, b) for first, end in pair]
+            scores = pair_scores(lm, rows, norm=norm, scope=scope, legal=legal if alone else None)
+            good, bad = scores[0::2], scores[1::2]
+            metrics[f'nats/{a}->{b}'] = -float(np.mean(good))
+            metrics[f'right %/{a}->{b}'] = 100 * preferred(good, bad)
+            per_item |= {f'nats/{a}->{b}': shares(-good), f'right %/{a}->{b}': shares(
+                100 * np.where(good == bad, 0.5, good > bad))}
+    return dict(metrics=metrics, per_item=per_item)
+
+
+def _told(norm: str, scope: str, what: str) -> dict:
+    return dict(judged=('right %/S->T', 50.0), note=f'{norm} nats ({scope}) of the {what} given '
+                'what precedes it; T text, S speech')
+
+
+def pairs(lm: trained.LM, *, split: str, limit: int | None, path: str, source: str,
+          norm: str = 'mean', alone: bool = False) -> dict:
+    """Which of two recordings is likelier: words and non-words, grammatical and not (ZeroSpeech).
+
+    path: a directory with gold.csv and the wav files that it names. Each file is written as
+    `source` is drawn, and all of the row but BOS is scored. right: per item the mean over voices,
+    then over items, ties counting half. norm and alone: see `stories`. `split` means nothing here.
+    """
+    del split
+    codec = bind(lm.config.codec, 'jaxsd.codec', 'codec')()
+    gold = gold_pairs(os.path.join(path, 'gold.csv'))
+    items = dict(list(gold.items())[:limit])
+    rows = []
+    for files in items.values():
+        for name in (name for pair in files for name in pair):
+            file = os.path.join(path, name if name.endswith('.wav') else f'{name}.wav')
+            wav = speak.read_wav(file, codec.identity['sample_rate_hz'])
+            ids = data.drawn(lm.config, source, lm.vocab, Record(
+                name, 'pair', '', wav.shape[-1] / codec.identity['sample_rate_hz'],
+                units=(codec.encode(wav.mean(0))[0],))).tokens[0]
+            rows.append((ids[:1], ids[1:]))
+    legal = generate.allowed_ids(lm.vocab, 'speech') if alone else None
+    scores = pair_scores(lm, rows, norm=norm, scope='full', legal=legal)
+    by_item, at = [], 0
+    for files in items.values():
+        mine = scores[at:at + 2 * len(files)]
+        by_item.append(preferred(mine[0::2], mine[1::2]))
+        at += 2 * len(files)
+    return dict(metrics={'right %': 100 * float(np.mean(by_item))}, items=len(items),
+                judged=('right %', 50.0),
+                per_item={'right %': shares(100 * np.array(by_item))},
+                note=f'{norm} over the whole row; voices averaged first, ties count half')

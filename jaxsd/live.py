@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxsd import generate
+from jaxsd import generate, trained
 from jaxsd.codec import Codec
 from jaxsd.config import ConfigError, plain
 
@@ -77,7 +77,7 @@ class Voice:
 class Talk:
     """One conversation: `hear` pieces of sound, and get sound and words back."""
 
-    def __init__(self, lm: generate.LM, codec: Codec):
+    def __init__(self, lm: trained.LM, codec: Codec):
         self._lm, self._rows = lm, lm.vocab.rows
         self._ear, self._voice, self._text = Ear(codec), Voice(codec), lm.text()
         self._mine = [k for k, row in enumerate(self._rows) if row.name.startswith('mine')]
@@ -101,7 +101,7 @@ class Talk:
         """A word is complete when another one begins, or padding follows: who listens along cannot
         know that it will go on after a pause, and hears the rest as a word of its own."""
         done = []
-        found = generate.words_at(self._lm.vocab, self._text, np.array([token]))
+        found = trained.words_at(self._lm.vocab, self._text, np.array([token]))
         piece = token - self._lm.vocab.ranges['text'][0]
         if self._word and (not found or self._text.piece(piece).startswith('\u2581')):
             done = [(self._began / self.hz, self._text.decode(self._word))]
@@ -113,21 +113,21 @@ class Talk:
         return done
 
 
-def room(lm: generate.LM, *, slots: int, samplers: dict, seed: int = 0) -> generate.Room:
+def room(lm: trained.LM, *, slots: int, samplers: dict, seed: int = 0) -> generate.Room:
     """A room for `slots` conversations, compiled. Raises ConfigError for other layouts."""
     layout = plain(lm.config.layout)
     if layout['name'] != 'duplex.columns':
         raise ConfigError(f'{layout["name"]} does not talk frame by frame; duplex.columns does')
     if lm.config.codec.name == 'mimi':
         raise ConfigError('codec mimi is not heard frame by frame here; give --input a whole file')
-    made = generate.Room(lm.speaker(samplers), generate.layout_delays(layout, lm.vocab),
+    made = generate.Room(lm.speaker(samplers), trained.layout_delays(layout, lm.vocab),
                          slots=slots, columns=lm.config.columns, key=jax.random.key(seed))
     for _ in range(2):      # compiles, for what comes first and for what comes from a step
         made.step({})
     return made
 
 
-def stream(lm: generate.LM, codec: Codec, pieces, samplers: dict, seed: int,
+def stream(lm: trained.LM, codec: Codec, pieces, samplers: dict, seed: int,
            say: Callable[[np.ndarray, list[tuple[float, str]]], None]) -> dict[str, float]:
     """Talks to `pieces` of sound until they end; `say` gets each frame of sound and new words.
 
@@ -158,7 +158,7 @@ class Lobby:
     Threads of listeners `enter`, `hear` and `leave`; one thread runs `serve`.
     """
 
-    def __init__(self, lm: generate.LM, codec: Codec, *, slots: int, samplers: dict, seed: int = 0):
+    def __init__(self, lm: trained.LM, codec: Codec, *, slots: int, samplers: dict, seed: int = 0):
         self._room = room(lm, slots=slots, samplers=samplers, seed=seed)
         self._lm, self._codec, self.slots = lm, codec, slots
         self._lock = threading.Condition()

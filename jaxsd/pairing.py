@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxsd import data, evaluate, generate, model
+from jaxsd import data, evaluate, model, trained
 from jaxsd.config import ConfigError, bind, plain
 from jaxsd.layout import template
 from jaxsd.types import NOTHING, Grid, Record, Turn, positive
@@ -59,7 +59,7 @@ def matched(found: list[tuple]) -> list[tuple]:
     return out
 
 
-def log_likelihoods(lm: generate.LM, grids: list[Grid], batch: int) -> np.ndarray:
+def log_likelihoods(lm: trained.LM, grids: list[Grid], batch: int) -> np.ndarray:
     """float64 [N]: of all cells of each grid that are scored, each counted once."""
     whole = copy.deepcopy(lm.config)
     if 'fraction' in whole.head:
@@ -68,7 +68,7 @@ def log_likelihoods(lm: generate.LM, grids: list[Grid], batch: int) -> np.ndarra
     columns = -(-max(g.tokens.shape[1] for g in grids) // 64) * 64
     logp_of = jax.jit(lambda params, arrays: nnx.merge(graph, params)(arrays, jax.random.key(0))[0])
     out = []
-    for part in generate.in_parts(grids, batch):
+    for part in trained.in_parts(grids, batch):
         tokens = np.full((batch, len(lm.vocab.rows), columns), NOTHING, np.int32)
         weights = np.zeros(tokens.shape, np.float32)
         segment = np.zeros((batch, columns), np.int32)
@@ -98,7 +98,7 @@ def first_sound(true: Grid, other: Grid, vocab, ends: float | None) -> float:
     return float((at[0] if at.size else n) - end)
 
 
-def pairings(lm: generate.LM, *, split: str, limit: int | None, source: str, clock: bool = False,
+def pairings(lm: trained.LM, *, split: str, limit: int | None, source: str, clock: bool = False,
              batch: int = 16, questions: str = 'grammar.json') -> dict:
     """Are the right answers to two questions likelier than each other's? Chance is 50.
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxsd import data, generate
+from jaxsd import data, trained
 from jaxsd.config import ConfigError, bind
-from jaxsd.generate import FREE, Manners, Speaker, Stream
+from jaxsd.generate import FREE, Manners, Speaker, Stream, few
 from jaxsd.layout import parallel
 from jaxsd.types import NOTHING, Grid, Record
 from jaxsd.vocab import Vocab, initial
@@ -43,9 +43,9 @@ def answer(speaker: Speaker, prompts: list[np.ndarray], *, stop: Callable, most_
     key = jax.random.key(0) if key is None else key
     rows = len(speaker.rows)
     plan = np.full((len(prompts), rows), FREE, np.int32) if plan is None else plan
-    longest = max(p.shape[1] for p in prompts)
+    longest = few(max(p.shape[1] for p in prompts))
     stream = Stream(speaker, rows=len(prompts), columns=longest + most_columns + chunk, key=key)
-    out = [np.asarray(stream.first(prompts, plan, heard=heard))[None]]
+    out = [np.asarray(stream.first(prompts, plan, padded=longest, heard=heard))[None]]
     while True:
         said = np.moveaxis(np.concatenate(out), 0, 2)[wanted]       # [B, K, n]
         lengths = [stop(x) for x in said]
@@ -153,7 +153,7 @@ def spoken(config, layout: dict, vocab: Vocab, columns_KT: np.ndarray) -> np.nda
     return codes[:, :int(np.argmax(over)) if over.any() else frames]
 
 
-def drawn(lm: generate.LM, source: str, records: list[Record]) -> tuple[list[Grid], dict]:
+def drawn(lm: trained.LM, source: str, records: list[Record]) -> tuple[list[Grid], dict]:
     """The grids of `records` as `source` draws them, and that layout's options."""
     options = data.layout_of(lm.config, source)
     make = bind(options, 'jaxsd.layout', f'data.sources.{source}.layout', given=('vocab', 'rng'))
@@ -161,7 +161,7 @@ def drawn(lm: generate.LM, source: str, records: list[Record]) -> tuple[list[Gri
     return grids, options
 
 
-def replies(lm: generate.LM, grids: list[Grid], layout: dict, *, most_columns: int,
+def replies(lm: trained.LM, grids: list[Grid], layout: dict, *, most_columns: int,
             batch: int = 16) -> list[tuple[list[int], np.ndarray]]:
     """(text ids, codes [books, frames]) of the answer to each grid's question, greedy.
 
@@ -174,7 +174,7 @@ def replies(lm: generate.LM, grids: list[Grid], layout: dict, *, most_columns: i
     v, out = lm.vocab, []
     speaker = lm.speaker()._replace(manners=manners_of(v))
     paired = 'answer' in v.specials and bool(speaker.manners.ends) and layout.get('said') != 'text'
-    for part in generate.in_parts(grids, batch):
+    for part in trained.in_parts(grids, batch):
         part = [*part, *[part[-1]] * (batch - len(part))]       # few shapes, few compilations
         prompts, heard = (list(x) for x in zip(*map(asked, part), strict=True))
         heard = None if None in heard else heard
@@ -189,7 +189,7 @@ def replies(lm: generate.LM, grids: list[Grid], layout: dict, *, most_columns: i
     return out[:len(grids)]
 
 
-def examples(lm: generate.LM, source: str, *, split: str, limit: int | None) -> list[Record]:
+def examples(lm: trained.LM, source: str, *, split: str, limit: int | None) -> list[Record]:
     """The records of `source` that have an answer and, where something is heard, its audio."""
     records = list(data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit))
     if 'encoder' in lm.config.frontend and not any(r.feats for r in records):

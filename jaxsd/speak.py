@@ -15,7 +15,7 @@ import sys
 import jax
 import numpy as np
 
-from jaxsd import data, dialogue, frames, generate, live, model
+from jaxsd import data, dialogue, frames, generate, live, model, trained
 from jaxsd import run as rundir
 from jaxsd.codec import whole_wav
 from jaxsd.config import ConfigError, bind, plain
@@ -136,7 +136,7 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
         written = task in ('tts', 't2t')
         given = (_spelled(config, source) if written else
                  None if source == '-' else read_wav(source, rate))
-    lm = generate.load(config, workdir, stage_name)
+    lm = trained.load(config, workdir, stage_name)
     if task == 'duplex' and source is not None and (source == '-' or _heard_live(config)):
         _talk(lm, codec, given, sampler, seed, out)
         return
@@ -295,7 +295,7 @@ def _by_template(lm, source: str, texts, sampler, seed) -> list[np.ndarray]:
                                rng=np.random.default_rng(seed), **options)
         asked.append(generate.phases(made, lm.vocab))
     out = []
-    for n, part in enumerate(generate.in_parts(asked)):
+    for n, part in enumerate(trained.in_parts(asked)):
         told = generate.follow(lm.speaker({lm.vocab.rows[0].name: sampler}),
                                *map(list, zip(*part, strict=True)), lm.vocab,
                                most_tokens=dict(text=50, speech=300, any=350),
@@ -306,7 +306,7 @@ def _by_template(lm, source: str, texts, sampler, seed) -> list[np.ndarray]:
 
 def _pair(lm, source: str) -> tuple[str, str]:
     if source in lm.config.data.sources:
-        return generate.markers(lm.config, source)
+        return trained.markers(lm.config, source)
     return ('[Speech]', '[Text]') if source == 'asr' else ('[Text]', '[Speech]')
 
 
@@ -314,24 +314,24 @@ def _asr(lm, codec, wavs, sampler, seed, records=None):
     del sampler, seed
     units = ([flat.speech_tokens(r.units[0], lm.vocab) for r in records] if records
              else _units(lm, codec, wavs))
-    return [dict(text=t) for t in generate.transcribe(lm, units, *_pair(lm, 'asr'))]
+    return [dict(text=t) for t in trained.transcribe(lm, units, *_pair(lm, 'asr'))]
 
 
 def _tts(lm, codec, texts, sampler, seed, records=None):
     del records
     if lm.config.layout.name.startswith('framed.'):
         text = lm.text()
-        prompts = [np.concatenate([generate.prompt(lm.vocab, [i for w in t.split()
+        prompts = [np.concatenate([trained.prompt(lm.vocab, [i for w in t.split()
                                                               for i in text.encode(w)]),
                                    [lm.vocab.specials['eos']]])[None] for t in texts]
-        said = [f for part in generate.in_parts(prompts, 16) for f in frames.say(
+        said = [f for part in trained.in_parts(prompts, 16) for f in frames.say(
             lm.speaker(), part, frames.marks(lm.vocab), most_columns=MOST_FRAMES)]
         return [dict(text=t, wav=frames.wave(lm.config, f))
                 for t, f in zip(texts, said, strict=True)]
     if _layout(lm.config, 'tts')['name'] == 'template.chain':
         return [dict(text=t, wav=w) for t, w in zip(texts, _sound(
             lm, codec, _by_template(lm, 'tts', texts, sampler, seed)), strict=True)]
-    tokens = generate.read_aloud(lm, texts, *_pair(lm, 'tts'), sampler=sampler, seed=seed)
+    tokens = trained.read_aloud(lm, texts, *_pair(lm, 'tts'), sampler=sampler, seed=seed)
     return [dict(text=t, wav=w) for t, w in zip(texts, _sound(lm, codec, tokens), strict=True)]
 
 
@@ -355,11 +355,11 @@ def _s2s(lm, codec, wavs, sampler, seed, records=None):
     units = _units(lm, codec, wavs)
     if records:
         units = [u[:len(u) // 2] for u in units]
-    prompts = [generate.prompt(lm.vocab, '[Speech]', u) for u in units]
+    prompts = [trained.prompt(lm.vocab, '[Speech]', u) for u in units]
     # The cap of 300 is that of arXiv 2402.05755 App. D.
     more = _continue(lm, prompts, 'speech', 300, sampler, seed)
     whole = [np.concatenate([u, m]) for u, m in zip(units, more, strict=True)]
-    texts = generate.transcribe(lm, whole, *_pair(lm, 'asr'))
+    texts = trained.transcribe(lm, whole, *_pair(lm, 'asr'))
     return [dict(text=t, wav=w) for t, w in zip(texts, _sound(lm, codec, whole), strict=True)]
 
 
@@ -367,7 +367,7 @@ def _t2t(lm, codec, texts, sampler, seed, records=None):
     del codec
     text = lm.text()
     given = [t.split()[:max(1, len(t.split()) // 2)] if records else t.split() for t in texts]
-    prompts = [generate.prompt(lm.vocab, '[Text]', [i for w in words for i in text.encode(w)])
+    prompts = [trained.prompt(lm.vocab, '[Text]', [i for w in words for i in text.encode(w)])
                for words in given]
     more = _continue(lm, prompts, 'text', 50, sampler, seed)
     return [dict(text=' '.join(g) + ' | ' + text.decode(m))
@@ -424,7 +424,7 @@ def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
     both channels, mine first, on the model's clock, and beside it the words with their times."""
     import soundfile
     rate, hz = codec.identity['sample_rate_hz'], codec.identity['frame_hz']
-    frame, late = round(rate / hz), max(generate.layout_delays(lm.config, lm.vocab))
+    frame, late = round(rate / hz), max(trained.layout_delays(lm.config, lm.vocab))
     if wav is not None and wav.shape[1] <= late * frame:
         raise ValueError(f'--input is too short to answer: it needs {late + 1} frames of '
                          f'{1 / hz:.2f} s')

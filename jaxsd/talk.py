@@ -19,7 +19,7 @@ import urllib.parse
 
 import numpy as np
 
-from jaxsd import generate, live, speak
+from jaxsd import live, speak, trained
 from jaxsd import run as rundir
 from jaxsd.config import ConfigError, bind
 
@@ -166,7 +166,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, lm: generate.LM, codec, address: tuple[str, int], *, slots: int,
+    def __init__(self, lm: trained.LM, codec, address: tuple[str, int], *, slots: int,
                  samplers: dict, seed: int = 0):
         self.codec, self.local = codec, address[0] in LOCAL
         self.frame = round(codec.identity['sample_rate_hz'] / codec.identity['frame_hz'])
@@ -196,7 +196,7 @@ def run(config, workdir: str, *, stage_name, host: str, port: int, slots: int, t
     if not 0 <= port < 1 << 16:
         raise ConfigError(f'--port lies in 0..65535, got {port}')
     codec = bind(config.codec, 'jaxsd.codec', 'codec')()
-    lm = generate.load(config, workdir, stage_name)
+    lm = trained.load(config, workdir, stage_name)
     try:
         server = Server(lm, codec, (host, port), slots=slots, samplers=dict(mine=sampler),
                         seed=seed)

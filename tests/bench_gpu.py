@@ -43,12 +43,12 @@ def frame():
     import jax
     import numpy as np
 
-    from jaxsd import generate
+    from jaxsd import generate, trained
     from jaxsd.config import read
     c = read(str(ROOT / 'configs/moshi.py:mine'))
-    lm = generate.load(c, '', 'instruct', untrained=True)
+    lm = trained.load(c, '', 'instruct', untrained=True)
     speaker = lm.speaker(dict(text=generate.Sampler(0.7, 25), mine=generate.Sampler(0.8, 250)))
-    late = generate.layout_delays(dict(c.layout), lm.vocab)
+    late = trained.layout_delays(dict(c.layout), lm.vocab)
     room = generate.Room(speaker, late, slots=1, columns=c.columns, key=jax.random.key(0))
     heard = np.random.default_rng(0).integers(0, 2048, (WARM + FRAMES, 8))
     return _frames(lambda n: room.step({0: heard[n]}))

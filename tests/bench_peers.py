@@ -85,7 +85,7 @@ def ours(case: str, folder: str):
     import numpy as np
     import released
 
-    from jaxsd import export, generate, model
+    from jaxsd import export, generate, model, trained
     jax.config.update('jax_compilation_cache_dir', None)
     kind, config = CASES[case][0], config_of(case)
     params = jax.jit(lambda key: model.init(config, key))(jax.random.key(0))
@@ -96,7 +96,7 @@ def ours(case: str, folder: str):
     if kind == 'train':
         return _our_training(config, params, given)
     (graph, _, axes), v = model.abstract(config), model.make_vocab(config)
-    speaker = generate.ready(graph, generate.streamed(params, axes), v, {},
+    speaker = generate.ready(graph, trained.streamed(params, axes), v, {},
                              config.backbone.get('window_columns'))
     if kind == 'speak':
         stream = None

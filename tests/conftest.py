@@ -40,6 +40,8 @@ os.environ['XLA_FLAGS'] = ' '.join(
      if not flag.startswith('--xla_force_host_platform_device_count')]
     # On a busy machine one device of eight may wait longer than the 40 s after which XLA aborts.
     + ['--xla_cpu_collective_call_terminate_timeout_seconds=900',
+       # Most programs of a test run once: compiling them is most of the suite's time.
+       '--xla_backend_optimization_level=1', '--xla_cpu_parallel_codegen_split_count=1',
        f'--xla_force_host_platform_device_count={DEVICES}'])
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_own_folder('compiled')))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')

@@ -17,7 +17,7 @@ from flax import nnx
 
 from data_pipelines import augment
 from jaxsd import config as configs
-from jaxsd import evaluate, generate, model, train
+from jaxsd import evaluate, model, train, trained
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import bind, plain
@@ -300,7 +300,7 @@ def test_tiny_learns(name, corpus, tmp_path):
     assert held_out.keys() == first.keys()
     assert sum(held_out.values()) < 0.97 * sum(first.values())
     # A stage moves what it trains and nothing else, to the bit.
-    after = {s.name: flatten(generate.load(c, work, s.name).params) for s in stages.stages(c)}
+    after = {s.name: flatten(trained.load(c, work, s.name).params) for s in stages.stages(c)}
     for s in stages.stages(c):
         before, by_path = after.get(s.start, {}), stages.multipliers(s, after[s.name])
         for path in before.keys() & after[s.name].keys():

@@ -17,16 +17,16 @@ import soundfile
 from flax import nnx
 from test_configs import on, read
 
-from jaxsd import checkpoint, data, evaluate, generate, likelier, model, speak
+from jaxsd import checkpoint, data, evaluate, generate, likelier, model, speak, trained
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind
-from jaxsd.generate import words_at
 from jaxsd.layout import flat
+from jaxsd.trained import words_at
 from jaxsd.types import NOTHING
 
 
-def made(corpus, name, work=None) -> generate.LM:
+def made(corpus, name, work=None) -> trained.LM:
     """A tiny model with random weights, large enough that its choices differ; on disk in `work`."""
     c = on(corpus, read(name, 'tiny'))
     stage = stages.find(c, None)
@@ -36,7 +36,7 @@ def made(corpus, name, work=None) -> generate.LM:
         rundir.open_run(str(work), c)
         with checkpoint.Checkpoints(str(work), stage.name, config=c, keep=1) as saved:
             saved.save(3, dict(params=params), data_state={}, wait=True)
-    return generate.LM(c, stage, model.make_vocab(c), graph, params, 3, str(work))
+    return trained.LM(c, stage, model.make_vocab(c), graph, params, 3, str(work))
 
 
 @pytest.fixture(scope='module')
@@ -182,8 +182,8 @@ def test_the_round_trip_is_read_aloud_and_then_written_down(flat_lm, heard):
     """Through the model's own units; the floor compares with the sentences of others."""
     said = [' '.join(w.text for w in r.words) for r in heard[0]]
     found = evaluate.tts(flat_lm, split='train', limit=3, source='tts')['metrics']
-    spoken = generate.read_aloud(flat_lm, said, '[Text]', '[TTS]')
-    wrote = generate.transcribe(flat_lm, spoken, '[Speech]', '[ASR]')
+    spoken = trained.read_aloud(flat_lm, said, '[Text]', '[TTS]')
+    wrote = trained.transcribe(flat_lm, spoken, '[Speech]', '[ASR]')
     assert found == pytest.approx({
         'round-trip WER %': 100 * jiwer.wer(said, wrote),
         'wrong-sentence WER %': 100 * jiwer.wer([said[1], said[2], said[0]], wrote)})
@@ -191,7 +191,7 @@ def test_the_round_trip_is_read_aloud_and_then_written_down(flat_lm, heard):
 
 def test_reading_aloud_stays_in_its_units(flat_lm):
     start, size = flat_lm.vocab.ranges['units']
-    spoken = generate.read_aloud(flat_lm, ['the'], '[Text]', '[TTS]', most_tokens=40)
+    spoken = trained.read_aloud(flat_lm, ['the'], '[Text]', '[TTS]', most_tokens=40)
     assert len(spoken) == 1 and 0 < len(spoken[0]) <= 40
     assert ((spoken[0] >= start) & (spoken[0] < start + size)).all()
     v = flat_lm.vocab
@@ -328,7 +328,7 @@ def test_scores_of_pairs_are_what_they_say():
     # What weighs nothing is not scored, even where it is impossible.
     never, weights = np.array([[-np.inf, -1.0]]), np.array([[0.0, 1.0]])
     assert likelier.sequence_score(never, weights, 'mean') == -1
-    assert evaluate.preferred([1, 2, 3, 4], [0, 2, 5, 4]) == 0.5
+    assert likelier.preferred([1, 2, 3, 4], [0, 2, 5, 4]) == 0.5
     with pytest.raises(ConfigError, match="norm is 'mean' or 'sum', got 'max'"):
         score(first, 'max')
 
@@ -342,7 +342,7 @@ def test_pair_scores_by_reading_each_alone(flat_lm, norm, scope, only):
     rows = [(np.array([1, *rng.integers(5, 300, 4)]), start + rng.integers(0, 500, 3)),
             (np.array([1, 9]), np.array([30, start + 2, 40, start]))]
     legal = None if only is None else generate.allowed_ids(v, only)
-    found = evaluate.pair_scores(lm, rows, norm=norm, scope=scope, legal=legal)
+    found = likelier.pair_scores(lm, rows, norm=norm, scope=scope, legal=legal)
     for (prompt, continuation), got in zip(rows, found, strict=True):
         ids = np.concatenate([prompt, continuation]).astype(np.int32)
         logp = alone(lm, ids[None])[0]
@@ -355,7 +355,7 @@ def test_pair_scores_by_reading_each_alone(flat_lm, norm, scope, only):
         want = np.sum(values) / (max(1, len(values)) if norm == 'mean' else 1)
         assert got == pytest.approx(want, rel=1e-4, abs=1e-4)
     with pytest.raises(ConfigError, match="scope is 'continuation' or 'full', got 'half'"):
-        evaluate.pair_scores(lm, rows, norm=norm, scope='half')
+        likelier.pair_scores(lm, rows, norm=norm, scope='half')
 
 
 def test_pairs_are_read_from_their_public_list(tmp_path):
@@ -364,16 +364,16 @@ def test_pairs_are_read_from_their_public_list(tmp_path):
     head = 'id,filename,voice,type,correct'
     lines = ['0,a1,A,x,1', '1,c0,A,x,0', '0,a0,A,x,0', '0,b0,B,x,0', '1,c1,A,x,1', '0,b1,B,x,1']
     file.write_text('\n'.join([head, *lines]))
-    assert evaluate.gold_pairs(str(file)) == {'0': [('a1', 'a0'), ('b1', 'b0')],
+    assert likelier.gold_pairs(str(file)) == {'0': [('a1', 'a0'), ('b1', 'b0')],
                                               '1': [('c1', 'c0')]}
     for text, says in (('\n'.join([head, *lines[:-1]]), 'item 0 of voice B has no pair'),
                        ('\n'.join([head, *lines, lines[0]]), 'item 0 of voice A is no pair'),
                        (head, 'it lists nothing'), ('id,voice\n0,A', "no column 'correct'")):
         file.write_text(text)
         with pytest.raises(ConfigError, match=says):
-            evaluate.gold_pairs(str(file))
+            likelier.gold_pairs(str(file))
     with pytest.raises(ConfigError, match='lists no pairs: .*No such file'):
-        evaluate.gold_pairs(str(tmp_path / 'none.csv'))
+        likelier.gold_pairs(str(tmp_path / 'none.csv'))
 
 
 def test_the_likelier_of_two_recordings(flat_lm, tmp_path):
@@ -388,7 +388,7 @@ def test_the_likelier_of_two_recordings(flat_lm, tmp_path):
         speak.write_wav(str(tmp_path / f'{name}.wav'),
                         codec.decode(rng.integers(0, 500, (1, 20))), 16_000)
         units = codec.encode(speak.read_wav(str(tmp_path / f'{name}.wav'), 16_000).mean(0))[0]
-        ids = generate.prompt(v, '[Speech]', flat.speech_tokens(units, v), [v.specials['eos']])
+        ids = trained.prompt(v, '[Speech]', flat.speech_tokens(units, v), [v.specials['eos']])
         logp = alone(lm, ids[None].astype(np.int32))[0]
         score[item, voice, right] = np.mean([logp[t - 1, ids[t]] for t in range(1, len(ids))])
     (tmp_path / 'gold.csv').write_text('\n'.join(lines))
@@ -472,7 +472,7 @@ def test_answers_are_counted_over_questions(streams_lm):
         right.append(n != 1)
         if n == 2:
             row[end - 4] = text.encode('the')[0]
-        said = generate.words_at(v, text, row)
+        said = trained.words_at(v, text, row)
         scored = evaluate.score_dialogue(said, r.turns, asked, kinds, hz)
         assert len(scored) == len(turns)
         assert all((a.good, a.waited, a.latency) == (False, True, None) for _, a in scored[1:])

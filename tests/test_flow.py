@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from flax import nnx
 
-from jaxsd import codec, data, evaluate, flow, frames, generate, model, speak, train
+from jaxsd import codec, data, evaluate, flow, frames, generate, model, speak, train, trained
 from jaxsd import config as configs
 from jaxsd.layout import framed, show
 from jaxsd.objective import flow as objective
@@ -169,7 +169,7 @@ def test_what_is_given_stays_and_is_heard():
     np.testing.assert_allclose(again[:4], apart[:4], atol=1e-6)
     assert np.abs(again[4:] - apart[4:]).min() > 1e-4
     # As `frames` packs it for speech: alone in a row, which is wider.
-    lm = generate.LM(None, None, V, graph, params, 0, '')
+    lm = trained.LM(None, None, V, graph, params, 0, '')
     lone = frames.refine(generate.ready(lm.graph, lm.params, V, {}), [means[0]], [true[0, :3]],
                          steps=4)[0]
     np.testing.assert_allclose(lone, out, atol=1e-5)

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from flax import nnx
 
-from jaxsd import codec, data, evaluate, frames, generate, model, speak, train
+from jaxsd import codec, data, evaluate, frames, generate, model, speak, train, trained
 from jaxsd import config as configs
 from jaxsd.layout import framed, show
 from jaxsd.objective import frames as objective
@@ -258,7 +258,7 @@ def test_no_score_sees_a_later_frame():
 def test_a_question_is_written_and_then_spoken():
     """Nothing of the answer given: the text is what `reply` writes, and the frames follow it."""
     c, graph, params = made()
-    lm = generate.LM(c, None, V, graph, params, 0, '')
+    lm = trained.LM(c, None, V, graph, params, 0, '')
     asked = grids()
     n = [int(np.argmax(g.tokens[0] == V.specials['bos'])) + 1 for g in asked]
     heard, prompts = until(asked, n)

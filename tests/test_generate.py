@@ -13,7 +13,7 @@ import sentencepiece
 from flax import nnx
 from small import built
 
-from jaxsd import generate, model
+from jaxsd import generate, model, trained
 from jaxsd.config import ConfigError
 from jaxsd.generate import FREE, Sampler
 from jaxsd.layout import chunks, duplex, template
@@ -26,7 +26,7 @@ SPREAD = Sampler(1.0)
 
 def speaker_of(system: str, kind: str, **samplers):
     c, graph, params = built(system, kind)
-    v, params = model.make_vocab(c), generate.streamed(params, model.abstract(c)[2])
+    v, params = model.make_vocab(c), trained.streamed(params, model.abstract(c)[2])
     return v, generate.ready(graph, params, v, samplers, c.backbone.get('window_columns'))
 
 
@@ -157,6 +157,14 @@ def test_what_is_heard_later_changes_nothing_said_earlier():
     assert (a[:4, 19:] != b[:4, 19:]).any()
 
 
+@pytest.mark.parametrize('n', [1, 31, 32, 33, 256, 257, 2047, 2049])
+def test_few_lengths_hold_every_length(n):
+    """The next of four lengths per octave, from 32 on: at most a quarter is padding."""
+    found = generate.few(n)
+    assert 0 <= found - n < max(32, n / 4) and found % 32 == 0
+    assert len({generate.few(m) for m in range(1025, 2049)}) == 4
+
+
 def test_memory_does_not_grow_with_a_conversation(monkeypatch):
     """The ring holds the window however long the conversation; without a window, all of it."""
     rings = []
@@ -175,7 +183,7 @@ def test_memory_does_not_grow_with_a_conversation(monkeypatch):
     for kind, frames in (('helium', 63), ('helium', 127), ('qwen2', 127)):
         v, speaker = speaker_of('streams', kind)
         generate.converse(speaker, [generate.conversation_plan(v, heard(frames), LATE)])
-    assert rings == [(7, 7), (7, 7), (128, 128)]
+    assert rings == [(7, 7), (7, 7), (160, 160)]
 
 
 @pytest.mark.parametrize('parts', [(1,) * 12, (5, 1, 6)])
@@ -431,16 +439,16 @@ def test_temperature_zero_is_argmax_and_rows_draw_apart():
 
 def test_prompt_and_markers():
     v = model.make_vocab(built('flat', 'llama')[0])
-    got = generate.prompt(v, '[Text]', [5, 6], '[Speech]')
+    got = trained.prompt(v, '[Text]', [5, 6], '[Speech]')
     assert got.tolist() == [1, 14, 5, 6, 15] and got.dtype.kind == 'i'
     pair = dict(name='flat.sequence', fields=('speech', 'text'))
     pairs, all_ = dict(layout=pair | dict(markers=('[A]', '[B]'))), dict(select=('story',))
     c = mlc.ConfigDict(dict(layout=dict(name='flat.interleave'), data=dict(path='x', sources=dict(
         asr=dict(layout=pair) | all_, named=pairs | all_, plain=all_))))
-    assert generate.markers(c, 'asr') == ('[Speech]', '[Text]')
-    assert generate.markers(c, 'named') == ('[A]', '[B]')
+    assert trained.markers(c, 'asr') == ('[Speech]', '[Text]')
+    assert trained.markers(c, 'named') == ('[A]', '[B]')
     with pytest.raises(ConfigError, match=r'data.sources.plain must be drawn by two fields'):
-        generate.markers(c, 'plain')
+        trained.markers(c, 'plain')
 
 
 def test_words_of_a_text_row(tmp_path):
@@ -462,12 +470,12 @@ def test_words_of_a_text_row(tmp_path):
     row[19], row[0] = NOTHING, initial(v.rows[0])
     # A pause inside a word does not break it.
     row[at + len(world)], row[at + len(world) - 1] = world[-1], v.specials['pad']
-    assert generate.words_at(v, text, row) == [(3, 'hello'), (at, 'world')]
-    assert generate.words_at(v, text, np.full(5, NOTHING)) == []
+    assert trained.words_at(v, text, row) == [(3, 'hello'), (at, 'world')]
+    assert trained.words_at(v, text, np.full(5, NOTHING)) == []
 
 
 def test_a_marker_that_the_vocabulary_lacks():
     v = line({'size': 9}, text_tokens=9, markers=('[Text]',))
-    assert generate.prompt(v, '[Text]', [3]).tolist() == [1, 9, 3]
+    assert trained.prompt(v, '[Text]', [3]).tolist() == [1, 9, 3]
     with pytest.raises(ConfigError, match=r'vocab.markers lacks \[Speech\]'):
-        generate.prompt(v, '[Text]', [3], '[Speech]')
+        trained.prompt(v, '[Text]', [3], '[Speech]')

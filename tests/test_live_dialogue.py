@@ -9,7 +9,7 @@ import pytest
 from test_evaluate import made
 from test_generate import LATE, heard, speaker_of
 
-from jaxsd import codec, data, generate, live
+from jaxsd import codec, data, generate, live, trained
 from jaxsd.config import ConfigError, plain
 from jaxsd.generate import Sampler
 from jaxsd.layout import duplex
@@ -143,7 +143,7 @@ def test_words_are_told_when_they_are_complete(moshi, rvq):
     assert told == [(0.0, 'what'), (at / 12.5, 'zzz'), ((at + len(second)) / 12.5, 'what')]
     line = np.array(row)
     assert [(t, w) for t, w in told] == [
-        (t / 12.5, w) for t, w in generate.words_at(v, text, line)]
+        (t / 12.5, w) for t, w in trained.words_at(v, text, line)]
 
 
 def test_a_stream_is_the_conversation(moshi, rvq, sound):
@@ -157,10 +157,10 @@ def test_a_stream_is_the_conversation(moshi, rvq, sound):
     ear = live.Ear(rvq)
     codes = np.array(ear.push(sound[0])).T
     plan = generate.conversation_plan(moshi.vocab, codes,
-                                      generate.layout_delays(plain(moshi.config.layout),
+                                      trained.layout_delays(plain(moshi.config.layout),
                                                              moshi.vocab))
     row = generate.converse(moshi.speaker(), [plan])[0][0, 1:n]
-    wanted = generate.words_at(moshi.vocab, moshi.text(), row)
+    wanted = trained.words_at(moshi.vocab, moshi.text(), row)
     told, whole = (''.join(w for _, w in found) for found in (words, wanted))
     assert whole.startswith(told)
     assert len(told) >= len(whole) - len(wanted[-1][1])         # the last may not be complete
@@ -185,7 +185,7 @@ def test_several_listeners_share_a_room(moshi, rvq, sound):
         t.start()
     for t in threads:
         t.join(60)
-    late = generate.layout_delays(plain(moshi.config.layout), moshi.vocab)
+    late = trained.layout_delays(plain(moshi.config.layout), moshi.vocab)
     for name, wav in wavs.items():
         codes = np.array(live.Ear(rvq).push(wav)).T
         said_alone = generate.converse(moshi.speaker(), [generate.conversation_plan(

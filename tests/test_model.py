@@ -13,7 +13,7 @@ from flax import nnx
 from small import BACKBONES, batch, built, config
 
 from jaxsd import config as configs
-from jaxsd import generate, model
+from jaxsd import model, trained
 from jaxsd.config import override
 from jaxsd.stage import flatten
 
@@ -271,7 +271,7 @@ def test_parameters_as_a_stream_reads_them_change_no_score(system, kind):
     lora = dict(rank=2, scale=2.0)
     graph, _, _ = model.abstract(c, lora)
     params = jax.tree.map(lambda x: x * 1.3, model.init(c, jax.random.key(1), lora))
-    parts = generate.streamed(params, model.abstract(c, lora)[2], 'bfloat16')
+    parts = trained.streamed(params, model.abstract(c, lora)[2], 'bfloat16')
     assert parts['backbone']['norm']['weight'].dtype == 'float32'
     kernels = [x for p, x in flatten(parts).items() if p.endswith('/kernel') and 'router' not in p]
     assert {x.dtype.name for x in jax.tree.leaves(kernels)} == {'bfloat16'}

@@ -8,7 +8,7 @@ from test_configs import ROOT, on
 from test_evaluate import alone
 
 from jaxsd import config as configs
-from jaxsd import data, generate, model, pairing
+from jaxsd import data, model, pairing, trained
 from jaxsd import stage as stages
 from jaxsd.layout import template
 from jaxsd.types import Grid, Record, Turn, Word
@@ -17,12 +17,12 @@ from jaxsd.vocab import line
 LAYOUTS = ('chain', 'interleaved', 'parallel', 'grouped', 'chunks', 'multistream')
 
 
-def made(corpus, layout) -> generate.LM:
+def made(corpus, layout) -> trained.LM:
     c = on(corpus, configs.read(f'{ROOT}/configs/ablations/_paradigms.py:tiny,layout={layout}'))
     stage = stages.find(c, None)
     graph, _, _ = model.abstract(c)
     params = jax.tree.map(lambda x: 2 * x, model.init(c, jax.random.key(7)))
-    return generate.LM(c, stage, model.make_vocab(c), graph, params, 3, '')
+    return trained.LM(c, stage, model.make_vocab(c), graph, params, 3, '')
 
 
 def dialogue(name: str, units: int, question: str, answer: str, gap_s: float = .25) -> Record:

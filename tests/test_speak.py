@@ -13,7 +13,7 @@ from test_cli import flags
 from test_configs import on, read
 from test_evaluate import made
 
-from jaxsd import cli, codec, data, generate, speak
+from jaxsd import cli, codec, data, generate, speak, trained
 from jaxsd.config import ConfigError, plain
 from jaxsd.layout import flat
 
@@ -73,7 +73,7 @@ def test_sound_to_text(flat_lm, sounds, tmp_path, name):
     wav = wav.mean(1)[::rate // 16000].astype(np.float32)
     units = codec.kmeans(**options(flat_lm)).encode(wav)[0]
     ids = [flat.speech_tokens(units, flat_lm.vocab)]
-    wanted = generate.transcribe(flat_lm, ids, '[Speech]', '[ASR]')[0]
+    wanted = trained.transcribe(flat_lm, ids, '[Speech]', '[ASR]')[0]
     found = out.read_text()
     assert found.endswith('\n') and os.listdir(tmp_path) == ['said.txt']
     if name != 'other.flac':        # whose resampling is not ours to repeat
@@ -84,7 +84,7 @@ def test_text_to_sound_lasts_as_long_as_its_units(flat_lm, tmp_path):
     out = run(flat_lm, 'tts', tmp_path / 'deep' / 'said.wav', 'the')
     wav = sound_of(out)
     start, size = flat_lm.vocab.ranges['units']
-    spoken = generate.read_aloud(flat_lm, ['the'], '[Text]', '[TTS]')[0] - start
+    spoken = trained.read_aloud(flat_lm, ['the'], '[Text]', '[TTS]')[0] - start
     frames = speak.unit_frames(flat_lm.config, flat_lm.vocab)[spoken].sum()
     assert wav.shape == (1, frames * 640)       # 25 frames a second of 16,000 samples
     assert os.listdir(out.parent) == ['said.wav']
@@ -205,14 +205,14 @@ def test_examples_of_one_stream(flat_lm, tmp_path, task):
                                     flat_lm.vocab) for r in records]
         heard = [h[:len(h) // 2] for h in heard]
         more = generate.continue_prompts(
-            flat_lm.speaker(), [generate.prompt(flat_lm.vocab, '[Speech]', h) for h in heard],
+            flat_lm.speaker(), [trained.prompt(flat_lm.vocab, '[Speech]', h) for h in heard],
             flat_lm.vocab, kind='speech', most_tokens=300)
         for s, h, m in zip(stems, heard, more, strict=True):
             units = np.concatenate([h, m]) - flat_lm.vocab.ranges['units'][0]
             assert sound_of(out / f'{s}.wav').shape[1] == frames[units].sum() * 640
     if task == 'asr':
         units = [flat.speech_tokens(r.units[0], flat_lm.vocab) for r in records]
-        assert [(out / f'{s}.txt').read_text()[:-1] for s in stems] == generate.transcribe(
+        assert [(out / f'{s}.txt').read_text()[:-1] for s in stems] == trained.transcribe(
             flat_lm, units, '[Speech]', '[ASR]')
 
 
@@ -225,7 +225,7 @@ def test_examples_of_many_streams(streams_lm, tmp_path):
     assert entry['title'] == f'Answers the caller of {record.id}'
     assert entry['lines']['A right answer'] == ' / '.join(
         t.text for t in record.turns if t.channel == 0) != ''
-    late = max(generate.layout_delays(plain(streams_lm.config.layout), streams_lm.vocab))
+    late = max(trained.layout_delays(plain(streams_lm.config.layout), streams_lm.vocab))
     assert sound_of(out / entry['file']).shape == (2, (record.codes.shape[-1] - late) * 1280)
     times = [float(t) for t in re.findall(r'\[(\S+) s\]', entry['text'])]
     assert times == sorted(times) and all(0 <= t < record.duration_s for t in times)

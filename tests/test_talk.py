@@ -14,7 +14,7 @@ import pytest
 import soundfile
 from test_evaluate import made
 
-from jaxsd import codec, data, generate, live, talk
+from jaxsd import codec, data, generate, live, talk, trained
 from jaxsd.config import ConfigError, plain
 
 
@@ -76,13 +76,13 @@ def test_a_recording_is_answered(system, server):
     sent = soundfile.read(io.BytesIO(recording(wav)), dtype='float32')[0]
     codes = np.array(ear.push(np.concatenate([sent, np.zeros(2 * 1280, np.float32)]))).T
     plan = generate.conversation_plan(lm.vocab, codes,
-                                      generate.layout_delays(plain(lm.config.layout), lm.vocab))
+                                      trained.layout_delays(plain(lm.config.layout), lm.vocab))
     said = generate.converse(lm.speaker(), [plan])[0]
     assert [f['mine'] for f in frames] == (said[1, 1:len(frames) + 1]
                                            - lm.vocab.rows[1].start).tolist()
     assert len(frames) == codes.shape[1] - 1
     assert all(len(base64.b64decode(f['pcm'])) == 2 * 1280 for f in frames)
-    wanted = ''.join(w for _, w in generate.words_at(lm.vocab, lm.text(), said[0, 1:]))
+    wanted = ''.join(w for _, w in trained.words_at(lm.vocab, lm.text(), said[0, 1:]))
     words = ''.join(w for f in frames for _, w in f['words'])
     assert words and wanted.startswith(words)
     # Another rate and two channels, the last of which is heard.
