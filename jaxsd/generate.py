@@ -9,6 +9,7 @@ writing down speech, reading text aloud, continuing either, and holding a conver
 loop with different plans.
 """
 
+import copy
 import functools
 from typing import NamedTuple
 
@@ -193,26 +194,35 @@ class Stream:
         lm = nnx.eval_shape(lambda p: nnx.merge(speaker.graph, p), speaker.params)
         self._speaker, self._key, self._step = speaker, key, 0
         self._cache = lm.empty_cache(rows, columns)
+        self._position = jnp.zeros(rows, jnp.int32)     # of the next column
 
     def _keys(self, n: int):
         keys = jax.vmap(lambda i: jax.random.fold_in(self._key, i))(self._step + jnp.arange(n))
         self._step += n
         return keys
 
+    def fork(self, key) -> 'Stream':
+        """Another stream that has read what this one has, and reads on first: `first`."""
+        other = copy.copy(self)
+        other._key, other._step = key, 0
+        return other
+
     def first(self, prompts: list[np.ndarray], plan_BK, allowed=None, padded: int = 0,
               heard=None):
-        """Reads `prompts` (each [K, T_i]) and returns the first decoded column [B, K].
+        """Reads `prompts` (each [K, T_i]) after what was read before, and returns the first column
+        [B, K] decoded.
 
         They are padded to `padded` columns, or to the longest.
         heard: (feats [T_i, F], slot [T_i]) of each prompt, where the frontend has an encoder.
         """
         longest = max(padded, *(p.shape[1] for p in prompts))
         tokens, where, features = at_the_right(prompts, longest, heard)
+        where = where._replace(position=where.position + self._position[:, None])
         s = self._speaker
         self._column, self._ended, self._cache = _prefill(
             s.graph, s.rows, s.samplers, s.manners, s.params, self._cache, tokens, where,
             jnp.asarray(plan_BK), allowed, self._keys(1)[0], features)
-        self._position = jnp.asarray([p.shape[1] for p in prompts], jnp.int32)
+        self._position += np.array([p.shape[1] for p in prompts], np.int32)
         return self._column
 
     def more(self, plan_NBK, allowed=None):
@@ -259,18 +269,23 @@ def continue_prompts(speaker: Speaker, prompts: list[np.ndarray], vocab: Vocab, 
     stream = Stream(speaker, rows=padded, columns=longest + most_tokens + chunk, key=key)
     allowed = allowed_ids(vocab, kind, stop)
     allowed[list(also)] = True
-    allowed = jnp.asarray(allowed)
-    free = np.full((padded, 1), FREE, np.int32)
-    out = [np.asarray(stream.first([p[None] for p in prompts], free, allowed, longest))[None]]
     eos = vocab.specials['eos'] if stop is None else stop
+    return _said(stream, prompts, longest, jnp.asarray(allowed), eos, most_tokens, chunk)[:rows]
+
+
+def _said(stream: Stream, prompts: list[np.ndarray], padded: int, allowed, stop: int,
+          most_tokens: int, chunk: int) -> list[np.ndarray]:
+    """What `stream` says after each prompt (ids [T_i], padded to `padded`), without its stop."""
+    out = [np.asarray(stream.first([p[None] for p in prompts],
+                                   np.full((len(prompts), 1), FREE, np.int32), allowed,
+                                   padded))[None]]
+    plan = np.full((chunk, len(prompts), 1), FREE, np.int32)
     while sum(len(x) for x in out) < most_tokens:
-        ended = (np.concatenate(out)[:, :, 0] == eos).any(0)
-        if ended[:rows].all():
+        if (np.concatenate(out)[:, :, 0] == stop).any(0).all():
             break
-        plan = np.full((chunk, padded, 1), FREE, np.int32)
         out.append(np.asarray(stream.more(plan, allowed)))
-    tokens = np.concatenate(out)[:most_tokens, :, 0].T[:rows]
-    return [t[:np.argmax(t == eos)] if (t == eos).any() else t for t in tokens]
+    tokens = np.concatenate(out)[:most_tokens, :, 0].T
+    return [t[:np.argmax(t == stop)] if (t == stop).any() else t for t in tokens]
 
 
 class Phase(NamedTuple):
@@ -386,27 +401,43 @@ def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_fr
     theirs = [chunks.fresh(np.asarray(units), chunk_frames) for units in heard]
     rows = [[vocab.specials['bos'], clock] for _ in heard]
     guesses: list[list[np.ndarray]] = [[] for _ in heard]
+    most = 2 * chunk_frames + 1                 # of both, and the marker between
+    wide = most + 2                             # what a chunk adds to a row, and one before
+    allowed = allowed_ids(vocab, 'speech', clock)
+    allowed[other] = True
+    allowed = jnp.asarray(allowed)
+    base = Stream(speaker, rows=len(rows), columns=wide * (max(map(len, theirs)) + 2) + most,
+                  key=key)
+    read = [0] * len(rows)                      # how much of each row `base` has read
 
-    def say(prompts, number: int, also=(other,)) -> list[np.ndarray]:
-        return continue_prompts(speaker, [np.array(p, np.int32) for p in prompts], vocab,
-                                kind='speech', stop=clock, also=also,
-                                most_tokens=2 * chunk_frames + 1, chunk=2 * chunk_frames + 1,
-                                key=jax.random.fold_in(key, number))
+    def say(number: int, ahead=None) -> list[np.ndarray]:
+        """What the model says after each row, or after a row and what may lie ahead of it."""
+        prompts = [np.array(row[at:] + more, np.int32) for row, at, more in
+                   zip(rows, read, ahead or [[]] * len(rows), strict=True)]
+        return _said(base.fork(jax.random.fold_in(key, number)), prompts, wide, allowed, clock,
+                     most, most - 1)
+
+    def listen() -> None:
+        """`base` reads the rows but for the last id of each, after which it will be asked."""
+        base.first([np.array(row[at:-1], np.int32)[None] for row, at in
+                    zip(rows, read, strict=True)],
+                   np.full((len(rows), 1), FREE, np.int32), allowed, wide)
+        read[:] = [len(row) - 1 for row in rows]
 
     def mine(said: np.ndarray) -> list[int]:
         """My units of a chunk: what comes before the other's marker, as many as it has frames."""
         stop = np.flatnonzero(said == other)
         return said[:stop[0] if stop.size else None][:chunk_frames].tolist()
 
-    for row, said in zip(rows, say(rows, 0), strict=True):
+    for row, said in zip(rows, say(0), strict=True):
         row += mine(said)
     for n in range(max(map(len, theirs))):
+        listen()
         guessed = [np.array([t for t in said[np.argmax(said == other):] if t != other]
                             if (said == other).any() else [], np.int32)[:chunk_frames]
-                   for said in say(rows, 2 * n + 1)]
-        ahead = [[*row, *([other, *guess] if len(guess) else []), clock]
-                 for row, guess in zip(rows, guessed, strict=True)]
-        said = say(ahead, 2 * n + 2)
+                   for said in say(2 * n + 1)]
+        said = say(2 * n + 2, [[*([other, *guess] if len(guess) else []), clock]
+                               for guess in guessed])
         for i, row in enumerate(rows):
             if n < len(theirs[i]):
                 new = theirs[i][n]

@@ -398,6 +398,35 @@ def test_what_they_say_now_changes_nothing_that_i_say_next(talker):
     assert any(mine((heard + 7) % 20)[n] != before[n] for n in range(2, 6))     # it does listen
 
 
+def test_talking_in_step_reads_nothing_twice_and_says_the_same(talker):
+    """Guesses and answers are those after the whole row read anew; two talks of unequal length."""
+    v, speaker = talker
+    clock, other = v.specials['[S0]'], v.specials['[S1]']
+    heard = [spoken_to(v, 12)[0], (spoken_to(v, 6)[0] + 3) % 20]
+    rows, guesses = generate.in_step(speaker, heard, v, chunk_frames=3)
+
+    def anew(*parts):
+        return generate.continue_prompts(
+            speaker, [np.concatenate(parts).astype(np.int32)], v, kind='speech', stop=clock,
+            also=(other,), most_tokens=7)[0]
+
+    def until(said, marker):
+        return said[:np.argmax(said == marker)] if (said == marker).any() else said
+    for row, guessed, n in zip(rows, guesses, (4, 2), strict=True):
+        begins = np.flatnonzero(row == clock)
+        assert len(begins) == len(guessed) == n
+        for i, (at, guess) in enumerate(zip(begins, guessed, strict=True)):
+            before = row[:at + 1 + len(until(row[at + 1:], clock))]     # chunk i, both sides
+            before = before[:at + 1 + len(until(before[at + 1:], other))]
+            said = anew(before)
+            after = said[np.argmax(said == other):] if (said == other).any() else said[:0]
+            np.testing.assert_array_equal(after[after != other][:3], guess)
+            if i + 1 < n:
+                mine = until(anew(before, [other] if len(guess) else [], guess, [clock]), other)[:3]
+                own = until(until(row[begins[i + 1] + 1:], clock), other)
+                np.testing.assert_array_equal(own, mine)
+
+
 # Samplers.
 
 def distribution(logits, sampler):
