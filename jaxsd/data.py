@@ -29,7 +29,8 @@ from jaxsd.dataset import Dataset, open_dataset
 from jaxsd.types import Batch, Grid, Phrase, Record, Word
 from jaxsd.vocab import Text, Vocab
 
-REHEARSED = 1024        # grids drawn when a source is opened, to learn how wide its grids are
+REHEARSED = 1024        # grids drawn when a source is opened, to learn how wide its grids are;
+                        # no record more than four times
 _SOURCE = ('select', 'layout', 'fields')
 _GROUPS_KEPT = 32       # packed groups kept per source: batches in flight share their groups
 _AHEAD = 4              # batches made ahead of the step that asks for them
@@ -296,7 +297,7 @@ class _Rows:
         self._source, self._key = source, key
         _some_records(source)
         count = len(source.numbers)
-        sample = np.linspace(0, count - 1, REHEARSED).astype(int)   # repeats where there are few
+        sample = np.linspace(0, count - 1, min(REHEARSED, 4 * count)).astype(int)
         widths = np.array([source.draw(i, *key, 'rehearsal', n)[1].tokens.shape[1]
                            for n, i in enumerate(sample)])
         facts = source.dataset.facts(source.split)[source.numbers]
