@@ -26,7 +26,7 @@ FORMAT = 1
 _INDEX = {'duration_s': 'f4', 'words': 'i4', 'units': 'i4', 'source_id': 'i2', 'crc32': 'u4'}
 _MANIFEST_BYTES = 64 << 20
 _HASHED_BYTES = 64 << 20        # files beside the shards are hashed at opening up to this size
-_REMEMBERED_S = 10 * 3600       # a split no longer than this stays decoded in memory (about 0.1 GB)
+_REMEMBERED_S = 30 * 3600       # a split no longer than this stays decoded in memory (about 0.4 GB)
 _IDENTITY = ('name', 'frame_hz', 'codebooks', 'size')
 
 
