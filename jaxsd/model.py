@@ -120,7 +120,8 @@ def abstract(config, lora: dict | None = None):
     """
     slots = ('codec', 'vocab', 'frontend', 'backbone', 'head')
     # Of a notebook's own functions, one of the same name may be another by now.
-    named = (bind(config[slot], f'jaxsd.{slot}', slot, given=('rngs',)).func for slot in slots[1:])
+    named = (bind(nested(config[slot], slot), f'jaxsd.{slot}', slot, given=('rngs',)).func
+             for slot in slots[1:])
     what = (*named, json.dumps([*(plain(config[slot]) for slot in slots), plain(lora)]))
     if what not in _SEEN:
         if len(_SEEN) > 64:
