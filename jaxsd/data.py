@@ -115,15 +115,11 @@ def _tokenizer(vocab: Vocab) -> Callable[[Record, dict], Record]:
     """A function (record, fields of its source) that fills in the ids of everything written.
 
     The labels of a channel's style become fields of their own: 'tone=low' of channel 1 is the field
-    'tone 1'. It remembers the ids of common words, and of records.
+    'tone 1'. It remembers the ids of common words.
     """
     encode = lambda text: ()    # noqa: E731 - no tokenizer: ids come ready or not at all
     if vocab.tokenizer:
         encode = functools.lru_cache(1 << 18)(Text(vocab.tokenizer).encode)
-
-    @functools.lru_cache(1 << 14)       # the words of as many records; about 0.1 GB
-    def spelled(words: tuple[Word, ...]) -> tuple[Word, ...]:
-        return tuple(Word(*word[:4], encode(word.text)) for word in words)
 
     def fill(record: Record, given: dict) -> Record:
         fields = {name: tuple(p if p.ids else Phrase(p.text, encode(p.text)) for p in said)
@@ -135,7 +131,8 @@ def _tokenizer(vocab: Vocab) -> Callable[[Record, dict], Record]:
                 key, is_label, value = label.partition('=')
                 if is_label and value:
                     fields[f'{key} {channel}'] = (Phrase(value, encode(value)),)
-        words = spelled(record.words) if vocab.tokenizer else record.words
+        words = tuple(Word(*word[:4], encode(word.text)) if vocab.tokenizer else word
+                      for word in record.words)
         return dataclasses.replace(record, words=words, fields=fields)
     return fill
 

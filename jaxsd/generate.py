@@ -202,7 +202,8 @@ class Stream:
         return keys
 
     def fork(self, key) -> 'Stream':
-        """Another stream that has read what this one has, and reads on first: `first`."""
+        """Another stream that has read what this one has. Its next call is `first`: `more` would
+        take this one's cache away."""
         other = copy.copy(self)
         other._key, other._step = key, 0
         return other
@@ -270,21 +271,24 @@ def continue_prompts(speaker: Speaker, prompts: list[np.ndarray], vocab: Vocab, 
     allowed = allowed_ids(vocab, kind, stop)
     allowed[list(also)] = True
     eos = vocab.specials['eos'] if stop is None else stop
-    return _said(stream, prompts, longest, jnp.asarray(allowed), eos, most_tokens, chunk)[:rows]
+    return _said(stream, prompts, longest, jnp.asarray(allowed), eos, most_tokens, chunk, rows)
 
 
 def _said(stream: Stream, prompts: list[np.ndarray], padded: int, allowed, stop: int,
-          most_tokens: int, chunk: int) -> list[np.ndarray]:
-    """What `stream` says after each prompt (ids [T_i], padded to `padded`), without its stop."""
+          most_tokens: int, chunk: int, wanted: int) -> list[np.ndarray]:
+    """What `stream` says after each prompt (ids [T_i], padded to `padded`), without its stop.
+
+    Only the first `wanted` are waited for and returned.
+    """
     out = [np.asarray(stream.first([p[None] for p in prompts],
                                    np.full((len(prompts), 1), FREE, np.int32), allowed,
                                    padded))[None]]
     plan = np.full((chunk, len(prompts), 1), FREE, np.int32)
     while sum(len(x) for x in out) < most_tokens:
-        if (np.concatenate(out)[:, :, 0] == stop).any(0).all():
+        if (np.concatenate(out)[:, :wanted, 0] == stop).any(0).all():
             break
         out.append(np.asarray(stream.more(plan, allowed)))
-    tokens = np.concatenate(out)[:most_tokens, :, 0].T
+    tokens = np.concatenate(out)[:most_tokens, :wanted, 0].T
     return [t[:np.argmax(t == stop)] if (t == stop).any() else t for t in tokens]
 
 
@@ -415,7 +419,7 @@ def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_fr
         prompts = [np.array(row[at:] + more, np.int32) for row, at, more in
                    zip(rows, read, ahead or [[]] * len(rows), strict=True)]
         return _said(base.fork(jax.random.fold_in(key, number)), prompts, wide, allowed, clock,
-                     most, most - 1)
+                     most, most - 1, len(rows))
 
     def listen() -> None:
         """`base` reads the rows but for the last id of each, after which it will be asked."""

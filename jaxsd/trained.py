@@ -20,7 +20,7 @@ from jaxsd.vocab import Text, Vocab
 
 @dataclasses.dataclass(frozen=True)
 class LM:
-    """A trained stage, generate.ready to score and to speak."""
+    """A trained stage, ready to score and to speak."""
 
     config: object
     stage: stages.Stage

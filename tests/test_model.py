@@ -236,6 +236,21 @@ def test_lora_is_nothing_at_first_and_a_folded_kernel_later(system):
     assert np.abs(np.asarray(got - logp(base, _without(params), b))).max() > 0.1
 
 
+def test_shapes_that_were_asked_for_before_follow_the_config():
+    """They are kept by what they depend on; what a caller does to its own changes nobody else's."""
+    c = config('flat')
+    count = model.count(model.abstract(c)[1])
+    shapes = model.abstract(c)[1]
+    shapes.pop('head')
+    assert model.count(model.abstract(c)[1]) == count
+    assert model.count(model.abstract(c, dict(rank=2, scale=1.0))[1]) > count
+    for slot, key in (('backbone', 'layers'), ('vocab', 'text_tokens')):
+        changed = config('flat')
+        changed[slot][key] += 1 if slot == 'backbone' else 256
+        assert model.count(model.abstract(changed)[1]) > count
+    assert model.count(model.abstract(c)[1]) == count
+
+
 @pytest.mark.parametrize('kind', BACKBONES)
 def test_abstract_and_real_parameters_agree(kind):
     """Shapes made without arrays are those of real parameters, and every one names its axes."""
