@@ -10,6 +10,8 @@ PEERS ?= .peers
 PLANS ?= .plans
 RUNS ?= runs
 TORCH ?= torch==2.13.0
+# Files of tests side by side: most of their time is one thread's, compiling. 2 GB of memory each.
+BESIDE ?= -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help env quickstart demos plans test test-all test-peers test-plans test-slurm test-browser \
 	lint clean
@@ -45,10 +47,10 @@ demos: env
 	@PYTHON='$(VENV)/bin/python' RUNS='$(RUNS)/demos' bash launch/demos.sh
 
 test: env
-	'$(VENV)/bin/python' -m pytest
+	'$(VENV)/bin/python' -m pytest $(BESIDE)
 
 test-all: env
-	'$(VENV)/bin/python' -m pytest -m 'not peers and not plans and not slurm and not browser'
+	'$(VENV)/bin/python' -m pytest $(BESIDE) -m 'not peers and not plans and not slurm and not browser'
 
 # moshi pins older torch and numpy than it needs, jax2onnx an older orbax-checkpoint (which it does
 # not import), hence --no-deps, last, and their needs by hand.
