@@ -44,7 +44,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
        '--xla_backend_optimization_level=1', '--xla_cpu_parallel_codegen_split_count=1',
        f'--xla_force_host_platform_device_count={DEVICES}'])
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_own_folder('compiled')))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.02')
 os.environ['PYTHONPATH'] = os.pathsep.join(
     filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
 

@@ -65,21 +65,21 @@ def balanced(c):
 
 def beside(frontend, head, **marks):
     """Text beside three rows of speech, through these mechanisms."""
-    c = config('flat', chunk_columns=5)
+    c = config('flat', chunk_columns=6)
     c.codec = dict(codebooks=3, size=12)
     c.vocab = dict(name='parallel', text_tokens=14, rows=('audio 0', 'audio 1', 'audio 2'),
                    multiple=8, **marks)
     c.frontend = dict(dtype='float32') | frontend
-    c.head = head | dict(chunk_columns=5)
+    c.head = head | dict(chunk_columns=6)
     c.objective.terms = dict(text=('text',), audio=('audio',))
     return c
 
 
 def sound(frontend, head, objective):
     """One row, and sound beside it that is no tokens."""
-    c = config('flat', chunk_columns=5)
+    c = config('flat', chunk_columns=6)
     c.frontend = dict(name='summed', dtype='float32') | frontend
-    c.head = head | dict(chunk_columns=5)
+    c.head = head | dict(chunk_columns=6)
     c.objective = objective | dict(terms=dict(ce=('tokens',)))
     return c
 
@@ -88,7 +88,7 @@ def patched(c):
     """Four tokens of one line a column, spoken one after another."""
     c.vocab = dict(name='patches', text_tokens=14, rows=4, multiple=8)
     c.frontend = dict(name='grouped', dtype='float32', inside=8, steps=2)
-    c.head = dict(name='local', width=8, layers=1, heads=2, mlp=12, chunk_columns=5)
+    c.head = dict(name='local', width=8, layers=1, heads=2, mlp=12, chunk_columns=6)
     c.objective.terms = dict(patch=('patch',))
     return c
 
