@@ -29,6 +29,6 @@ EXTRAS = {
 setup(name='jaxsd', version=VERSION, license='Apache-2.0', python_requires='>=3.11',
       description='Sharded, reproducible pretraining of spoken dialogue models in JAX.',
       packages=find_packages(include=['jaxsd*', 'data_pipelines*']),
-      package_data={'jaxsd': ['*.css', '*.html', 'plan/gpus/*.txtpb']},
+      package_data={'jaxsd': ['*.html', 'report/*.css', 'plan/gpus/*.txtpb']},
       install_requires=CORE, extras_require=EXTRAS,
       entry_points={'console_scripts': ['jaxsd = jaxsd.cli:main']})

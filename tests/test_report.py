@@ -15,6 +15,7 @@ import soundfile
 from matplotlib.image import imread, imsave
 
 from jaxsd import draw, report
+from jaxsd.report import ablation
 
 NASTY = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes" \'too\''
 CARD = '''"""Two speakers: a system made up for a test (arXiv 0000.00000).
@@ -294,7 +295,7 @@ def test_what_is_not_finite_is_said(run, tmp_path):
 def test_size_is_bounded(run, tmp_path, monkeypatch):
     for i in range(20):
         soundfile.write(run / 'samples' / f'long-{i:02d}.wav', tone(12), 16000)
-    monkeypatch.setattr(report, 'CLIP_S', 5.0)
+    monkeypatch.setattr(report.run, 'CLIP_S', 5.0)
     most = 24 * 16000
     monkeypatch.setattr(report, 'AUDIO_BYTES', most)
     page = page_of(run, out=tmp_path)
@@ -413,9 +414,9 @@ def test_an_ablation_is_shown_before_its_runs(asked, tmp_path):
 
 
 def test_arms_are_drawn_where_their_stages_went_on(asked):
-    arm = report._read_ablation(asked)['arms'][0]
+    arm = ablation.read_ablation(asked)['arms'][0]
     arm['stages'].append(dict(name='adapt', steps=100, flops=1e12))
-    course = report._course(asked / 'word' / '0', arm)
+    course = ablation.course(asked / 'word' / '0', arm)
     assert [r['tokens'] for r in course if 'loss' in r][39:42] == [640_000, 656_000, 672_000]
     assert course[-1]['flops'] == 400 * 2e12 + 100 * 1e12
 
