@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from jaxsd import ablate, cli, data, evaluate, model, verdict
+from jaxsd.ablate.arms import ROUNDED, whole_steps
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError
@@ -211,7 +212,7 @@ def test_what_is_shipped_resolves(path, demo):
         assert sum(not a.differences for a in arms) <= 1
         for arm in arms:
             spent = sum(n * c for n, c in zip(arm.steps, arm.per_step, strict=True))
-            assert spent == pytest.approx(arm.budget, rel=ablate.ROUNDED)
+            assert spent == pytest.approx(arm.budget, rel=ROUNDED)
             assert f'arm {arm.name}: ' in ablate.described(question, arms)
 
 
@@ -253,11 +254,11 @@ def test_jobs_are_those_of_the_launchers(asked, corpus, tmp_path, capsys):
 # Numbers.
 
 def test_a_budget_is_spent_in_proportion_and_never_silently_changed():
-    assert ablate.whole_steps(1000, [10], [10.0]) == (100,)
-    assert ablate.whole_steps(1000, [300, 100], [1.0, 2.0]) == (600, 200)
-    assert ablate.whole_steps(103, [7], [1.0]) == (103,)
+    assert whole_steps(1000, [10], [10.0]) == (100,)
+    assert whole_steps(1000, [300, 100], [1.0, 2.0]) == (600, 200)
+    assert whole_steps(103, [7], [1.0]) == (103,)
     with pytest.raises(ConfigError, match='no whole number of steps: the nearest, 1, would spend'):
-        ablate.whole_steps(1.4, [7], [1.0])
+        whole_steps(1.4, [7], [1.0])
 
 
 def test_intervals_against_closed_forms():

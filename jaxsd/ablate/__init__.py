@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `ablate` verb: a question, asked of several arms under one budget and one order of data.
+
+A question is a file with a dict QUESTION (`configs/ablations/`), data and nothing else:
+
+    question   a sentence that ends in a question mark
+    base       a config and perhaps overrides, as after --config and as --config.path=value
+    arms       (name, *changes): overrides, arguments of the config's file ('mix=pairs'), another
+               file, or a tuple of further arms, which makes a grid: its names are joined by dots
+    budget     dict(tokens=N), or audio_hours, flops or wall_s: the same for every arm and seed;
+               of several amounts, as in (1e12, 4e12), every arm gets each
+    seeds      whole numbers; each arm is trained and measured once with each
+    metrics    (task of config.evals, one of its metrics, 'higher' or 'lower') is better, or
+               'shown', which decides nothing
+    expected   'a > b > c': arms by how good they are expected to be, source: who says so
+    items      measured per task at most; limits: what the answer does not say
+    law        (task, metric): over several budgets of flops, which size is best for each?
+
+Arms are trained one after another by the verbs' own functions, each in a run directory
+WORKDIR/arm/seed that every other verb accepts. What is done is recognized and not repeated.
+Results go to WORKDIR/results.json.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import time
+import traceback
+from typing import NamedTuple
+
+import jax
+
+from jaxsd import config as configs
+from jaxsd import evaluate, model, train, verdict
+from jaxsd import run as rundir
+from jaxsd import stage as stages
+from jaxsd.ablate.answer import document, table
+from jaxsd.ablate.arms import Arm, arms_of, described, per_step
+from jaxsd.ablate.question import Question, amounts, read
+from jaxsd.config import ConfigError, fingerprint, plain
+
+__all__ = ['arms_of', 'described', 'document', 'jobs', 'read', 'read_results', 'run', 'runs_of',
+           'table']
+
+log = logging.getLogger('jaxsd')
+
+RESULTS = 'results.json'
+
+
+class Run(NamedTuple):
+    arm: Arm
+    seed: int
+    folder: str
+
+
+def runs_of(question: Question, arms: list[Arm], workdir: str) -> list[Run]:
+    """All runs, seed by seed, so that what can be compared is there early."""
+    return [Run(arm, seed, os.path.join(workdir, arm.name, str(seed)))
+            for seed in question.seeds for arm in arms]
+
+
+def _mark(question: Question, config) -> dict:
+    """Of which config a finished run is, and how it was measured."""
+    tasks = {t: plain(config.evals[t]) for t, _, _ in question.metrics}
+    return dict(fingerprint=fingerprint(config), items=question.items, tasks=json.loads(
+        configs.to_json(tasks)))
+
+
+def _measured(question: Question, run: Run) -> dict | None:
+    """What arm.json says was measured, {task: {metrics, per_item}}; None unless the run is done.
+
+    Kept apart from evaluation.json, which later evaluations of that run may change.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with open(os.path.join(run.folder, 'arm.json'), encoding='utf-8') as f:
+            kept = json.load(f)
+        if kept['mark'] == _mark(question, run.arm.seeded(run.seed)[0]):
+            return kept['measured']
+    return None
+
+
+def _begin(question: Question, workdir: str, runs: list[Run]) -> bool:
+    """Whether the directory is this ablation already. Raises ConfigError, before anything runs, for
+    one that holds something else, or an arm by another config."""
+    if exists := os.path.exists(os.path.join(workdir, RESULTS)):
+        asked = read_results(workdir)['name']
+        if asked != question.name:
+            raise ConfigError(f'--workdir {workdir} holds the ablation {asked}; name another '
+                              'directory')
+    elif os.path.exists(workdir) and (not os.path.isdir(workdir) or [
+            n for n in os.listdir(workdir) if not n.startswith(f'.{RESULTS}.')]):
+        raise ConfigError(f'--workdir {workdir} is not empty and no ablation (no {RESULTS}); name '
+                          'another directory')
+    for run in runs:
+        if os.path.exists(os.path.join(run.folder, 'config.json')):
+            rundir.same_run(run.folder, run.arm.seeded(run.seed)[0], 'the question has changed: ')
+    return exists
+
+
+def _one(question: Question, run: Run) -> None:
+    """Trains and measures one arm with one seed, going on where it was interrupted."""
+    config, overrides = run.arm.seeded(run.seed)
+    train.run(config, run.folder, probe_of=lambda stage: evaluate.probe(config, stage),
+              made=configs.made_by(run.arm.spec, overrides))
+    found = evaluate.run(config, run.folder, limit=question.items,
+                         tasks=tuple(dict.fromkeys(t for t, _, _ in question.metrics)))
+    rundir.write_atomic(os.path.join(run.folder, 'arm.json'), json.dumps(dict(
+        mark=_mark(question, config), measured={
+            e['task']: {k: e.get(k, {}) for k in ('metrics', 'per_item')} for e in found})) + '\n')
+
+
+def run(question: Question, arms: list[Arm], workdir: str, *, only: int | None = None) -> dict:
+    """Trains and measures what is left of all runs, or run number `only`; returns the results.
+
+    A run that fails is said in one line and the others go on. Raises ConfigError for a directory
+    that holds something else, SystemExit when asked to stop (what is trained is saved).
+    """
+    if jax.process_count() > 1:
+        raise ConfigError('ablate runs its arms in one process; --launch gives each a job')
+    runs = runs_of(question, arms, workdir)
+    if only is not None and not 0 <= only < len(runs):
+        raise ConfigError(f'--only {only}: there are runs 0..{len(runs) - 1}')
+    failures: dict[str, str] = {}
+    if not _begin(question, workdir, runs):
+        os.makedirs(workdir, exist_ok=True)
+        _write(workdir, results(question, arms, runs, failures, {}))
+    flops = {a.name: a.per_step if question.unit == 'flops' else [
+        per_step(a.config, s, 'flops') for s in stages.stages(a.config)]
+             for a in arms} if only is None else {}
+    left = [r for i, r in enumerate(runs) if only in (None, i) and _measured(question, r) is None]
+    if done := len(runs if only is None else [only]) - len(left):
+        log.info('%d of %d runs are done', done, len(runs) if only is None else 1)
+    spent = []
+    for i, one in enumerate(left):
+        log.info('arm %s, seed %d: run %d of the %d that are left', one.arm.name, one.seed, i + 1,
+                 len(left))
+        if only is None:
+            _write(workdir, results(question, arms, runs, failures, flops))
+        begun = time.perf_counter()
+        try:
+            _one(question, one)
+        except Exception as e:
+            if os.environ.get('JAXSD_TRACEBACK') == '1':
+                traceback.print_exc()
+            reason = (' '.join(str(e).split()) or type(e).__name__)[:500]
+            failures[one.folder] = reason
+            log.error('arm %s, seed %d failed: %s', one.arm.name, one.seed, reason)
+        spent.append(time.perf_counter() - begun)
+        log.info('arm %s, seed %d took %.1f min; %d runs left, about %.1f min', one.arm.name,
+                 one.seed, spent[-1] / 60, len(left) - i - 1,
+                 (len(left) - i - 1) * sum(spent) / len(spent) / 60)
+    found = results(question, arms, runs, failures, flops)
+    if only is None:
+        _write(workdir, found)
+    return found
+
+
+def _write(workdir: str, found: dict) -> None:
+    rundir.write_atomic(os.path.join(workdir, RESULTS), json.dumps(found, indent=1) + '\n')
+
+
+def read_results(workdir: str) -> dict:
+    """WORKDIR/results.json. Raises ConfigError where there is none."""
+    path = os.path.join(workdir, RESULTS)
+    try:
+        with open(path, encoding='utf-8') as f:
+            found = json.load(f)
+        if not isinstance(found, dict) or 'arms' not in found or 'name' not in found:
+            raise ValueError('it holds no ablation')
+        return found
+    except (OSError, ValueError) as e:
+        raise ConfigError(f'{path} cannot be read: {e}') from None
+
+
+def results(question: Question, arms: list[Arm], runs: list[Run], failures: dict, flops: dict
+            ) -> dict:
+    """Everything that the table and the report say, from what lies in the run directories."""
+    measured: dict[tuple[str, str], dict[int, tuple]] = {}
+    told, seen = {a.name: [] for a in arms}, []
+    for one in runs:
+        kept = _measured(question, one)
+        state = dict(seed=one.seed, folder=os.path.join(one.arm.name, str(one.seed)),
+                     state='failed: ' + failures[one.folder] if one.folder in failures else
+                     'left' if kept is None else 'done')
+        if state['state'] == 'done':
+            ledger = rundir.read_ledger(one.folder)
+            seen.append(ledger)
+            last = {e['stage']: e['consumed'] for e in ledger if 'consumed' in e}
+            state['consumed'] = {k: sum(c[k] for by in last.values() for c in by.values())
+                                 for k in ('tokens', 'audio_s')}
+            for task, metric, _ in question.metrics:
+                value = kept[task]['metrics'].get(metric)
+                if value is not None and math.isfinite(value):
+                    measured.setdefault((one.arm.name, f'{task} {metric}'), {})[one.seed] = (
+                        value, kept[task]['per_item'].get(metric))
+        told[one.arm.name].append(state)
+
+    def of(names, label):
+        """Per arm of `names`, (value, per item) for the seeds that all of them have."""
+        found = [measured.get((name, label), {}) for name in names]
+        seeds = sorted(set.intersection(*map(set, found)))
+        return seeds, [[f[s] for s in seeds] for f in found]
+
+    out_arms = []
+    for arm in arms:
+        estimates = {}
+        for task, metric, _ in question.metrics:
+            seeds, (found,) = of([arm.name], f'{task} {metric}')
+            if found:
+                mean, low, high = verdict.interval(
+                    [x for x, _ in found], verdict.redrawn([p for _, p in found]))
+                estimates[f'{task} {metric}'] = dict(mean=mean, low=low, high=high,
+                                                     seeds=len(seeds),
+                                                     by_seed=[x for x, _ in found])
+        out_arms.append(dict(
+            name=arm.name, config=arm.spec, overrides=[f'--config.{p}={v}' for p, v in
+                                                       arm.overrides],
+            differences={k: list(v) for k, v in arm.differences.items()},
+            same_order=arm.same_order, runs=told[arm.name], estimates=estimates,
+            stages=[dict(name=s.name, steps=n, batch=s.batch, columns=arm.config.columns,
+                         flops=f) for s, n, f in zip(
+                             stages.stages(arm.config), arm.steps,
+                             flops.get(arm.name, [None] * len(arm.steps)), strict=True)],
+            budget=arm.budget, parameters=model.count(model.abstract(arm.config)[1]),
+            planned=sum(n * c for n, c in zip(arm.steps, arm.per_step, strict=True))))
+    comparisons = []
+    for better, worse in (p for c in question.expected for p in zip(c, c[1:], strict=False)):
+        for task, metric, direction in (m for m in question.metrics if m[2] != 'shown'):
+            seeds, (a, b) = of([better, worse], f'{task} {metric}')
+            entry = dict(better=better, worse=worse, metric=f'{task} {metric}', seeds=len(seeds),
+                         difference=None, low=None, high=None, verdict='not decided')
+            if seeds:
+                draws = [verdict.redrawn([p for _, p in x]) for x in (a, b)]
+                mean, low, high = verdict.interval(
+                    [x - y for (x, _), (y, _) in zip(a, b, strict=True)],
+                    None if None in [d if d is None else 0 for d in draws] else draws[0] - draws[1])
+                entry |= dict(difference=mean, low=low, high=high, verdict=verdict.of_difference(
+                    low, high, seeds=len(seeds), better=direction))
+            comparisons.append(entry)
+    ended = [e['time_s'] for ledger in seen for e in ledger[-1:]]
+    return dict(
+        name=question.name, path=question.path, question=question.question,
+        base=list(question.base), source=question.source, limits=question.limits,
+        expected=[' > '.join(c) for c in question.expected],
+        budget=dict(unit=question.unit, amounts=list(question.budgets),
+                    said=amounts(question.budgets)),
+        seeds=list(question.seeds), items=question.items, rule=verdict.RULE,
+        metrics=[dict(label=f'{t} {m}', better=b) for t, m, b in question.metrics],
+        arms=out_arms, comparisons=comparisons,
+        law=verdict.law([(a['budget'], a['parameters'], sum(s['steps'] * s['batch'] * s['columns']
+                                                    for s in a['stages']),
+                  a['estimates'][' '.join(question.law)]['mean']) for a in out_arms
+                 if ' '.join(question.law) in a['estimates']]) if question.law else None,
+        verdict=verdict.overall([c['verdict'] for c in comparisons]),
+        revision=', '.join(sorted({e['revision'] for ledger in seen for e in ledger
+                                   if 'revision' in e})),
+        date=datetime.datetime.fromtimestamp(max(ended), datetime.UTC).strftime('%Y-%m-%d')
+        if ended else '')
+
+
+def jobs(how: str, question: Question, workdir: str, runs: list[Run], flags) -> list[str]:
+    """Shell lines that run everything as a Slurm array, or as one JobSet per run; `flags` of the
+    verb are handed on."""
+    if how == 'slurm':
+        verb = shlex.join(['launch/slurm.sbatch', 'ablate', '--sweep', question.path, '--workdir',
+                           workdir, *flags])
+        return [f'job=$(sbatch --parsable --ntasks-per-node=1 --array=0-{len(runs) - 1} {verb} '
+                '--only SLURM_ARRAY_TASK_ID)',
+                f'sbatch --ntasks-per-node=1 --dependency=afterany:$job {verb}']
+    out = []
+    for i, one in enumerate(runs):
+        name = re.sub(r'[^a-z0-9]+', '-', f'{question.name}-{one.arm.name}-{one.seed}'.lower())
+        words = ', '.join(json.dumps(w) for w in ['ablate', *flags, '--only', str(i), '--sweep'])
+        swap = f's|train, --config,|{words},|'
+        out.append(f'HOSTS=1 SLICES=1 NAME={name} CONFIG={shlex.quote(question.path)} '
+                   f'WORKDIR={shlex.quote(workdir)} envsubst < launch/gke.yaml | '
+                   f'sed {shlex.quote(swap)} | kubectl apply -f -')
+    return out
