@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from jaxsd import ablate, cli, data, evaluate, model, verdict
-from jaxsd.ablate.arms import ROUNDED, whole_steps
 from jaxsd import run as rundir
 from jaxsd import stage as stages
+from jaxsd.ablate.arms import ROUNDED, whole_steps
 from jaxsd.config import ConfigError
 from jaxsd.layout import flat
 
