@@ -414,11 +414,11 @@ def _by_parameter(fn: Callable, module):
     return jax.tree.map(of, module, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def each_layer(step: Callable, carry, blocks, *beside):
+def each_layer(step: Callable, carry, blocks, *beside, unroll: int | bool = 1):
     """`jax.lax.scan` of step(carry, (block, *beside)), layer by layer where `blocks` lie apart."""
     parts = jax.tree.leaves(blocks, is_leaf=lambda v: isinstance(v, nnx.Variable))
     if not isinstance(parts[0].get_value(), tuple):
-        return jax.lax.scan(step, carry, (blocks, *beside))
+        return jax.lax.scan(step, carry, (blocks, *beside), unroll=unroll)
     out = []
     for n in range(len(parts[0].get_value())):
         carry, y = step(carry, (nth(blocks, n), *(x[n] for x in beside)))

@@ -195,7 +195,8 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
         if (stage.start not in [s.name for s in which[:i]]
                 and begin.foreign(config, stage, workdir) is None
                 and (folder := begin.start_folder(config, stage, workdir)) == stage.start):
-            data.same_codec(checkpoint.fits(folder, begin.older(target))['data'], config)
+            there = checkpoint.fits(folder, begin.held(folder, stage, target))
+            data.same_codec(there['data'], config)
         probes.append(probe_of(stage) if probe_of else None)
     rundir.open_run(workdir, config, made=made)
     loss = None

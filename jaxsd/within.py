@@ -55,9 +55,10 @@ class Within(nnx.Module):
         return x + nn.gated(block.norm_mlp(x), block.gate_up, block.down)
 
     def __call__(self, x, mask, position=None):
-        def layer(x, block):
+        def layer(x, part):
+            block, = part
             return self._mix(block, x, *self._qkv(block, x, position), mask), None
-        x, _ = jax.lax.scan(layer, x, self.blocks, unroll=True)     # few and small
+        x, _ = nn.each_layer(layer, x, self.blocks, unroll=True)    # few and small
         return self.norm(x)
 
     def empty(self, rows: int, cells: int, dtype):

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from small import BACKBONES, batch, built, config
+from test_sharding import SYSTEMS as MECHANISMS
 
 from jaxsd import config as configs
 from jaxsd import model, trained
 from jaxsd.config import override
 from jaxsd.stage import flatten
+from jaxsd.types import Where
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 SYSTEMS = ('flat', 'streams')
@@ -294,3 +296,26 @@ def test_parameters_as_a_stream_reads_them_change_no_score(system, kind):
     scores = jax.jit(lambda params: nnx.merge(graph, params).scores(batch(c)))
     for one, other in zip(scores(params), scores(parts), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize('system', MECHANISMS)
+def test_every_mechanism_reads_parameters_that_lie_apart(system):
+    c = MECHANISMS[system]()
+    graph, _, axes = model.abstract(c)
+    parts = jax.eval_shape(lambda: trained.streamed(model.init(c, jax.random.key(0)), axes,
+                                                    'float32'))
+    b = {k: jnp.asarray(x) for k, x in batch(c).items()}
+    where = Where(b['position'], b['segment'])
+    heard = {k: b[k] for k in ('feats', 'slot', 'frames', 'framed') if k in b} or None
+
+    def pick(k, logits_BV, key):
+        return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+
+    def said(params):
+        made = nnx.merge(graph, params)
+        cache = made.empty_cache(len(b['tokens']), c.columns)
+        h_BD, _ = made.read(b['tokens'], where, cache, heard)
+        if system in ('frames', 'flow'):        # said outside of the model
+            return h_BD
+        return made.step(b['tokens'], where, cache, jax.random.key(0), pick, heard)[0]
+    assert jax.eval_shape(said, parts).shape[0] == len(b['tokens'])

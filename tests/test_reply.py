@@ -286,7 +286,8 @@ def test_a_trained_stage_replies(name, corpus, tmp_path):
     c.codec.path = str(corpus / os.path.basename(c.codec.path))
     c.vocab.tokenizer = str(corpus / 'text.model')
     train.run(c, str(tmp_path / 'run'))
-    entry, = evaluate.run(c, str(tmp_path / 'run'), tasks=('replies',), limit=3)
+    entry, = evaluate.run(c, str(tmp_path / 'run'), tasks=('replies',), split='train',
+                          limit=3)
     assert {'WER %', 'exact %', 'WER %/floor'} <= set(entry['metrics'])
     spoken = 'UER %' in entry['metrics']
     assert spoken == (name != 'intrinsic_voice')        # whose task of that name is written

@@ -170,6 +170,28 @@ def test_low_rank_terms_start_from_the_earlier_stage_and_move_alone(system, tmp_
         assert np.abs(a - d).max() > 1e-3
 
 
+def test_low_rank_terms_go_on_with_the_stage_that_has_them(tmp_path):
+    c = config('flat')
+    lora = dict(rank=2, scale=2.0)
+    terms = dict(ONE, name='two', start='one', lora=lora,
+                 train=(('.*/lora_[ab]', 1.0), ('.*', None)))
+    c.stages = (ONE, terms, dict(ONE, name='three', start='two', lora=lora,
+                                 train=(('.*/lora_[ab]', None), ('.*', 1.0))))
+    first, second, third = stages.stages(c)
+    work = saved(tmp_path, c, first, trained(c, first)[1])
+    _, end, _ = trained(c, second, work)
+    work = saved(tmp_path, c, second, end)
+    before, after, _ = trained(c, third, work)
+    end, before, after = (flatten(x['params']) for x in (end, before, after))
+    assert end.keys() == before.keys() and any(end[p].any() for p in end if p.endswith('lora_b'))
+    for p in end:
+        np.testing.assert_array_equal(end[p], before[p], p)
+        assert np.array_equal(before[p], after[p]) == ('lora_' in p), p
+    c.stages = (ONE, terms, dict(ONE, name='three', start='two'))
+    with pytest.raises(ConfigError, match="three starts from 'two', whose checkpoint has low-rank"):
+        trained(c, stages.stages(c)[2], work)
+
+
 def test_a_stage_starts_from_the_parameters_of_a_path_and_fresh_moments(tmp_path):
     c = config('flat')
     c.stages = (ONE,)

@@ -39,13 +39,12 @@ def start_params(config, stage: Stage, workdir: str, target) -> Begun:
 
 
 def older_params(config, stage: Stage, workdir: str, target) -> Begun:
-    """The weights that `stage` names as its start, without its low-rank terms."""
-    wanted = older(target)
+    """The weights that `stage` names as its start, with low-rank terms only where that has some."""
     if (found := foreign(config, stage, workdir)) is not None:
-        params = found.params(flatten(wanted), jax.random.key(config.seed))
+        params = found.params(flatten(older(target)), jax.random.key(config.seed))
         return Begun(unflatten(params), stage.start, (found.origin,))
     if (folder := start_folder(config, stage, workdir)) is not None:
-        params, meta = checkpoint.restore_params(folder, wanted)
+        params, meta = checkpoint.restore_params(folder, held(folder, stage, target))
         data.same_codec(meta['data'], config)
         return Begun(params, f'step {meta["step"]} of {stage.start}')
     return Begun(None, 'init')
@@ -54,7 +53,26 @@ def older_params(config, stage: Stage, workdir: str, target) -> Begun:
 def older(target) -> dict:
     """The parameters of `target` that an earlier stage has: all but low-rank terms."""
     return unflatten({p: x for p, x in flatten(target['params']).items()
-                      if not p.rsplit('/', 1)[-1].startswith('lora_')})
+                      if not _low_rank(p)})
+
+
+def held(folder: str, stage: Stage, target) -> dict:
+    """The parameters of `target` that the checkpoints in `folder` should hold.
+
+    Raises ConfigError where they have low-rank terms and `stage` has none: its model would be
+    another one without them.
+    """
+    if not any(map(_low_rank, checkpoint.read_meta(folder)['leaves'])):
+        return older(target)
+    if not stage.lora:
+        raise ConfigError(f'stage {stage.name} starts from {stage.start!r}, whose checkpoint has '
+                          'low-rank terms: give it the same lora (train may freeze them), or '
+                          'export that stage, which folds them in, and start from the export')
+    return target['params']
+
+
+def _low_rank(path: str) -> bool:
+    return path.rsplit('/', 1)[-1].startswith('lora_')
 
 
 def foreign(config, stage: Stage, workdir: str) -> Start | None:

@@ -80,6 +80,8 @@ def config_of(said: Mapping, *, like=None, columns: int = 4096, specials: Mappin
             c[slot].dtype = 'float32'
     ids = {k: v for k, v in (specials or {}).items() if k in ('bos', 'eos')}
     if 'rows (size, predicted)' in said:
+        # A bos past the text is its initial token, which a row of such a vocabulary has anyway.
+        ids = {k: i for k, i in ids.items() if i < said['rows (size, predicted)'][0][1]}
         ids |= {k: said[f'vocab.{k}'] for k in ('pad', 'epad') if f'vocab.{k}' in said}
         c.codec, c.vocab, c.layout = _streams(said, ids)
         return c
