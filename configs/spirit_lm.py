@@ -71,7 +71,7 @@ def get_config(arg=None):
 
 
 def demo(c, mix: str, level: str) -> None:
-    """The system on the demo corpus at 3 M parameters, with the paper's '+ASR+TTS' tasks.
+    """The system on the demo corpus at 2 M parameters, with the paper's '+ASR+TTS' tasks.
 
     mix='interleaved' is the system; 'pairs' replaces interleaving by more recognition and synthesis
     pairs and 'unimodal' by more speech and text alone, all with the same number of tokens.

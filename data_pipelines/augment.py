@@ -143,17 +143,23 @@ def again(source: str, out: str, each, *, command: str, arguments: dict) -> dict
         raise ValueError(f'--source {source} is no finished dataset: {e}') from None
     command = f'{command} after {manifest["command"]}'
     staging = records.begin(out, {'command': command} | arguments)
-    for name in manifest['files']:
-        if not name.startswith('index-'):
-            shutil.copyfile(os.path.join(source, name), os.path.join(staging, name))
-    by_hash = {about['sha256']: os.path.join(source, name)
-               for name, about in manifest['files'].items()}
-    units, codes = (codecs.fitted(by_hash[manifest[kind]['sha256']]) for kind in ('units', 'codes'))
-    return records.write(
-        out, {split: each(split, records.source_of(source, split), units, codes)
-              for split in manifest['splits']},
-        units=manifest['units'], codes=manifest['codes'], aligner=manifest['aligner'],
-        command=command, license=manifest['license'], sample_rate_hz=manifest['sample_rate_hz'])
+    try:
+        for name in manifest['files']:
+            if not name.startswith('index-'):
+                shutil.copyfile(os.path.join(source, name), os.path.join(staging, name))
+        by_hash = {about['sha256']: os.path.join(source, name)
+                   for name, about in manifest['files'].items()}
+        units, codes = (codecs.fitted(by_hash[manifest[kind]['sha256']])
+                        for kind in ('units', 'codes'))
+        return records.write(
+            out, {split: each(split, records.source_of(source, split), units, codes)
+                  for split in manifest['splits']},
+            units=manifest['units'], codes=manifest['codes'], aligner=manifest['aligner'],
+            command=command, license=manifest['license'],
+            sample_rate_hz=manifest['sample_rate_hz'])
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def build(source: str, out: str, *, noise: str | None = None, seed: int = 0) -> dict:

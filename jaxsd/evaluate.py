@@ -53,12 +53,15 @@ def _totals(config, stage: stages.Stage, place: sharding.Place = sharding.anywhe
 def _likelihood(config, params, vocab, source, *, split, limit, batch, totals):
     sums: dict = {}
     weight_of = {}
-    for arrays, _ in data.one_pass(config, source, vocab, batch=batch, split=split, limit=limit):
+    records = 0
+    for arrays, used in data.one_pass(config, source, vocab, batch=batch, split=split,
+                                      limit=limit):
+        records += sum(account['records'] for account in used.values())
         terms, metrics = jax.device_get(totals(params, arrays))
         for name, (s, w) in {**{f'loss/{k}': x for k, x in terms.items()}, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(s)
             weight_of[name] = weight_of.get(name, 0.0) + float(w)
-    return {name: s / weight_of[name] for name, s in sums.items() if weight_of[name] > 0}
+    return {n: s / weight_of[n] for n, s in sums.items() if weight_of[n] > 0}, records
 
 
 def likelihood(lm: trained.LM, *, split: str, limit: int | None, sources: tuple[str, ...],
@@ -66,12 +69,13 @@ def likelihood(lm: trained.LM, *, split: str, limit: int | None, sources: tuple[
     """Nats per token and accuracy of every range of the line, per source; whole records, packed."""
     positive('evals.likelihood', batch=batch, sources=len(sources))
     totals = _totals(lm.config, lm.stage)
-    metrics = {}
+    metrics, items = {}, 0
     for source in sources:
-        found = _likelihood(lm.config, lm.params, lm.vocab, source, split=split,
-                            limit=limit, batch=batch, totals=totals)
+        found, records = _likelihood(lm.config, lm.params, lm.vocab, source, split=split,
+                                     limit=limit, batch=batch, totals=totals)
+        items += records
         metrics |= {f'{source}/{name}': x for name, x in found.items()}
-    return dict(metrics=metrics, items=len(sources), note='teacher-forced; nats per scored token')
+    return dict(metrics=metrics, items=items, note='teacher-forced; nats per scored token')
 
 
 def probe(config, stage: stages.Stage):
@@ -112,8 +116,8 @@ def probe(config, stage: stages.Stage):
     def held_out(step, params):
         out = {}
         for source in sources:
-            found = _likelihood(config, params, vocab, source, split='test', limit=64,
-                                batch=batch, totals=totals)
+            found, _ = _likelihood(config, params, vocab, source, split='test', limit=64,
+                                   batch=batch, totals=totals)
             out |= {f'{source}/{k}': x for k, x in found.items() if k.startswith('loss/')}
         lm = trained.LM(config, stage, vocab, graph, params, step, '')
         for name, t in tasks.items():
@@ -536,7 +540,8 @@ UNTRAINED = 'untrained'
 
 def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=None,
         untrained: bool = False) -> list[dict]:
-    """Runs the named tasks (default: all of config.evals) and writes evaluation.json.
+    """Runs the named tasks (default: all of config.evals), each result going to evaluation.json as
+    soon as it is there. Raises ConfigError at the end for tasks that could not be run.
 
     untrained: measures the stage's model as the seed draws it, the floor of everything learned.
     """
@@ -550,14 +555,22 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
         raise ConfigError('config.evals names no task')
     recorded(workdir)       # a file that cannot be added to is said before the work
     lm = trained.load(config, workdir, stage_name, untrained=untrained)
-    entries = []
+    entries, failed = [], {}
     for name, task in chosen.items():
         log.info('evaluating %s on split %s', name, split)
-        found = task(lm, split=split, limit=limit)
+        try:
+            found = task(lm, split=split, limit=limit)
+        except ValueError as e:     # of this dataset or model; the others can be measured
+            failed[name] = e
+            log.warning('%s cannot be measured: %s', name, e)
+            continue
         entries.append(dict(task=name, split=split, stage=UNTRAINED if untrained else lm.stage.name,
                             step=lm.step, limit=limit, revision=journal.revision(), **found))
         _table(entries[-1])
-    record(workdir, entries)
+        record(workdir, entries[-1:])
+    if failed:
+        raise ConfigError('; '.join(f'evals.{name}: {e}' for name, e in failed.items())
+                          + ('; all else was measured and kept' if entries else ''))
     return entries
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import jaxsd
-from jaxsd.config import ConfigError, fingerprint, to_json
+from jaxsd.config import ConfigError, fingerprint, plain, to_json
 
 FORMAT = 1
 CONFIG_BYTES = 1 << 24      # bounds what a damaged config.json may allocate
@@ -93,8 +93,10 @@ def same_run(workdir: str, config, fix: str = 'leave --config out or ') -> None:
     """Raises ConfigError unless `workdir` is a run of `config`, naming the keys that differ."""
     stored = read_run(workdir)
     if stored['fingerprint'] != fingerprint(config):
-        raise ConfigError(f'--workdir {workdir} holds another run: '
-                          f'{differences(stored["config"], config)}; {fix}name another directory')
+        trained = ({k: v for k, v in plain(c).items() if k != 'evals'}
+                   for c in (stored['config'], config))
+        raise ConfigError(f'--workdir {workdir} holds another run: {differences(*trained)}; {fix}'
+                          'name another directory')
 
 
 def read_run(workdir: str) -> dict:

@@ -54,7 +54,7 @@ def write(specs: list[str], runs: str, out: str) -> None:
         if isinstance(run, Run):
             made.append(run)
             demo = configs.read(run.spec)
-        rows.append(_row(doc, demo, run))
+        rows.append(_row(spec, doc, demo, run))
         cards.append(_card(spec, doc, published, demo, run))
     rundir.write_atomic(out, '\n'.join([*_head(demo, made), *rows, '', *cards]))
 
@@ -151,12 +151,14 @@ def _head(config, made: list[Run]) -> list[str]:
         '|---|---|---:|---:|---:|---:|']
 
 
-def _row(doc: str, demo, run) -> str:
+def _row(spec: str, doc: str, demo, run) -> str:
     name, _ = _title(doc)
     link = f'[{name}](#{_anchor(name)})'
     if isinstance(run, str):
         task = ', '.join(sorted(set(plain(demo.evals)) - {'likelihood'}))
         return f'| {link} | {task} | – | – | – | – |'
+    if run.spec != f'{spec}:demo':
+        link += f' (`{run.spec.removeprefix(spec)}`)'
     return '\n'.join(
         f'| {link if i == 0 else ""} | {task}: {metric} | {_number(x)} | {_number(before)} | '
         f'{_number(beside)} | {f"{run.minutes:.0f}" if i == 0 else ""} |'

@@ -106,6 +106,15 @@ def test_a_dataset_gets_copies_of_its_dialogues(corpus, tmp_path):
     assert 'augment' in manifest['command']
 
 
+def test_what_fails_leaves_nothing_that_blocks_the_next_try(corpus, tmp_path):
+    def each(split, rows, units, codes):
+        raise ValueError('this source will not do')
+        yield
+    with pytest.raises(ValueError, match='will not do'):
+        augment.again(str(corpus), str(tmp_path / 'x'), each, arguments={}, command='made')
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_is_missing_is_said(tmp_path, capsys):
     assert augment.main(['--source', str(tmp_path), '--out', str(tmp_path / 'x')]) == 1
     assert 'is no finished dataset' in capsys.readouterr().err

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import shutil
 
 import jax
 import jiwer
@@ -555,6 +556,18 @@ def test_results_replace_those_of_the_same_task_and_split(flat_lm, capsys):
     assert evaluate.recorded(lm.workdir) == stored + json.loads(json.dumps([floor]))
     assert evaluate.likelihood(lm, split='test', limit=2, sources=tuple(
         lm.config.evals.likelihood.sources))['metrics'] == pytest.approx(stored[2]['metrics'])
+
+
+def test_a_task_that_cannot_be_run_loses_no_other(flat_lm, tmp_path):
+    lm = flat_lm
+    work = tmp_path / 'run'
+    shutil.copytree(lm.workdir, work)
+    (work / 'evaluation.json').unlink(missing_ok=True)
+    c = lm.config.copy_and_resolve_references()
+    c.evals = dict(asr=dict(name='asr', source='nowhere'), likelihood=c.evals.likelihood)
+    with pytest.raises(ConfigError, match="evals.asr: .*nowhere.*; all else was measured and kept"):
+        evaluate.run(c, str(work), limit=1)
+    assert [e['task'] for e in evaluate.recorded(str(work))] == ['likelihood']
 
 
 def test_fewer_items_do_not_replace_more_of_the_same_step(tmp_path):

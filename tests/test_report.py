@@ -146,7 +146,7 @@ def test_a_complete_run_is_shown(run, tmp_path):
                  'Stage adapt', '0.0214', '0.0731', 'Closed vocabulary.', 'latency_frames',
                  'What is two plus three?', 'It is five.', 'mine', 'theirs', 'unlisted', '1234abc',
                  'BOS', 'model.safetensors', 'duplex.columns', 'semantic', '410 ×', 'real time',
-                 '0.4 %'):
+                 '0.4 %', '800,000 tokens trained on', '5 h audio trained on'):
         assert said in page.words, said
     row = re.search(r'learn dialogue (\S+) (\S+) (\S+)', page.words)
     assert row.groups() == ('2.5', '250,000', '123')     # the last count, not the sum of counts

@@ -15,5 +15,5 @@ QUESTION = dict(
     items=100,
     expected=('interleaved > pairs', 'interleaved > unimodal'),
     source='arXiv 2402.05755, Table 4: stories across modalities',
-    limits='A closed vocabulary and 3 M parameters. The arms read other records, for the mixture '
+    limits='A closed vocabulary and 2 M parameters. The arms read other records, for the mixture '
            'is the question; what is scored goes on in the other modality, as pairs never do.')

@@ -72,17 +72,19 @@ def _tiles(run: dict) -> str:
     last = rows[-1][-1]
     tiles = [('final loss', number(last.get('loss'))),
              (f'step of {esc(next(reversed(run["stages"])) or "training")}', number(last['step']))]
-    if finite(last.get('tokens')):
-        many = last['tokens'] >= 1e6        # a tile is too narrow for more digits
-        tiles.append(('tokens trained on', with_unit(last['tokens'] / 1e6, 'M') if many
-                      else number(last['tokens'])))
-    if finite(last.get('audio_hours')):
-        tiles.append(('audio trained on', with_unit(last['audio_hours'], 'h')))
+
+    def in_all(key):        # each stage counts from its own start
+        return sum(stage[-1][key] for stage in rows if finite(stage[-1].get(key)))
+    if tokens := in_all('tokens'):          # a tile is too narrow for more digits
+        tiles.append(('tokens trained on', with_unit(tokens / 1e6, 'M') if tokens >= 1e6
+                      else number(tokens)))
+    if hours := in_all('audio_hours'):
+        tiles.append(('audio trained on', with_unit(hours, 'h')))
     for key, name, scale, unit in (('audio_hours_per_h', 'real time, training', 1, '×'),
                                    ('step_s', 'time per step', 1, 's'),
                                    ('data_wait_fraction', 'waiting for data', 100, '%'),
                                    ('dispatch_fraction', 'starting steps', 100, '%')):
-        found = [r[key] for stage in rows for r in stage if finite(r.get(key))]
+        found = [r[key] for r in rows[-1] if finite(r.get(key))]    # stages differ in batch
         if found:
             tiles.append((name, with_unit(scale * statistics.median(found), unit)))
     if seconds := _seconds(run):
