@@ -335,7 +335,8 @@ def test_a_run_is_measured_and_heard(corpus, tmp_path):
     assert np.isfinite(train.run(c, work))
     for task in ('sounds', 'aloud'):
         found = evaluate.run(c, work, tasks=(task,), limit=3)[0]['metrics']
-        assert found['length %'] > 0 and 0 < found['distance'] < 2
+        # Two steps may teach it to end at once.
+        assert found['length %'] >= 0 and 0 < found['distance'] < 2
         assert ('WER %' in found) == (task == 'sounds')
     for task, given in (('tts', 'the ball is in the garden'), ('s2s', None)):
         out = str(tmp_path / (f'{task}.wav' if given else task))
