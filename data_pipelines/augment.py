@@ -12,7 +12,6 @@ Copies have the source `noisy`. Noise comes from wav files (`--noise DIR`, 16 kH
 hiss and rumble.
 """
 
-import argparse
 import dataclasses
 import io
 import json
@@ -26,6 +25,7 @@ import numpy as np
 from data_pipelines import records
 from jaxsd import codec as codecs
 from jaxsd import dataset
+from jaxsd.flags import Parser
 
 RATE_HZ = codecs.SAMPLE_RATE_HZ
 USER = 1
@@ -178,7 +178,7 @@ def build(source: str, out: str, *, noise: str | None = None, seed: int = 0) -> 
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog='python -m data_pipelines.augment', description=(
+    parser = Parser(prog='python -m data_pipelines.augment', description=(
         'Adds copies of dialogues whose user is heard with gain, noise and echo.'))
     parser.add_argument('--source', required=True, help='dataset directory that keeps its audio')
     parser.add_argument('--out', required=True, help='dataset directory to make')

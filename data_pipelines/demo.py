@@ -13,7 +13,6 @@ Splits: `train`; `test`, stories and questions whose wording never occurs in tra
 voices; `voice`, sentences of the training side in a voice that is never heard in training.
 """
 
-import argparse
 import concurrent.futures
 import functools
 import hashlib
@@ -33,6 +32,7 @@ import numpy as np
 
 from data_pipelines import espeak, grammar, prosody, records
 from jaxsd import codec
+from jaxsd.flags import Parser
 from jaxsd.types import Record, Turn, Word
 
 SYSTEM_VOICE = 'en-us'
@@ -487,7 +487,7 @@ def build(out: str, *, hours: float = 2.0, seed: int = 0, jobs: int = 1,
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog='python -m data_pipelines.demo', description=(
+    parser = Parser(prog='python -m data_pipelines.demo', description=(
         'Makes the demo corpus: stories and two-speaker dialogues of synthesized speech with true '
         'word times, as a dataset directory.'))
     parser.add_argument('--out', required=True, help='dataset directory to make')

@@ -10,7 +10,6 @@ means something only next to its floors, and is never an open-vocabulary word er
         --ceiling RUN/ceiling --out judge.json --workdir RUN
 """
 
-import argparse
 import collections
 import contextlib
 import itertools
@@ -23,6 +22,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from jaxsd.flags import Parser
 
 SAMPLE_RATE_HZ = 16000
 NOISE = 50.0            # standard deviation in 16-bit steps: pocketsphinx fails on digital silence
@@ -269,7 +270,7 @@ def _put(path: str, data) -> None:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog='python -m data_pipelines.judge', description=(
+    parser = Parser(prog='python -m data_pipelines.judge', description=(
         'Recognizes speech with a language model of the task and prints word error rates beside a '
         'ceiling and floors.'))
     parser.add_argument('--sentences', required=True, help='JSON: what may be said (grammar.json)')

@@ -15,7 +15,6 @@ channel, kind and times. Everything begins and ends on frames of the codec, so t
 exact in a grid. The same arguments give the same bytes.
 """
 
-import argparse
 import io
 import json
 import os
@@ -27,6 +26,7 @@ import numpy as np
 
 from data_pipelines import augment, records
 from jaxsd import dataset
+from jaxsd.flags import Parser
 from jaxsd.types import Record, Turn, Word
 
 RATE_HZ = augment.RATE_HZ
@@ -255,7 +255,7 @@ def _seconds(source: str) -> float:
 
 def main(argv=None) -> int:
     usual = Manners()
-    parser = argparse.ArgumentParser(prog='python -m data_pipelines.simulate', description=(
+    parser = Parser(prog='python -m data_pipelines.simulate', description=(
         'Adds dialogues simulated from the utterances of a dataset.'))
     parser.add_argument('--source', required=True, help='dataset directory that keeps its audio')
     parser.add_argument('--out', required=True, help='dataset directory to make')

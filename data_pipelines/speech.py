@@ -39,6 +39,7 @@ import numpy as np
 
 from data_pipelines import align, records
 from jaxsd import codec
+from jaxsd.flags import Parser
 from jaxsd.types import Phrase, Record, Turn, Word
 
 MAIN = 'SPEAKER_MAIN'
@@ -561,7 +562,7 @@ def overrides(out: str, manifest: dict) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog='python -m data_pipelines.speech', epilog=__doc__.partition('\n\n')[2],
         description=__doc__.partition('\n\n')[0],
         formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -54,11 +54,11 @@ def causal_attention(q_BTNH, k_BTGH, v_BTGH, where: Where, *, window_columns: in
     """
     B, T, N, H = q_BTNH.shape
     if engine == 'auto' and place.mesh is None:     # kernels must be told how arrays are split
-        engine, why = 'xla', 'no mesh says which devices there are'
+        engine = 'xla'
     else:
         engine, why = choose(engine, place.platform, columns=T, ways=place.ways('column'),
                              head_dim=H, dtype=q_BTNH.dtype)
-    _say(engine, why)
+        _say(engine, why)
     fn = functools.partial(dict(xla=xla, splash=splash, cudnn=cudnn)[engine],
                            window_columns=window_columns, block_columns=block_columns)
     return spread(fn, q_BTNH, k_BTGH, v_BTGH, where, window_columns, place)

@@ -16,6 +16,7 @@ import traceback
 
 from jaxsd import config as configs
 from jaxsd.config import ConfigError
+from jaxsd.flags import Parser
 
 log = logging.getLogger('jaxsd')
 
@@ -34,13 +35,6 @@ EXPORTS = (*IMPORTS, 'stablehlo', 'onnx', 'gguf', 'peft')
 DTYPES = ('f32', 'bf16', 'f16', 'q8_0')
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the flags in one line."""
-
-    def error(self, message):
-        self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
@@ -48,7 +42,7 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog='jaxsd', description='Pretraining of spoken dialogue models in JAX.', epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')

@@ -278,11 +278,17 @@ def _check_codec(path: str, manifest: dict, codec):
                               'none with --config.codec.path= (then nothing is heard or spoken)')
         with open(weights, 'rb') as f:
             expected['sha256'] = hashlib.file_digest(f, 'sha256').hexdigest()
+    own = [name for name, about in manifest['files'].items()
+           if about['sha256'] == identity['sha256']]
     for key, value in expected.items():
-        if identity[key] != value:
-            raise ConfigError(f'codec.{key} is {value!r}, but the {streams[0]} of {path} were made '
-                              f'with {key} {identity[key]!r}: use the codec of the dataset or make '
-                              'the dataset again')
+        if identity[key] == value:
+            continue
+        if key == 'sha256' and own:
+            raise ConfigError(f'codec.path: {weights} is not the codec that made the {streams[0]} '
+                              f'of {path}; give --config.codec.path={os.path.join(path, own[0])}')
+        raise ConfigError(f'codec.{key} is {value!r}, but the {streams[0]} of {path} were made '
+                          f'with {key} {identity[key]!r}: use the codec of the dataset or make '
+                          'the dataset again')
 
 
 def _read_index(path: str, split: str, records: int, sources: int) -> dict[str, np.ndarray]:

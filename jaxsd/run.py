@@ -6,6 +6,8 @@ start, resume and stage; checkpoints, metrics and samples lie beside them. A dir
 anything else is never touched, and every file is written whole or not at all.
 """
 
+import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -87,6 +89,35 @@ def _open_run(workdir: str, config, first: dict | None, made: dict) -> bool:
     if first:
         ledger(workdir, first)
     return True
+
+
+@contextlib.contextmanager
+def held(workdir: str):
+    """Keeps others from training in `workdir` meanwhile: they would move each other's files.
+
+    Raises ConfigError where one does. The system lets go when process 0 ends, however it ends;
+    a filesystem without locks keeps nobody away.
+    """
+    file = None
+
+    def lock():
+        nonlocal file
+        file = open(os.path.join(workdir, 'config.json'), encoding='utf-8')
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(f'--workdir {workdir} is being trained in by another process; wait '
+                              'until it has ended, or stop it') from None
+        except OSError:
+            pass
+        return 0
+    on_first_process(lock)
+    try:
+        yield
+    finally:
+        if file:
+            file.close()
 
 
 def same_run(workdir: str, config, fix: str = 'leave --config out or ') -> None:

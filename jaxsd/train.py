@@ -200,7 +200,7 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
         probes.append(probe_of(stage) if probe_of else None)
     rundir.open_run(workdir, config, made=made)
     loss = None
-    with _asked_to_stop() as stop:
+    with rundir.held(workdir), _asked_to_stop() as stop:
         for stage, probe in zip(which, probes, strict=True):
             done = _run_stage(config, stage, workdir, mesh, v, probe, profile_steps, stop, began_s)
             if done is not None:

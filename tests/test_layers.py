@@ -23,6 +23,7 @@ ANY = None
 LAYERS = {
     'types': (0, (), NUMPY, {'jax', 'flax'}),
     'config': (0, (), {'numpy', 'ml_collections'}, {'jax', 'flax'}),
+    'flags': (0, (), set(), {'jax', 'flax'}),
     'vocab': (0, ('types', 'config'), {'numpy', 'ml_collections'}, {'jax', 'flax'}),
     'layout': (1, (), NUMPY, {'jax', 'flax', 'grain', 'tensorflow_datasets', 'soundfile'}),
     'packing': (1, (), NUMPY, {'jax', 'flax', 'grain', 'tensorflow_datasets'}),
@@ -182,7 +183,7 @@ def test_configs_are_data():
 
 
 def test_pipelines_use_only_the_file_formats():
-    legal = {'codec', 'dataset', 'types', 'vocab', '__version__'}
+    legal = {'codec', 'dataset', 'flags', 'types', 'vocab', '__version__'}
     found = [f'{path.relative_to(ROOT)}:{line}: data_pipelines may not import {name}'
              for path in PIPELINES for line, name, _ in imports(path)
              if name.split('.')[0] == 'jaxsd' and name.split('.')[1] not in legal]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_pipelines import align, espeak, judge, records, speech
+from data_pipelines import align, augment, demo, espeak, judge, records, simulate, speech
 from jaxsd import codec, config, data
 from jaxsd.types import Phrase
 
@@ -269,6 +269,15 @@ def test_a_bad_row_is_fatal_by_default(good, made, tmp_path, capsys, bad):
     assert f'{manifest}:{first}: ' in error and '--bad skip' in error
     assert any(f'bad {manifest}:3: missing file' in line for line in said)
     assert not out.exists() and not os.path.exists(f'{out}.partial')
+
+
+@pytest.mark.parametrize('pipeline', [augment, demo, judge, simulate, speech])
+def test_an_unknown_flag_is_one_line(pipeline, capsys):
+    with pytest.raises(SystemExit) as e:
+        pipeline.main(['--huors', '3'])
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.count('\n') == 1
+    assert said.startswith(f'python -m {pipeline.__name__}: ') and '--help' in said
 
 
 def test_wrong_flags_are_one_line(good, made, tmp_path, capsys):

@@ -15,6 +15,7 @@ import sys
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -201,6 +202,52 @@ def test_a_finished_run_does_nothing_and_another_config_is_refused(done, caplog)
         train.run(other, work)
     assert before == {p: p.read_bytes() for p in sorted(pathlib.Path(work).rglob('*'))
                       if p.is_file()}
+
+
+def test_a_run_that_another_program_trains_in_is_refused(done):
+    c, work, _, _ = done
+    holder = subprocess.Popen(
+        [sys.executable, '-c', 'import sys; from jaxsd import run\nwith run.held(sys.argv[1]):\n'
+         '    print("held", flush=True)\n    sys.stdin.read()', work],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == 'held\n'
+    with pytest.raises(ConfigError, match='is being trained in by another process'):
+        train.run(c, work)
+    holder.kill()
+    holder.wait()
+    assert train.run(c, work) is None
+
+
+class Noise(nnx.Module):
+    """A model whose scores are the random numbers that a step hands to it."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.zeros(()), axes=())
+
+    def forward(self, batch, key, place):
+        return jax.random.normal(key, batch['tokens'].shape) + self.w[...], None, {}
+
+
+def test_every_step_and_microbatch_draws_anew():
+    """Means of n independent numbers spread as n ** -0.5, in how many microbatches they are drawn.
+    """
+    graph, state = nnx.split(Noise(), graph=False)
+    params = nnx.to_pure_dict(state)
+    b = {'tokens': jnp.zeros((4, 2, 3), jnp.int32)}
+
+    def objective(logp, hit, batch, beside=None):
+        return {'all': (jnp.sum(logp), jnp.float32(logp.size))}, {}
+    for accumulate in (1, 4):
+        stage = stages.Stage(name='s', steps=999, batch=4, data=dict(x=1.0), lr=0.0,
+                             accumulate=accumulate)
+        by_path = {'w': 1.0}
+        tx = stages.optimizer(stage, by_path)
+        step = jax.jit(train.make_step(graph, objective, stage, by_path))
+        begun = dict(params=params, opt=tx.init(stages.split(params, by_path)[0]), step=0,
+                     bad_steps=0, skipped_steps=0)
+        found = [float(step(begun | dict(step=n), b)[1]['loss']) for n in range(400)]
+        assert len(set(found)) == 400
+        assert np.std(found) == pytest.approx(24 ** -0.5, rel=0.15), accumulate
 
 
 def test_host_overhead(done):

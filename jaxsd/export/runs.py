@@ -109,7 +109,8 @@ def import_run(config, source: str, workdir: str, format: str, *,
         event='import', stage=chosen.name, step=0, origins=origins, **(
             dict(start=begun.start) if reads else {}),
         source=os.path.abspath(source), fingerprint=fingerprint(config)), made)
-    with checkpoint.Checkpoints(workdir, chosen.name, config=config, keep=chosen.keep) as saved:
+    with (rundir.held(workdir), checkpoint.Checkpoints(
+            workdir, chosen.name, config=config, keep=chosen.keep) as saved):
         saved.save(0, fresh, data_state=dict(next_step=0, fingerprint=marks), wait=True)
 
 
