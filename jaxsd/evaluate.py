@@ -474,7 +474,8 @@ def answers(lm: trained.LM, *, split: str, limit: int | None, source: str, batch
     """The user's side of held-out dialogues is played; are their questions answered, and when?
 
     correct: among the words written between a question's end and the next question, the last that
-    is of the asked kind is the right one. waited: no word begins while the question is being asked.
+    is of the asked kind is the right one. waited: no word begins while the question is being asked,
+    from its third frame to its last but one (`score_answer`).
     latency: frames from the question's end to the answer's first word. The model hears the user
     frame by frame and everything it says itself is its own; decoding is greedy, in text and in
     sound, so that the measure repeats.
@@ -504,7 +505,8 @@ def answers(lm: trained.LM, *, split: str, limit: int | None, source: str, batch
     return dict(metrics=metrics, items=len(found), judged=('correct %', None), per_item={
         k: shares([100.0 * x for x in values]) for k, values in each.items()}, histogram=dict(
         name=f'latency in frames of {1000 / hz:.0f} ms', values=[float(x) for x in latency]),
-        note='the model hears the user frame by frame; everything it says is its own')
+        note='the model hears the user frame by frame; everything it says is its own; waited: no '
+             'word begins from the third frame of a question to its last but one')
 
 
 # Running tasks.
