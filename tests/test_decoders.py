@@ -163,6 +163,8 @@ def test_both_spellings_of_rotary_positions():
      'factor must be a number'),
     ('llama', dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)),
      'partial_rotary_factor must be None or 1'),
+    ('llama', dict(rope_parameters=dict(rope_type='default', rope_theta=5e2),
+                   rope_scaling=dict(rope_type='linear', factor=4.0)), 'and rope_scaling differ'),
     ('llama', dict(partial_rotary_factor=0.5), 'partial_rotary_factor must be'),
     ('llama', dict(mlp_bias=True), 'mlp_bias must be False'),
     ('llama', dict(model_type=['llama']), 'model_type must be one of'),

@@ -472,6 +472,8 @@ def test_a_stage_of_terms_from_files_and_back(terms, tmp_path):
     (dict(num_codebooks=4), 'depth_decoder_config: num_codebooks must be 4'),
     (dict(ffn_dim=127), 'ffn_dim must be even'), (dict(hidden_act='gelu'), 'hidden_act'),
     (dict(rope_parameters=dict(rope_type='yarn', rope_theta=1.)), "rotary scaling 'yarn'"),
+    (dict(rope_parameters=dict(rope_theta=1.), rope_scaling=dict(type='linear', factor=2.)),
+     'and rope_scaling differ'),
     (dict(rms_norm_eps='tiny'), 'rms_norm_eps must be'),
 ])
 def test_bad_config_in_halves(tmp_path, changes, match):
@@ -811,7 +813,8 @@ def test_known_leftovers_are_passed_over(box_bytes, folder, tmp_path, monkeypatc
 @pytest.mark.parametrize('index, match', [
     ({'weight_map': {'model.norm.weight': '../evil.safetensors'}}, 'points outside the folder'),
     ({'weight_map': {'model.norm.weight': '/etc/passwd'}}, 'points outside the folder'),
-    ({'weight_map': {'model.norm.weight': 'gone.safetensors'}}, 'gone.safetensors: cannot be read'),
+    ({'weight_map': {'model.norm.weight': 'gone.safetensors'}},
+     'holds model.safetensors beside other weights that model.safetensors.index.json names'),
     ({'weight_map': {'model.norm.weight': 'model.safetensors'}}, 'is not where'),
     ({'weight_map': 3}, 'weight_map must name'), ({}, 'weight_map must name'),
 ])
@@ -820,6 +823,40 @@ def test_bad_index(folder, tmp_path, index, match):
     with open(os.path.join(bad, 'model.safetensors.index.json'), 'w') as f:
         json.dump(index, f)
     refuse(CASES['llama'][0], bad, 'hf', match)
+
+
+def test_an_index_of_files_that_are_not_there(folder, tmp_path):
+    bad = copied(folder, tmp_path, 'llama')
+    os.remove(os.path.join(bad, 'model.safetensors'))
+    with open(os.path.join(bad, 'model.safetensors.index.json'), 'w') as f:
+        json.dump({'weight_map': {'model.norm.weight': 'gone.safetensors'}}, f)
+    refuse(CASES['llama'][0], bad, 'hf', 'gone.safetensors: cannot be read')
+
+
+def test_the_weights_that_a_config_names_beside_a_codec(tmp_path):
+    shutil.copytree(released.GOLDEN / 'kyutai', tmp_path / 'both')
+    both = str(tmp_path / 'both')
+    shutil.copy(os.path.join(both, 'model.safetensors'), os.path.join(both, 'codec.safetensors'))
+    os.rename(os.path.join(both, 'model.safetensors'), os.path.join(both, 'm@200.safetensors'))
+    with pytest.raises(ValueError, match='found 2 files; a file can be named'):
+        export.load(both)
+    edited(both, moshi_name='m@200.safetensors')
+    want = export.load(str(released.GOLDEN / 'kyutai'))
+    for a, b in zip(jax.tree.leaves(export.load(both).params), jax.tree.leaves(want.params),
+                    strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('case, changes, match', [
+    ('llama', dict(head_dim=7), 'config.json: backbone: rotary positions need an even head_dim'),
+    ('llama', dict(num_key_value_heads=3), 'config.json: backbone.kv_heads 3 must divide'),
+    ('llama', dict(eos_token_id=99999), 'config.json: vocab.eos must be an id of the text')])
+def test_numbers_that_no_model_has_name_their_file(folder, tmp_path, case, changes, match):
+    bad = copied(folder, tmp_path, case)
+    edited(bad, **changes)
+    with pytest.raises(ValueError, match=match) as e:
+        export.load(bad)
+    assert '\n' not in str(e.value)
 
 
 def test_index_that_promises_too_much(tmp_path):

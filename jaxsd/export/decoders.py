@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 
 from jaxsd.config import ConfigError
-from jaxsd.export.facts import BLOCKS, Json, Plan, need
+from jaxsd.export.facts import BLOCKS, Json, Plan, need, rotary_objects
 from jaxsd.export.rules import rule
 
 LAYER = 'model.layers.{L}.'
@@ -190,10 +190,8 @@ def read(values: Mapping, path: str) -> dict:
 
 def _read_rotary(j: Json) -> tuple[float, str | dict]:
     """The rotary base and our `rope_scaling`. transformers 5 has both in `rope_parameters`."""
-    new = j.values.get('rope_parameters') or {}
-    scaling = new or j.values.get('rope_scaling') or {}
-    if not isinstance(new, Mapping) or not isinstance(scaling, Mapping):
-        raise ValueError(f'{j.path}: rope_parameters and rope_scaling must be objects')
+    new, old = rotary_objects(j)
+    scaling = new or old
     theta = Json({'rope_theta': j.values['rope_theta']} | dict(new), j.path).number(
         'rope_theta', high=1e12, kind=float)
     s = Json(scaling, j.path)

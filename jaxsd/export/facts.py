@@ -184,3 +184,15 @@ class Json:
             if key not in self.asked and key not in others:
                 raise ValueError(f'{self.path}: {key!r} is not known here and may mean another '
                                  'model than would be read; take it out if it does not')
+
+
+def rotary_objects(j: Json) -> tuple[Mapping, Mapping]:
+    """`rope_parameters` and `rope_scaling`, {} where absent. Raises ValueError for two that differ:
+    which of them counts depends on who reads."""
+    new, old = (j.values.get(k) or {} for k in ('rope_parameters', 'rope_scaling'))
+    if not isinstance(new, Mapping) or not isinstance(old, Mapping):
+        raise ValueError(f'{j.path}: rope_parameters and rope_scaling must be objects')
+    if new and any(new.get(k) != x for k, x in old.items()):
+        raise ValueError(f'{j.path}: rope_parameters and rope_scaling differ; leave out what the '
+                         'model was not trained with')
+    return new, old

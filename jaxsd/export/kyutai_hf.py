@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from jaxsd.config import ConfigError
 from jaxsd.export import safetensors
-from jaxsd.export.facts import BLOCKS, Json, Plan, need
+from jaxsd.export.facts import BLOCKS, Json, Plan, need, rotary_objects
 from jaxsd.export.rules import rule
 
 LAYER, DEPTH, DEEP = 'decoder.model.layers.{L}.', 'depth_decoder.layers.{L}.', 'head/blocks/'
@@ -136,17 +136,14 @@ def read(values: Mapping, path: str) -> dict:
         raise ValueError(f"{path}: model_type must be 'moshi', got {values.get('model_type')!r}")
     deep = values.get('depth_decoder_config') or {}
     codec = values.get('audio_encoder_config') or {}
-    rope = values.get('rope_parameters') or values
-    for key, value in (('depth_decoder_config', deep), ('audio_encoder_config', codec),
-                       ('rope_parameters', rope)):
+    new, old = rotary_objects(j)
+    rope, scaling = new or values, old or new
+    for key, value in (('depth_decoder_config', deep), ('audio_encoder_config', codec)):
         if not isinstance(value, Mapping):
             raise ValueError(f'{path}: {key} must be an object')
     d = Json(deep, f'{path}: depth_decoder_config')
     for each in (j, d):
         each.only(hidden_act=('silu',), tie_word_embeddings=(False,))
-    scaling = values.get('rope_scaling') or rope
-    if not isinstance(scaling, Mapping):
-        raise ValueError(f'{path}: rope_scaling must be an object')
     if (scaled := scaling.get('rope_type', scaling.get('type', 'default'))) != 'default':
         raise ValueError(f'{path}: rotary scaling {scaled!r} is not supported')
     # The defaults are those of transformers (configuration_moshi.py): the released model's sizes.

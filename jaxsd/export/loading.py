@@ -9,6 +9,7 @@
     lm.save('elsewhere', format='hf')
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -110,7 +111,8 @@ def open_start(config, start: str, *, graft: Mapping | None = None, where: str =
         patches = {p: [whole(p, shape)] for p, shape in source.shapes.items()}
         return Start(config, {}, source, patches, origin)
     said = family.read(values, said_in)
-    theirs = config_of(said, like=config)
+    with _told(said_in):
+        theirs = config_of(said, like=config)
     patches = surgery.check(config, theirs, said, graft, where or f'start {start}')
     return Start(config, graft, open_source(theirs, family, said, path), patches, origin)
 
@@ -329,15 +331,28 @@ def _bare(path: str, format: str = ''):
     columns = Json(values, said_in).number('max_position_embeddings', 4096)
     said = family.read(values, said_in)
     speaks, specials = _speaks(format, values, said_in, folder)
-    config = config_of(said, columns=columns, specials=specials)
+    with _told(said_in):
+        config = config_of(said, columns=columns, specials=specials)
+        family.check(facts(config))
+        model.abstract(config)      # numbers that no model has
     _name_ids(config, folder)
     tokenizer = values.get('tokenizer_name', 'tokenizer.model')
     if isinstance(tokenizer, str) and tokenizer == os.path.basename(tokenizer) and os.path.isfile(
             os.path.join(folder, tokenizer)):
         config.vocab.tokenizer = os.path.join(folder, tokenizer)
-    family.check(facts(config))
     speaks['vocab'] = plain(config.vocab)
     return format, family, said, config, speaks
+
+
+@contextlib.contextmanager
+def _told(said_in: str):
+    """Says of an error in what a file states which file it is."""
+    try:
+        yield
+    except ValueError as e:
+        if str(e).startswith(said_in):
+            raise
+        raise ValueError(f'{said_in}: ' + str(e).partition('\n')[0]) from None
 
 
 def placed(config, devices=None):

@@ -102,14 +102,21 @@ def _files(folder: str) -> tuple[list[str], dict[str, str] | None]:
                 raise ValueError(f'{index}: {shown(key)} points outside the folder: {name!r}')
             if not name.isprintable():
                 raise ValueError(f'{index}: {shown(key)} is in no plain file: {name!r}')
+        if SINGLE not in stated.values() and os.path.lexists(os.path.join(folder, SINGLE)):
+            raise ValueError(f'{folder}: holds {SINGLE} beside other weights that {INDEX} names; '
+                             'remove one of the two')
         return [os.path.join(folder, name) for name in sorted(set(stated.values()))], stated
     names = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors'))
     if SINGLE in names:
         names = [SINGLE]
+    config = os.path.join(folder, 'config.json')
+    if len(names) > 1 and os.path.exists(config):       # kyutai's says which is not the codec
+        said = read_json(config).get('moshi_name')
+        names = [said] if said in names else names
     if len(names) != 1:
         found = f'{len(names)} files' if names else 'none'
         raise ValueError(f'{folder}: expected {INDEX}, {SINGLE} or one *.safetensors, '
-                         f'found {found}')
+                         f'found {found}; a file can be named instead of the folder')
     return [os.path.join(folder, names[0])], None
 
 
