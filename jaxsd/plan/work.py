@@ -50,14 +50,19 @@ class _Count:
         if name == 'stop_gradient':
             return 0.0, [False] * n_out
         if name == 'scan':
-            first, carry = p['num_consts'], p['num_consts'] + p['num_carry']
+            # What is carried keeps its shape, what is stacked has an axis more outside: releases of
+            # jax differ in how their parameters say how many there are.
+            body, ndim = p['jaxpr'].jaxpr, lambda v: len(v.aval.shape)
+            carried = sum(ndim(a) == ndim(b) for a, b in zip(eqn.outvars, body.outvars, strict=True))
+            carry = sum(ndim(a) == ndim(b) for a, b in zip(eqn.invars, body.invars, strict=True))
+            first = carry - carried
             marked, before = list(marked), None
             while marked != before:         # until the carry's marks no longer grow
                 before = list(marked)
                 flops, out = self._inner(p['jaxpr'], marked)
                 marked[first:carry] = [a or b for a, b in
-                                       zip(marked[first:carry], out[:p['num_carry']], strict=True)]
-            return flops * p['length'], marked[first:carry] + out[p['num_carry']:]
+                                       zip(marked[first:carry], out[:carried], strict=True)]
+            return flops * p['length'], marked[first:carry] + out[carried:]
         if name == 'while':
             return self._while(p, marked)
         if name == 'cond':
