@@ -53,7 +53,8 @@ class _Count:
             # What is carried keeps its shape, what is stacked has an axis more outside: releases of
             # jax differ in how their parameters say how many there are.
             body, ndim = p['jaxpr'].jaxpr, lambda v: len(v.aval.shape)
-            carried = sum(ndim(a) == ndim(b) for a, b in zip(eqn.outvars, body.outvars, strict=True))
+            carried = sum(ndim(a) == ndim(b) for a, b in
+                          zip(eqn.outvars, body.outvars, strict=True))
             carry = sum(ndim(a) == ndim(b) for a, b in zip(eqn.invars, body.invars, strict=True))
             first = carry - carried
             marked, before = list(marked), None
