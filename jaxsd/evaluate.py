@@ -564,7 +564,6 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
             found = task(lm, split=split, limit=limit)
         except ValueError as e:     # of this dataset or model; the others can be measured
             failed[name] = e
-            log.warning('%s cannot be measured: %s', name, e)
             continue
         entries.append(dict(task=name, split=split, stage=UNTRAINED if untrained else lm.stage.name,
                             step=lm.step, limit=limit, revision=journal.revision(), **found))

@@ -332,11 +332,12 @@ def test_a_run_is_measured_and_heard(corpus, tmp_path):
     c = configs.read(f'{ROOT}/configs/spectron.py:tiny')
     c.data.path, c.codec.path = str(corpus), str(corpus / 'units.safetensors')
     c.vocab.tokenizer, work = str(corpus / 'text.model'), str(tmp_path / 'run')
+    # After two steps it may still be chance whether it ends before it has said a frame.
+    c.stages = tuple(dict(s) | dict(steps=12, save_steps=12) for s in configs.plain(c.stages))
     assert np.isfinite(train.run(c, work))
     for task in ('sounds', 'aloud'):
         found = evaluate.run(c, work, tasks=(task,), limit=3)[0]['metrics']
-        # Two steps may teach it to end at once.
-        assert found['length %'] >= 0 and 0 < found['distance'] < 2
+        assert found['length %'] > 0 and 0 < found['distance'] < 2
         assert ('WER %' in found) == (task == 'sounds')
     for task, given in (('tts', 'the ball is in the garden'), ('s2s', None)):
         out = str(tmp_path / (f'{task}.wav' if given else task))
