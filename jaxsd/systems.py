@@ -35,6 +35,7 @@ class Run(NamedTuple):
     measured: str       # and of the code that evaluated it
     day: str
     minutes: float      # of steps
+    device: str         # that took them, and how many
 
 
 def write(specs: list[str], runs: str, out: str) -> None:
@@ -93,7 +94,9 @@ def read_run(workdir: str, spec: str) -> Run | str:
                          for x in (begun, shown))
     day = datetime.datetime.fromtimestamp(begun[-1]['time_s'], datetime.UTC).strftime('%Y-%m-%d')
     seconds = goodput.account(ledger).get('stepping', 0.0)
-    return Run(file, shown, trained, measured, day, seconds / 60)
+    devices = ' and '.join(dict.fromkeys(
+        f'{e["devices"]} × {e["device_kind"]}' for e in begun))
+    return Run(file, shown, trained, measured, day, seconds / 60, devices)
 
 
 def figures(run: Run) -> list[tuple]:
@@ -133,9 +136,11 @@ def _head(config, made: list[Run]) -> list[str]:
     revisions = sorted({r.revision for r in made})
     measured = sorted({r.measured for r in made})
     days = sorted({r.day for r in made})
+    devices = sorted({r.device for r in made})
     when = (f'The demos shown were trained at commit {", ".join(revisions)} on '
             f'{" and ".join(days)} and measured at {", ".join(measured)}' if made else
             'No demo has been trained here')
+    took = f' ({", ".join(devices)}), beside other work' if made else ''
     return [
         '# Systems', '',
         'Written by `jaxsd systems` from the config files and the run directories of their demos, '
@@ -145,8 +150,8 @@ def _head(config, made: list[Run]) -> list[str]:
         'never heard in training.', '',
         '*Untrained* is the same model as the seed draws it. *Wrong input* is the same answers '
         'beside what was not asked (another sentence, another question), or what guessing makes. '
-        'A dash: not run, or not measurable so. *Minutes* are those of steps, on two cores '
-        'and beside other work. Nothing here was trained at its published size.', '',
+        f'A dash: not run, or not measurable so. *Minutes* are those of steps{took}. '
+        'Nothing here was trained at its published size.', '',
         '| system | demo figure | demo | untrained | wrong input | minutes |',
         '|---|---|---:|---:|---:|---:|']
 

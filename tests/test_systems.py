@@ -31,7 +31,8 @@ def run(folder, arg='demo', *, step=500, dataset=None):
     c, work = configs.read(spec), str(folder / 'runs' / 'twist')
     mark = data.fingerprint(c, plain(c.stages)[-1], model.make_vocab(c))['dataset']
     rundir.open_run(work, c, made=configs.made_by(spec, ()))
-    begun = dict(stage='text', step=0, revision='abc123', dataset=dataset or mark, began_s=1e9)
+    begun = dict(stage='text', step=0, revision='abc123', dataset=dataset or mark, began_s=1e9,
+                 devices=2, device_kind='abacus')
     (folder / 'runs' / 'twist' / 'ledger.jsonl').write_text('\n'.join(map(json.dumps, (
         dict(time_s=1e9, event='start', **begun),
         dict(time_s=1e9 + 10, event='ready', stage='text', restore_s=0, compile_s=9, data_s=0),
@@ -58,6 +59,7 @@ def test_a_demo_that_was_run(here):
     assert '| matched | right % | 87.2 | 51.0 | 50.0 | 7 |' in text
     assert 'trained at commit abc123 on 2001-09-09 and measured at def456.' in text
     assert ':demo`, trained at abc123, 2001-09-09, in 3 minutes of steps; measured' in text
+    assert '*Minutes* are those of steps (2 × abacus), beside other work.' in text
     assert '[2305.13009](https://arxiv.org/abs/2305.13009)' in text
     count = model.count(model.abstract(configs.read(SPEC))[1])
     assert f'Parameters: {count:,} at published size' in text
