@@ -103,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
                    help='a wav or txt file; with examples, a directory for them')
     p.add_argument('--split', default='test', help='split of the dataset (default: test)')
     p.add_argument('--count', type=_positive, default=4, help='how many examples')
+    p.add_argument('--source', metavar='NAME',
+                   help='of config.data.sources: what the examples are, and how they are asked')
     sampled(p)
 
     p = verb('talk', 'a page on this machine to talk with a trained duplex model')
@@ -276,7 +278,7 @@ def _generate(args, config):
     from jaxsd import speak
     speak.run(config, args.workdir, task=args.task, stage_name=args.stage, source=args.input,
               out=args.output, split=args.split, count=args.count, temperature=args.temperature,
-              top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+              top_k=args.top_k, top_p=args.top_p, seed=args.seed, drawn=args.source)
 
 
 def _talk(args, config):

@@ -307,11 +307,8 @@ def replies(lm: trained.LM, *, split: str, limit: int | None, source: str,
         said.append(text.decode(ids))
         wanted.append(text.decode(reply.written(v, grid.tokens[:, n:])))
         heard.append(' '.join(map(str, flat.runs(codes[0])[0])))
-        # A CTC target is written in order and not in time, and has no repeats.
-        whole = (reply.collapse(grid.tokens[1:, n:].T.reshape(-1), NOTHING) - v.rows[1].start
-                 if lm.config.head.name == 'ctc' else
-                 flat.runs(reply.spoken(lm.config, layout, v, grid.tokens[:, n:])[0])[0])
-        true.append(' '.join(str(x) for x in whole if 0 <= x < lm.config.codec['size']))
+        whole = reply.true(lm.config, layout, grid, v)[0]
+        true.append(' '.join(map(str, flat.runs(whole)[0])))
     metrics, per_item = {}, {}
     for kind, a, b in (('', wanted, said), ('UER', true, heard)):
         kept = [i for i, x in enumerate(a) if x]

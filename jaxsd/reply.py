@@ -153,6 +153,15 @@ def spoken(config, layout: dict, vocab: Vocab, columns_KT: np.ndarray) -> np.nda
     return codes[:, :int(np.argmax(over)) if over.any() else frames]
 
 
+def true(config, layout: dict, grid: Grid, vocab: Vocab) -> np.ndarray:
+    """The codes [books, frames] of the answer that a grid holds; for CTC, units without repeats."""
+    cells = grid.tokens[:, int(np.flatnonzero(grid.weights.any(0))[0]):]
+    if config.head.name == 'ctc':       # a target is written in order and not in time
+        units = collapse(cells[1:].T.reshape(-1), NOTHING) - vocab.rows[1].start
+        return units[(units >= 0) & (units < config.codec['size'])][None]
+    return spoken(config, layout, vocab, cells)
+
+
 def drawn(lm: trained.LM, source: str, records: list[Record]) -> tuple[list[Grid], dict]:
     """The grids of `records` as `source` draws them, and that layout's options."""
     options = data.layout_of(lm.config, source)

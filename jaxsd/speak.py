@@ -7,6 +7,7 @@ asking `generate` for what comes next, decoding, writing. Examples go to a direc
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import sys
 import jax
 import numpy as np
 
-from jaxsd import data, dialogue, frames, generate, live, model, trained
+from jaxsd import data, dialogue, frames, generate, live, model, reply, trained
 from jaxsd import run as rundir
 from jaxsd.codec import whole_wav
 from jaxsd.config import ConfigError, bind, plain
@@ -77,13 +78,12 @@ def spread(units: np.ndarray, frames_per_unit: np.ndarray | int) -> np.ndarray:
     return np.repeat(units, frames_per_unit)
 
 
-def unit_frames(config, vocab, limit: int = 200) -> np.ndarray:
-    """How many frames each unit is usually held: its mean run length in training data, rounded.
+def unit_frames(config, size: int, limit: int = 200) -> np.ndarray:
+    """How many frames each of `size` units is usually held: its mean run in training data, rounded.
 
     A run-length-free stream has lost its durations; the released systems predict them with a small
     network, and the mean per unit is the plainest predictor.
     """
-    size = vocab.ranges['units'][1]
     runs, frames = np.ones(size), np.ones(size)
     for source in config.data.sources:
         for r in data.examples(config, 'train', source, limit=limit):
@@ -97,15 +97,26 @@ def unit_frames(config, vocab, limit: int = 200) -> np.ndarray:
 
 
 def run(config, workdir: str, *, task: str, stage_name, source, out: str, split: str, count: int,
-        temperature, top_k, top_p, seed: int) -> None:
-    """Generates from `source` (a wav or a text), or from `count` examples of `split` into `out`."""
+        temperature, top_k, top_p, seed: int, drawn: str | None = None) -> None:
+    """Generates from `source` (a wav or a text), or from `count` examples of `split` into `out`.
+
+    drawn: the name in config.data.sources of the examples (default: by the task).
+    """
     layout = config.layout.name
-    if layout.startswith('parallel.'):
-        raise ConfigError(f'generate does not speak the grids of {layout} yet; their answers are '
-                          'measured by evaluate (the task replies)')
+    if drawn is not None and (source is not None or drawn not in config.data.sources):
+        raise ConfigError(f'--source {drawn}: ' + (
+            '--input is not drawn from a source; leave one out' if source is not None else
+            f'data.sources are {", ".join(config.data.sources)}'))
+    beside = layout.startswith('parallel.')
+    if beside and (source is not None or task not in ('tts', 's2s')):
+        raise ConfigError(f'{layout} answers examples of the dataset: use --task s2s or tts '
+                          'without --input')
+    if beside and any((temperature, top_k, (top_p or 1.0) != 1.0)):
+        raise ConfigError(f'{layout} answers greedily: leave --temperature, --top-k and --top-p '
+                          'out')
     streams = len(model.make_vocab(config).rows) > 1
     talks = layout in dialogue.LAYOUTS
-    if task == 'duplex' and not talks or streams and task != 'duplex':
+    if not beside and (task == 'duplex' and not talks or streams and task != 'duplex'):
         raise ConfigError(f'--task {task} does not fit this config: it has '
                           f'{"several streams; use duplex" if streams else "one stream"}')
     if layout.startswith('framed.') and task not in ('tts', 's2s'):
@@ -141,13 +152,16 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
         _talk(lm, codec, given, sampler, seed, out)
         return
     perform = dict(duplex=_duplex, asr=_asr, tts=_tts, s2s=_s2s, t2t=_t2t)[task]
+    if beside:
+        drawn = drawn or _answered(config)
+        perform = functools.partial(_reply, drawn)
     if source is not None:
         result = perform(lm, codec, [given], sampler, seed)[0]
         _write(out, result, rate)
         log.info('%s', result['text'])
         log.info('%s: written', out)
         return
-    _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate)
+    _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate, drawn)
 
 
 def sampler_of(usual_temperature: float, usual_top_k: int, usual_top_p: float, temperature, top_k,
@@ -180,8 +194,8 @@ def _spelled(config, said: str) -> str:
     return said
 
 
-def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
-    name = 'dialogue' if task == 'duplex' else 'tts' if task == 'tts' else 'asr'
+def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate, name=None):
+    name = name or ('dialogue' if task == 'duplex' else 'tts' if task == 'tts' else 'asr')
     if task == 'duplex' and name not in lm.config.data.sources:
         name = dialogue.own_source(lm) or name
     if name not in lm.config.data.sources:
@@ -195,6 +209,10 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
                  _kept(r.wav) if kept else _true(codec, r) for r in records]
         given = [g[None] for g in given]
     results = perform(lm, codec, given, sampler, seed, records=records)
+    if lm.config.layout.name.startswith('parallel.'):
+        title, given = 'Answers {}', [x['text'] for x in results]
+    else:
+        title = TITLES.get(task)
     _others(os.path.join(out, 'samples.json'), task)
     os.makedirs(out, exist_ok=True)
     entries, references = [], {}
@@ -203,12 +221,13 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate):
         if result.get('wav') is not None:
             write_wav(os.path.join(out, f'{stem}.wav'), result['wav'], rate)
             references[f'{stem}.wav'] = given[i] if task == 'tts' else result['text']
-            entries.append(dict(file=f'{stem}.wav', title=TITLES[task].format(r.id),
+            entries.append(dict(file=f'{stem}.wav', title=title.format(r.id),
                                 text=result['text'], **_asked(r, task)))
             if task == 'tts':       # what the same units, had they been right, would sound like
                 true = os.path.join(out, 'true')
                 os.makedirs(true, exist_ok=True)
-                write_wav(os.path.join(true, f'{stem}.wav'), _true(codec, r), rate)
+                write_wav(os.path.join(true, f'{stem}.wav'),
+                          result.get('true', _true(codec, r)), rate)
         else:
             rundir.write_atomic(os.path.join(out, f'{stem}.txt'), result['text'] + '\n')
         log.info('%s: %s', stem, result['text'])
@@ -275,7 +294,7 @@ def _sound(lm, codec, tokens: list[np.ndarray]) -> list[np.ndarray]:
                               steps=FLOW_STEPS) if means else []
         out = dict(zip(there, map(codec.sound, found), strict=True))
         return [out.get(i, quiet) for i in range(len(units))]
-    held = unit_frames(lm.config, lm.vocab)
+    held = unit_frames(lm.config, size)
     return [codec.decode(spread(u, held[u])[None]) if len(u) else quiet for u in units]
 
 
@@ -361,6 +380,40 @@ def _s2s(lm, codec, wavs, sampler, seed, records=None):
     whole = [np.concatenate([u, m]) for u, m in zip(units, more, strict=True)]
     texts = trained.transcribe(lm, whole, *_pair(lm, 'asr'))
     return [dict(text=t, wav=w) for t, w in zip(texts, _sound(lm, codec, whole), strict=True)]
+
+
+def _answered(config) -> str:
+    """The source whose answers `evaluate` measures, else the first."""
+    measured = [t['source'] for t in plain(config.evals).values() if t['name'] == 'replies']
+    return (measured or list(config.data.sources))[0]
+
+
+def _reply(source: str, lm, codec, given, sampler, seed, records):
+    """Answers to examples as `source` draws them; `true` is how the right one would sound.
+
+    text: what is written where the right answer is, too, else what was asked in writing.
+    """
+    del given, sampler, seed
+    v, hz = lm.vocab, codec.identity['sample_rate_hz']
+    grids, layout = reply.drawn(lm, source, records)
+    held = (unit_frames(lm.config, lm.config.codec['size']) if lm.config.head.name == 'ctc' else
+            None)       # units without repeats
+
+    def sound(codes):
+        if not codes.size:
+            return np.zeros(hz // 4, np.float32)
+        return codec.decode(codes if held is None else spread(codes[0], held[codes[0]])[None])
+
+    def told(ids):
+        return lm.text().decode([x for x in ids if x not in v.specials.values()])
+    out = []
+    for grid, (ids, codes) in zip(grids, reply.replies(lm, grids, layout, most_columns=128),
+                                  strict=True):
+        prompt, _ = reply.asked(grid)
+        writes = told(reply.written(v, grid.tokens[:, prompt.shape[1]:]))
+        out.append(dict(text=told(ids if writes else reply.written(v, prompt)), wav=sound(codes),
+                        true=sound(reply.true(lm.config, layout, grid, v))))
+    return out
 
 
 def _t2t(lm, codec, texts, sampler, seed, records=None):

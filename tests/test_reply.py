@@ -3,6 +3,7 @@
 
 import functools
 import itertools
+import json
 import os
 
 import jax
@@ -15,8 +16,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxsd import cli, evaluate, generate, model, reply, train
 from jaxsd import config as configs
-from jaxsd import evaluate, generate, model, reply, train
 from jaxsd.generate import FREE
 from jaxsd.types import NOTHING
 from jaxsd.vocab import initial
@@ -292,3 +293,9 @@ def test_a_trained_stage_replies(name, corpus, tmp_path):
     spoken = 'UER %' in entry['metrics']
     assert spoken == (name != 'intrinsic_voice')        # whose task of that name is written
     assert entry['items'] == 3 and all(x >= 0 for x in entry['metrics'].values())
+    samples = str(tmp_path / 'samples')
+    assert cli.main(['generate', '--workdir', str(tmp_path / 'run'), '--task', 's2s', '--split',
+                     'train', '--count', '2', '--output', samples]) == 0
+    with open(os.path.join(samples, 'samples.json')) as f:
+        assert [x['file'] for x in json.load(f)] == ['s2s-000.wav', 's2s-001.wav']
+    assert all(os.path.getsize(os.path.join(samples, f's2s-00{i}.wav')) > 44 for i in range(2))

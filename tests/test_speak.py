@@ -13,7 +13,7 @@ from test_cli import flags
 from test_configs import on, read
 from test_evaluate import made
 
-from jaxsd import cli, codec, data, generate, speak, trained
+from jaxsd import cli, codec, data, generate, reply, speak, trained
 from jaxsd.config import ConfigError, plain
 from jaxsd.layout import flat
 
@@ -85,7 +85,7 @@ def test_text_to_sound_lasts_as_long_as_its_units(flat_lm, tmp_path):
     wav = sound_of(out)
     start, size = flat_lm.vocab.ranges['units']
     spoken = trained.read_aloud(flat_lm, ['the'], '[Text]', '[TTS]')[0] - start
-    frames = speak.unit_frames(flat_lm.config, flat_lm.vocab)[spoken].sum()
+    frames = speak.unit_frames(flat_lm.config, flat_lm.config.codec.size)[spoken].sum()
     assert wav.shape == (1, frames * 640)       # 25 frames a second of 16,000 samples
     assert os.listdir(out.parent) == ['said.wav']
 
@@ -97,7 +97,7 @@ def test_sound_goes_on(flat_lm, sounds, tmp_path):
                        for name, seed in (('one.wav', 1), ('again.wav', 1), ('two.wav', 2)))
     given = codec.kmeans(**options(flat_lm)).encode(soundfile.read(sounds / 'mono.wav',
                                                                    dtype='float32')[0])[0]
-    frames = speak.unit_frames(flat_lm.config, flat_lm.vocab)
+    frames = speak.unit_frames(flat_lm.config, flat_lm.config.codec.size)
     assert sound_of(one).shape[1] >= frames[flat.runs(given)[0]].sum() * 640
     assert one.read_bytes() == again.read_bytes() != two.read_bytes()
 
@@ -199,8 +199,8 @@ def test_examples_of_one_stream(flat_lm, tmp_path, task):
             assert (out / f'{s}.txt').read_text().startswith(
                 ' '.join(words[:max(1, len(words) // 2)]) + ' | ')
     if task == 's2s':       # the first half of what is heard, and what the model makes of it
-        speech, frames = codec.kmeans(**options(flat_lm)), speak.unit_frames(flat_lm.config,
-                                                                             flat_lm.vocab)
+        speech = codec.kmeans(**options(flat_lm))
+        frames = speak.unit_frames(flat_lm.config, flat_lm.config.codec.size)
         heard = [flat.speech_tokens(speech.encode(speech.decode(r.units[0][None]))[0],
                                     flat_lm.vocab) for r in records]
         heard = [h[:len(h) // 2] for h in heard]
@@ -231,6 +231,29 @@ def test_examples_of_many_streams(streams_lm, tmp_path):
     assert times == sorted(times) and all(0 <= t < record.duration_s for t in times)
 
 
+def test_examples_that_are_answered_beside_text(corpus, tmp_path):
+    """Where text and sound stand side by side: the sound of the codes that the answer says."""
+    lm = made(corpus, 'intrinsic_voice', tmp_path / 'run')
+    out, units = run(lm, 'tts', tmp_path / 'out', drawn='tts'), codec.kmeans(**options(lm))
+    records = list(data.examples(lm.config, 'test', 'tts', vocab=lm.vocab, limit=2))
+    grids, layout = reply.drawn(lm, 'tts', records)
+    assert layout['fields'] == ('text', 'speech')
+    refs = json.loads((out / 'refs.json').read_text())
+    for stem, record, grid, (_, codes) in zip(
+            refs, records, grids, reply.replies(lm, grids, layout, most_columns=128), strict=True):
+        want = units.decode(codes) if codes.size else np.zeros(4000)
+        np.testing.assert_allclose(sound_of(out / stem)[0], np.clip(want, -1, 1), atol=1e-4)
+        assert refs[stem] and refs[stem] in ' '.join(w.text for w in record.words)
+        true = reply.true(lm.config, layout, grid, lm.vocab)
+        assert ' '.join(map(str, true[0])) in ' '.join(map(str, record.units[0]))
+        assert sound_of(out / 'true' / stem).shape[1] == true.shape[1] * 640
+    for changes, line in ((dict(source='x.wav'), 'answers examples of the dataset'),
+                          (dict(temperature=0.5), 'answers greedily'),
+                          (dict(drawn='nothing'), '--source nothing: data.sources are ')):
+        with pytest.raises(ConfigError, match=line):
+            run(lm, 's2s', tmp_path / 'other', **changes)
+
+
 def test_samples_of_several_tasks_are_listed_together(flat_lm, tmp_path):
     for count in (2, 1):
         run(flat_lm, 'tts', tmp_path / 'out', count=count)
@@ -253,7 +276,7 @@ def test_units_are_held_as_long_as_they_usually_are(flat_lm):
             runs[u] = runs.get(u, 1) + (u != last)      # one more run of one frame for every unit
             frames[u] = frames.get(u, 1) + 1
             last = u
-    found = speak.unit_frames(flat_lm.config, flat_lm.vocab)
+    found = speak.unit_frames(flat_lm.config, flat_lm.config.codec.size)
     assert len(found) == flat_lm.config.codec.size and found.min() == 1
     for u in range(len(found)):
         assert found[u] == max(1, round(frames.get(u, 1) / runs.get(u, 1))), u
