@@ -101,12 +101,16 @@ def demo(c) -> None:
     c.data = dict(path=parts.DEMO, sources=dict(
         interleaved=dict(select=('story',)),
         speech=dict(select=('story', 'dialogue'), layout=whole('speech')),
+        asr=dict(select=('story',), layout=whole('speech', 'text')),
+        tts=dict(select=('story',), layout=whole('text', 'speech')),
         text=dict(select=('text', 'exchange'), layout=whole('text')),
         written=dict(select=('dialogue',), fields=fields, layout=answered('text', hz, ratio)),
         spoken=dict(select=('dialogue',), fields=fields, layout=answered('speech', hz, ratio))))
     c.stages = (
-        parts.demo_stage('pretrain', 400, dict(interleaved=0.65, speech=0.05, text=0.3), batch=8),
-        parts.demo_stage('chat', 400, dict(written=4.0, spoken=20.0), start='pretrain', batch=8,
+        parts.demo_stage('pretrain', 500, dict(interleaved=0.25, speech=0.05, asr=0.4, tts=0.1,
+                                               text=0.2), batch=8),
+        # More of what is written than in the paper: it is not known from before.
+        parts.demo_stage('chat', 700, dict(written=14.0, spoken=10.0), start='pretrain', batch=8,
                          lr=2e-3))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('interleaved', 'written', 'spoken')),
                    exchanges=dict(name='exchanges', source='spoken'))

@@ -100,4 +100,5 @@ def demo(c, marks: dict) -> None:
         understand | dict(steps=1_000, lr=3e-3, data=dict(written=0.4, asr=0.4, spelled=0.2)),
         speak | dict(steps=600, lr=2e-3, data=dict(voice=0.5, aloud=0.5)))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('voice',)),
-                   replies=dict(name='replies', source='voice'))
+                   replies=dict(name='replies', source='voice'),
+                   aloud=dict(name='replies', source='aloud', listener='asr'))

@@ -153,10 +153,15 @@ def demo(c, gen: bool) -> None:
                    fields=fields | dict(task=('say', 'read') if name == 'tts' else
                                         ('write', 'hear')))
         for name, layout in drawn.items()})
+    # Turns of dialogues, too: all that low-rank terms can learn later is to answer them.
+    c.data.sources.turns = dict(c.data.sources.asr) | dict(select=('dialogue',), layout=answered(
+        units('theirs'), (('text', 'theirs'),), task=True, over='exchange') | dict(
+            unit_hz=hz, dedup=not gen))
     c.stages = (
-        parts.demo_stage('adapt', 150, dict(units=1.0)),
-        parts.demo_stage('cross', 450, dict(asr=0.45, tts=0.45, written=0.1), start='adapt'),
-        parts.demo_stage('chain', 350, dict(s2s=0.6, s2t=0.15, t2s=0.15, written=0.1),
+        parts.demo_stage('adapt', 100, dict(units=1.0)),
+        parts.demo_stage('cross', 700, dict(asr=0.2, turns=0.25, tts=0.25, written=0.3),
+                         start='adapt'),
+        parts.demo_stage('chain', 400, dict(s2s=0.6, s2t=0.2, t2s=0.1, written=0.1), lr=6e-3,
                          start='cross', lora=dict(rank=32, scale=2.0),
                          train=(('.*/(q|v)/lora_[ab]', 1.0), ('.*', None))))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('asr', 's2s')),

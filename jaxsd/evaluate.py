@@ -289,11 +289,13 @@ def exchanges(lm: trained.LM, *, split: str, limit: int | None, source: str,
 # Answers written and spoken side by side.
 
 def replies(lm: trained.LM, *, split: str, limit: int | None, source: str,
-            most_columns: int = 128) -> dict:
+            most_columns: int = 128, listener: str | None = None) -> dict:
     """Questions as `source` draws them: are they answered in the right words, and units?
 
     WER: of the written answer against the true one. UER: the same of what is spoken, its codes of
-    the first codebook with repeats merged. The floors score the answers against those to other
+    the first codebook with repeats merged. spoken WER, with a `listener` (a source whose grids hear
+    one voice and write down what it says): what the model itself hears in its answer, against what
+    it wrote beside it, or was asked to read. The floors score the answers against those to other
     questions.
     """
     positive('evals.replies', most_columns=most_columns)
@@ -301,27 +303,34 @@ def replies(lm: trained.LM, *, split: str, limit: int | None, source: str,
     grids, layout = reply.drawn(lm, source, records)
     text, v = lm.text(), lm.vocab
     found = reply.replies(lm, grids, layout, most_columns=most_columns)
-    said, wanted, heard, true = [], [], [], []
+    said, wanted, meant, heard, true = [], [], [], [], []
     for grid, (ids, codes) in zip(grids, found, strict=True):
-        n = int(np.flatnonzero(grid.weights.any(0))[0])
+        prompt, _ = reply.asked(grid)
+        n = prompt.shape[1]
         said.append(text.decode(ids))
         wanted.append(text.decode(reply.written(v, grid.tokens[:, n:])))
+        meant.append(said[-1] if wanted[-1] else text.decode(reply.written(v, prompt)))
         heard.append(' '.join(map(str, flat.runs(codes[0])[0])))
         whole = reply.true(lm.config, layout, grid, v)[0]
         true.append(' '.join(map(str, flat.runs(whole)[0])))
+    asked = {'WER %': (wanted, said), 'UER %': (true, heard)}
+    if listener is not None:
+        ears = reply.as_heard(lm, meant, reply.on_the_clock(lm, [codes for _, codes in found]))
+        asked['spoken WER %'] = meant, [text.decode(ids) for ids, _ in reply.replies(
+            lm, *reply.drawn(lm, listener, ears), most_columns=most_columns)]
     metrics, per_item = {}, {}
-    for kind, a, b in (('', wanted, said), ('UER', true, heard)):
-        kept = [i for i, x in enumerate(a) if x]
-        if kept:
-            rates = error_rates([a[i] for i in kept], [b[i] for i in kept])
-            other = error_rates([a[i] for i in kept], [b[i] for i in kept[1:] + kept[:1]])
-            each = errors_per_item([a[i] for i in kept], [b[i] for i in kept])
-            per_item |= {'UER %': each['WER %']} if kind else each
-            if kind:
-                metrics |= {'UER %': rates['WER %'], 'UER %/floor': other['WER %']}
-            else:
-                metrics |= rates | {'WER %/floor': other['WER %']}
-    judged = 'WER %' if 'WER %' in metrics else 'UER %'
+    for name, (want, got) in asked.items():
+        pairs = [(a, b) for a, b in zip(want, got, strict=True) if a]
+        if pairs:
+            want, got = map(list, zip(*pairs, strict=True))
+            metrics[name] = error_rates(want, got)['WER %']
+            metrics[f'{name}/floor'] = error_rates(want, got[1:] + got[:1])['WER %']
+            each = errors_per_item(want, got)
+            per_item[name] = each['WER %']
+            if name == 'WER %':
+                metrics['exact %'] = error_rates(want, got)['exact %']
+                per_item['exact %'] = each['exact %']
+    judged = next(x for x in ('WER %', 'spoken WER %', 'UER %') if x in metrics)
     return dict(metrics=metrics, items=len(records), judged=(judged, f'{judged}/floor'),
                 per_item=per_item, note='greedy; floors: another one\'s answer')
 
@@ -365,7 +374,7 @@ def sounds(lm: trained.LM, *, split: str, limit: int | None, source: str,
                 written.append(' '.join(text.decode(ids).split()[:count]))
         metrics['WER %'] = error_rates(heard, written)['WER %']
         metrics['WER %/floor'] = error_rates(heard[1:] + heard[:1], written)['WER %']
-    return dict(metrics=metrics, items=len(records), judged=('distance', 'distance/mean'),
+    return dict(metrics=metrics, items=len(records), judged=('distance', 'distance/floor'),
                 note='each frame read back before the next; floors: another record\'s')
 
 

@@ -8,7 +8,6 @@ for to how it sounds, in the voice of a prompt.
 """
 
 import functools
-import io
 from typing import NamedTuple
 
 import jax
@@ -126,10 +125,7 @@ def wave(config, frames: np.ndarray) -> np.ndarray:
 
 def question(config, vocab, wav: np.ndarray) -> tuple[np.ndarray, tuple]:
     """A prompt [1, T] and its (feats, slot): a wave [S] that is heard, as the layout draws it."""
-    import soundfile
-    flac = io.BytesIO()
-    soundfile.write(flac, wav, codec.SAMPLE_RATE_HZ, format='FLAC')
-    feats = framed.columns(codec.log_mel(flac.getvalue())[0][:],
+    feats = framed.columns(codec.log_mel(codec.flac(wav))[0][:],
                            config.layout.get('stack_frames', 1))
     if not len(feats):
         raise ValueError('--input is too short to hear anything in')

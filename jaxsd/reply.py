@@ -11,11 +11,12 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from jaxsd import codec as codecs
 from jaxsd import data, trained
 from jaxsd.config import ConfigError, bind
 from jaxsd.generate import FREE, Manners, Speaker, Stream, few
 from jaxsd.layout import parallel
-from jaxsd.types import NOTHING, Grid, Record
+from jaxsd.types import NOTHING, Grid, Record, Word
 from jaxsd.vocab import Vocab, initial
 
 
@@ -160,6 +161,36 @@ def true(config, layout: dict, grid: Grid, vocab: Vocab) -> np.ndarray:
         units = collapse(cells[1:].T.reshape(-1), NOTHING) - vocab.rows[1].start
         return units[(units >= 0) & (units < config.codec['size'])][None]
     return spoken(config, layout, vocab, cells)
+
+
+def on_the_clock(lm: trained.LM, codes: list[np.ndarray]) -> list[np.ndarray]:
+    """What `spoken` or `true` say, [books, frames] each, a frame each: the units of a CTC head
+    have lost how long they last, and get what is usual."""
+    if lm.config.head.name != 'ctc':
+        return codes
+    held = trained.unit_frames(lm.config, lm.config.codec['size'])
+    return [np.repeat(x, held[x[0]], axis=1) for x in codes]
+
+
+def as_heard(lm: trained.LM, said: list[str], codes: list[np.ndarray]) -> list[Record]:
+    """Records of one voice that says `codes` ([books, frames] each, on the clock), for a listener.
+
+    The words `said` stand in them as the right answer, at no particular time. What is said in no
+    frame at all is heard as one frame of the first code.
+    """
+    codec, text, hz = None, lm.text(), lm.config.codec.frame_hz
+    if 'encoder' in lm.config.frontend:
+        codec = bind(lm.config.codec, 'jaxsd.codec', 'codec')()
+    out = []
+    for i, (words, spoken) in enumerate(zip(said, codes, strict=True)):
+        if not spoken.size:
+            spoken = np.zeros((max(1, len(spoken)), 1), np.int32)
+        wav = codecs.flac(codec.decode(spoken)) if codec else b''
+        out.append(Record(
+            f'said-{i}', 'said', 'en', spoken.shape[1] / hz, codes=spoken[None], units=(spoken[0],),
+            words=tuple(Word(w, 0, 0.0, 0.0, tuple(text.encode(w))) for w in words.split()),
+            wav=wav, feats=codecs.log_mel(wav) if wav else ()))
+    return out
 
 
 def drawn(lm: trained.LM, source: str, records: list[Record]) -> tuple[list[Grid], dict]:

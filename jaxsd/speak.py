@@ -73,29 +73,6 @@ def write_wav(path: str, wav: np.ndarray, rate_hz: int) -> None:
     rundir.write_atomic(path, buffer.getvalue())
 
 
-def spread(units: np.ndarray, frames_per_unit: np.ndarray | int) -> np.ndarray:
-    """Deduplicated units back on the clock, each held for its number of frames."""
-    return np.repeat(units, frames_per_unit)
-
-
-def unit_frames(config, size: int, limit: int = 200) -> np.ndarray:
-    """How many frames each of `size` units is usually held: its mean run in training data, rounded.
-
-    A run-length-free stream has lost its durations; the released systems predict them with a small
-    network, and the mean per unit is the plainest predictor.
-    """
-    runs, frames = np.ones(size), np.ones(size)
-    for source in config.data.sources:
-        for r in data.examples(config, 'train', source, limit=limit):
-            for units in r.units:
-                values, ends = flat.runs(units)
-                np.add.at(runs, values, 1)
-                np.add.at(frames, values, np.diff(ends, prepend=0))
-        if runs.max() > 1:          # the first source that has sound is enough
-            break
-    return np.maximum(1, np.round(frames / runs)).astype(int)
-
-
 def run(config, workdir: str, *, task: str, stage_name, source, out: str, split: str, count: int,
         temperature, top_k, top_p, seed: int, drawn: str | None = None) -> None:
     """Generates from `source` (a wav or a text), or from `count` examples of `split` into `out`.
@@ -294,8 +271,8 @@ def _sound(lm, codec, tokens: list[np.ndarray]) -> list[np.ndarray]:
                               steps=FLOW_STEPS) if means else []
         out = dict(zip(there, map(codec.sound, found), strict=True))
         return [out.get(i, quiet) for i in range(len(units))]
-    held = unit_frames(lm.config, size)
-    return [codec.decode(spread(u, held[u])[None]) if len(u) else quiet for u in units]
+    held = trained.unit_frames(lm.config, size)
+    return [codec.decode(np.repeat(u, held[u])[None]) if len(u) else quiet for u in units]
 
 
 def _layout(config, source: str) -> dict:
@@ -396,23 +373,21 @@ def _reply(source: str, lm, codec, given, sampler, seed, records):
     del given, sampler, seed
     v, hz = lm.vocab, codec.identity['sample_rate_hz']
     grids, layout = reply.drawn(lm, source, records)
-    held = (unit_frames(lm.config, lm.config.codec['size']) if lm.config.head.name == 'ctc' else
-            None)       # units without repeats
 
     def sound(codes):
-        if not codes.size:
-            return np.zeros(hz // 4, np.float32)
-        return codec.decode(codes if held is None else spread(codes[0], held[codes[0]])[None])
+        return codec.decode(codes) if codes.size else np.zeros(hz // 4, np.float32)
 
     def told(ids):
         return lm.text().decode([x for x in ids if x not in v.specials.values()])
+    found = reply.replies(lm, grids, layout, most_columns=128)
+    true = [reply.true(lm.config, layout, grid, v) for grid in grids]
+    codes = reply.on_the_clock(lm, [codes for _, codes in found] + true)
     out = []
-    for grid, (ids, codes) in zip(grids, reply.replies(lm, grids, layout, most_columns=128),
-                                  strict=True):
+    for i, (grid, (ids, _)) in enumerate(zip(grids, found, strict=True)):
         prompt, _ = reply.asked(grid)
         writes = told(reply.written(v, grid.tokens[:, prompt.shape[1]:]))
-        out.append(dict(text=told(ids if writes else reply.written(v, prompt)), wav=sound(codes),
-                        true=sound(reply.true(lm.config, layout, grid, v))))
+        out.append(dict(text=told(ids if writes else reply.written(v, prompt)),
+                        wav=sound(codes[i]), true=sound(codes[len(grids) + i])))
     return out
 
 

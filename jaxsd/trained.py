@@ -126,6 +126,24 @@ def read_aloud(lm: LM, texts: list[str], given: str, asked: str, *, most_tokens:
     return out
 
 
+def unit_frames(config, size: int, limit: int = 200) -> np.ndarray:
+    """How many frames each of `size` units is usually held: its mean run in training data, rounded.
+
+    A run-length-free stream has lost its durations; the released systems predict them with a small
+    network, and the mean per unit is the plainest predictor.
+    """
+    runs, frames = np.ones(size), np.ones(size)
+    for source in config.data.sources:
+        for r in data.examples(config, 'train', source, limit=limit):
+            for units in r.units:
+                values, ends = flat.runs(units)
+                np.add.at(runs, values, 1)
+                np.add.at(frames, values, np.diff(ends, prepend=0))
+        if runs.max() > 1:          # the first source that has sound is enough
+            break
+    return np.maximum(1, np.round(frames / runs)).astype(int)
+
+
 def layout_delays(layout: dict, vocab: Vocab) -> tuple[int, ...]:
     """Each row's delay in columns under the options of a layout."""
     return duplex.delays(vocab, acoustic_delay_columns=layout.get('acoustic_delay_columns', 1),

@@ -15,8 +15,9 @@ import test_layout_parallel as drawn
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_evaluate import made as untrained
 
-from jaxsd import cli, evaluate, generate, model, reply, train
+from jaxsd import cli, codec, evaluate, generate, model, reply, train
 from jaxsd import config as configs
 from jaxsd.generate import FREE
 from jaxsd.types import NOTHING
@@ -278,6 +279,33 @@ def test_manners_are_read_from_the_marks(kind, want):
     assert FREE not in want.pads
 
 
+@pytest.mark.parametrize('name', ['intrinsic_voice', 'llama_omni'])
+def test_a_listener_is_given_what_was_said(name, corpus, tmp_path):
+    """True codes, heard as an answer, make the prompt that the record itself makes: of units the
+    same, of sound as many columns, whose features are those of the resynthesized sound."""
+    lm = untrained(corpus, name)
+    records = reply.examples(lm, 'asr', split='test', limit=3)
+    want, layout = reply.drawn(lm, 'asr', records)
+    said = [' '.join(w.text for w in r.words) for r in records]
+    grids, _ = reply.drawn(lm, 'asr', reply.as_heard(lm, said, [r.units[0][None] for r in records]))
+    for a, b, r, text in zip(want, grids, records, said, strict=True):
+        (tokens, heard), (same, again) = reply.asked(a), reply.asked(b)
+        assert text == lm.text().decode(reply.written(lm.vocab, b.tokens[:, same.shape[1]:]))
+        if heard is None:
+            assert again is None
+            np.testing.assert_array_equal(tokens, same)
+        else:
+            assert abs(tokens.shape[1] - same.shape[1]) <= 1
+            wav = codec.kmeans(**{k: x for k, x in lm.config.codec.items() if k != 'name'}).decode(
+                r.units[0][None])
+            mel = codec.log_mel(codec.flac(wav))[0][:8 * layout['stack_frames']]
+            n = int(np.flatnonzero(again[1])[0])
+            np.testing.assert_allclose(again[0][n], mel[:layout['stack_frames']].reshape(-1),
+                                       atol=1e-5)
+    (silent,) = reply.as_heard(lm, ['red'], [np.zeros((1, 0), int)])
+    assert reply.asked(reply.drawn(lm, 'asr', [silent])[0][0])[0].shape[1] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['mini_omni', 'pslm', 'llama_omni', 'intrinsic_voice'])
 def test_a_trained_stage_replies(name, corpus, tmp_path):
@@ -293,6 +321,10 @@ def test_a_trained_stage_replies(name, corpus, tmp_path):
     spoken = 'UER %' in entry['metrics']
     assert spoken == (name != 'intrinsic_voice')        # whose task of that name is written
     assert entry['items'] == 3 and all(x >= 0 for x in entry['metrics'].values())
+    if 'listener' in (task := dict(c.evals).get({'llama_omni': 'aloud'}.get(name, 'tts'), {})):
+        entry, = evaluate.run(c, str(tmp_path / 'run'), tasks=(
+            'aloud' if name == 'llama_omni' else 'tts',), split='train', limit=2)
+        assert {'spoken WER %', 'spoken WER %/floor'} <= set(entry['metrics']), task
     samples = str(tmp_path / 'samples')
     assert cli.main(['generate', '--workdir', str(tmp_path / 'run'), '--task', 's2s', '--split',
                      'train', '--count', '2', '--output', samples]) == 0

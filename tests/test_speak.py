@@ -85,7 +85,7 @@ def test_text_to_sound_lasts_as_long_as_its_units(flat_lm, tmp_path):
     wav = sound_of(out)
     start, size = flat_lm.vocab.ranges['units']
     spoken = trained.read_aloud(flat_lm, ['the'], '[Text]', '[TTS]')[0] - start
-    frames = speak.unit_frames(flat_lm.config, flat_lm.config.codec.size)[spoken].sum()
+    frames = trained.unit_frames(flat_lm.config, flat_lm.config.codec.size)[spoken].sum()
     assert wav.shape == (1, frames * 640)       # 25 frames a second of 16,000 samples
     assert os.listdir(out.parent) == ['said.wav']
 
@@ -97,7 +97,7 @@ def test_sound_goes_on(flat_lm, sounds, tmp_path):
                        for name, seed in (('one.wav', 1), ('again.wav', 1), ('two.wav', 2)))
     given = codec.kmeans(**options(flat_lm)).encode(soundfile.read(sounds / 'mono.wav',
                                                                    dtype='float32')[0])[0]
-    frames = speak.unit_frames(flat_lm.config, flat_lm.config.codec.size)
+    frames = trained.unit_frames(flat_lm.config, flat_lm.config.codec.size)
     assert sound_of(one).shape[1] >= frames[flat.runs(given)[0]].sum() * 640
     assert one.read_bytes() == again.read_bytes() != two.read_bytes()
 
@@ -200,7 +200,7 @@ def test_examples_of_one_stream(flat_lm, tmp_path, task):
                 ' '.join(words[:max(1, len(words) // 2)]) + ' | ')
     if task == 's2s':       # the first half of what is heard, and what the model makes of it
         speech = codec.kmeans(**options(flat_lm))
-        frames = speak.unit_frames(flat_lm.config, flat_lm.config.codec.size)
+        frames = trained.unit_frames(flat_lm.config, flat_lm.config.codec.size)
         heard = [flat.speech_tokens(speech.encode(speech.decode(r.units[0][None]))[0],
                                     flat_lm.vocab) for r in records]
         heard = [h[:len(h) // 2] for h in heard]
@@ -276,7 +276,7 @@ def test_units_are_held_as_long_as_they_usually_are(flat_lm):
             runs[u] = runs.get(u, 1) + (u != last)      # one more run of one frame for every unit
             frames[u] = frames.get(u, 1) + 1
             last = u
-    found = speak.unit_frames(flat_lm.config, flat_lm.config.codec.size)
+    found = trained.unit_frames(flat_lm.config, flat_lm.config.codec.size)
     assert len(found) == flat_lm.config.codec.size and found.min() == 1
     for u in range(len(found)):
         assert found[u] == max(1, round(frames.get(u, 1) / runs.get(u, 1))), u
