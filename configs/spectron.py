@@ -68,6 +68,8 @@ def demo(c) -> None:
     """Stories of the demo corpus, kept with its audio (--keep-wav): 80 bins, 80 ms in a column.
 
     Some are only read aloud, in whatever voice; what is heard goes on in the voice it began in.
+    Half of the columns are not read back while it learns: else the next frame is a copy of the
+    last, and what it says alone blurs and never ends.
     """
     bins, each = 80, 8
     c.codec = parts.demo_units()
@@ -76,7 +78,7 @@ def demo(c) -> None:
 
     def told(prompt_s: float) -> dict:
         return dict(name='framed.continued', prompt_s=prompt_s, stack_frames=8,
-                    frames_per_column=each, weight_frame=0.1)
+                    frames_per_column=each, weight_frame=0.1, withheld=0.5)
     c.layout = told(1.5)
     c.frontend = dict(name='summed', dtype='float32', encoder=parts.DEMO_EAR,
                       prenet=dict(name='mlp', features=each * bins, hidden=32))

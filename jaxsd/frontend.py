@@ -27,11 +27,13 @@ def _table(rngs, ids: int, width: int):
 
 
 def _features(encoder, batch, dtype, place: Place, numbers: str = 'feats', slot: str = 'slot'):
-    """What an encoder makes of the columns in which something is heard, zeros elsewhere."""
+    """What an encoder makes of the columns in which something is heard, zeros elsewhere: those
+    whose slot is 1 (a 2 marks frames that are said and not read back)."""
     where = Where(batch['position'], batch['segment'])
     feats = place(batch[numbers].astype(dtype), 'batch', 'column', None)
-    x_BTD = encoder(feats, place(batch[slot], 'batch', 'column'), where)
-    return jnp.where((batch[slot] > 0)[..., None], x_BTD, 0.0)
+    there = (batch[slot] == 1).astype(jnp.int32)
+    x_BTD = encoder(feats, place(there, 'batch', 'column'), where)
+    return jnp.where((there > 0)[..., None], x_BTD, 0.0)
 
 
 class Summed(nnx.Module):

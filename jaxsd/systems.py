@@ -2,9 +2,9 @@
 """One page of every system: how it writes time down, how it is trained, what its demo can do.
 
 The page is written from the config files, from run directories made of their demos, and from
-nothing else. A figure appears only where the run is whole, of the config as it stands and of the
-corpus at hand; otherwise there is a dash and the reason. Who runs the demos is not its business
-(launch/demos.sh does).
+nothing else. A figure appears only where the run is whole and of the config as it stands, otherwise
+there is a dash and the reason; one of another corpus than the one at hand is marked. Who runs the
+demos is not its business (launch/demos.sh does).
 """
 
 import datetime
@@ -34,8 +34,9 @@ class Run(NamedTuple):
     revision: str       # of the code that trained it
     measured: str       # and of the code that evaluated it
     day: str
-    minutes: float      # of steps
-    device: str         # that took them, and how many
+    minutes: float      # of training: all of it but what lay between two runs
+    device: str         # that trained it, and how many
+    dataset: str        # the mark of another corpus than the one at hand, or ''
 
 
 def write(specs: list[str], runs: str, out: str) -> None:
@@ -83,8 +84,10 @@ def read_run(workdir: str, spec: str) -> Run | str:
     last = stages.stages(config)[-1]
     begun = [e for e in ledger if e.get('event') in ('start', 'resume') and 'dataset' in e]
     marks = data.fingerprint(config, plain(config.stages)[-1], model.make_vocab(config))
-    if {e['dataset'] for e in begun} != {marks['dataset']}:
-        return f'not shown: trained on another corpus than {config.data.path}'
+    corpora = {e['dataset'] for e in begun}
+    if len(corpora) > 1:
+        return f'not shown: its stages read several corpora, {", ".join(sorted(corpora))}'
+    other = '' if corpora == {marks['dataset']} else corpora.pop()
     shown = [e for e in entries if e.get('split') == 'test' and e.get('judged') and
              (e['stage'] == evaluate.UNTRAINED or
               (e['stage'], e['step']) == (last.name, last.steps))]
@@ -93,10 +96,10 @@ def read_run(workdir: str, spec: str) -> Run | str:
     trained, measured = (' and '.join(dict.fromkeys(e.get('revision', 'unknown') for e in x))
                          for x in (begun, shown))
     day = datetime.datetime.fromtimestamp(begun[-1]['time_s'], datetime.UTC).strftime('%Y-%m-%d')
-    seconds = goodput.account(ledger).get('stepping', 0.0)
+    seconds = sum(x for cause, x in goodput.account(ledger).items() if cause != 'idle')
     devices = ' and '.join(dict.fromkeys(
         f'{e["devices"]} × {e["device_kind"]}' for e in begun))
-    return Run(file, shown, trained, measured, day, seconds / 60, devices)
+    return Run(file, shown, trained, measured, day, seconds / 60, devices, other)
 
 
 def figures(run: Run) -> list[tuple]:
@@ -141,6 +144,7 @@ def _head(config, made: list[Run]) -> list[str]:
             f'{" and ".join(days)} and measured at {", ".join(measured)}' if made else
             'No demo has been trained here')
     took = f' ({", ".join(devices)}), beside other work' if made else ''
+    others = sorted({r.dataset for r in made} - {''})
     return [
         '# Systems', '',
         'Written by `jaxsd systems` from the config files and the run directories of their demos, '
@@ -150,8 +154,11 @@ def _head(config, made: list[Run]) -> list[str]:
         'never heard in training.', '',
         '*Untrained* is the same model as the seed draws it. *Wrong input* is the same answers '
         'beside what was not asked (another sentence, another question), or what guessing makes. '
-        f'A dash: not run, or not measurable so. *Minutes* are those of steps{took}. '
+        f'A dash: not run, or not measurable so. *Minutes* are those of training{took}. '
         'Nothing here was trained at its published size.', '',
+        *([f'† was trained and measured on another corpus ({", ".join(others)}): made on another '
+           'machine, where sums come out in another order, or with other hours.', '']
+          if others else []),
         '| system | demo figure | demo | untrained | wrong input | minutes |',
         '|---|---|---:|---:|---:|---:|']
 
@@ -164,6 +171,7 @@ def _row(spec: str, doc: str, demo, run) -> str:
         return f'| {link} | {task} | – | – | – | – |'
     if run.spec != f'{spec}:demo':
         link += f' (`{run.spec.removeprefix(spec)}`)'
+    link += ' †' * bool(run.dataset)
     return '\n'.join(
         f'| {link if i == 0 else ""} | {task}: {metric} | {_number(x)} | {_number(before)} | '
         f'{_number(beside)} | {f"{run.minutes:.0f}" if i == 0 else ""} |'
@@ -192,8 +200,9 @@ def _card(spec: str, doc: str, published, demo, run) -> str:
                   '|---|---|---:|---:|---:|---:|']
         lines += [f'| {task} | {metric} | {_number(x)} | {_number(before)} | {_number(beside)} | '
                   f'{items} |' for task, metric, x, before, beside, items in figures(run)]
-        lines += ['', f'`{run.spec}`, trained at {run.revision}, {run.day}, in {run.minutes:.0f} '
-                  f'minutes of steps; measured at {run.measured}.', '']
+        where = f', on corpus {run.dataset}' if run.dataset else ''
+        lines += ['', f'`{run.spec}`, trained at {run.revision}{where}, {run.day}, in '
+                  f'{run.minutes:.0f} minutes on {run.device}; measured at {run.measured}.', '']
     lines += [f'Reproduced, and not. {_sentence(told(doc, "Evidence"))}', '']
     return '\n'.join(lines)
 

@@ -63,6 +63,21 @@ def test_what_is_heard_and_spoken_lies_in_its_columns():
     np.testing.assert_array_equal(frames.true_frames(aloud).reshape(-1, 5), RAMP)
 
 
+def test_a_share_of_frames_is_withheld():
+    """The same frames are said; those not read back differ from drawing to drawing."""
+    rng, kept = np.random.default_rng(0), []
+    for _ in range(400):
+        grid = framed.continued(said(), vocab=V, rng=rng, withheld=.3, **ALOUD)
+        there = grid.extra['framed'] > 0
+        np.testing.assert_array_equal(there, draw(**ALOUD).extra['framed'] > 0)
+        np.testing.assert_array_equal(grid.extra['frames'], draw(**ALOUD).extra['frames'])
+        assert set(grid.extra['framed'][there].tolist()) <= {1, 2}
+        kept.append(np.mean(grid.extra['framed'][there] == 1))
+    assert abs(np.mean(kept) - .7) < .03
+    with pytest.raises(ValueError, match='withheld is a share below 1, got 1'):
+        draw(withheld=1, **ALOUD)
+
+
 @pytest.mark.parametrize('at_s, words', [(.01, 1), (.12, 1), (.14, 2), (9., 2), (0., 0)])
 def test_an_utterance_is_split_in_the_nearest_silence(at_s, words):
     assert framed.cut(WORDS, at_s) == (words, pytest.approx({0: 0., 1: .1, 2: .16}[words]))
@@ -233,6 +248,20 @@ def test_spoken_is_the_training_forward():
         over = scores[:, marked.end] > scores[:, marked.frame]      # of the column after
         assert not over[n - 1:n + m - 1].any() and (over[n + m - 1] or m == 21)
     assert len(lengths) == 2 and max(lengths) > 4, lengths
+
+
+def test_a_withheld_frame_is_said_but_not_read_back():
+    batch = batch_of([draw(**CONTINUED)])
+    t = int(np.argmax(batch['framed'][0] > 0)) + 1
+    for mark, seen in ((1, True), (2, False)):
+        batch['framed'][0, t] = mark
+        other = batch | dict(frames=batch['frames'].copy())
+        other['frames'][0, t] += 1.0
+        ((_, _, beside), a), ((_, _, moved), b) = forward(batch), forward(other)
+        assert (np.abs(np.asarray(a - b))[0, t:].max() > 1e-3) == seen
+        said, true = (np.asarray(x) for x in moved['frames'])       # it is still the target
+        np.testing.assert_allclose(true[0, t] - np.asarray(beside['frames'][1])[0, t], 1.0,
+                                   rtol=1e-5)
 
 
 def test_no_score_sees_a_later_frame():

@@ -26,7 +26,7 @@ def here(corpus, tmp_path, monkeypatch):
 
 
 def run(folder, arg='demo', *, step=500, dataset=None):
-    """A run directory as training and evaluation leave it, of three minutes of steps."""
+    """A run directory as training and evaluation leave it, of three minutes."""
     spec = f'{SPEC}:{arg}'
     c, work = configs.read(spec), str(folder / 'runs' / 'twist')
     mark = data.fingerprint(c, plain(c.stages)[-1], model.make_vocab(c))['dataset']
@@ -58,8 +58,10 @@ def test_a_demo_that_was_run(here):
     assert '| [TWIST](#twist) | matched: right % | 87.2 | 51.0 | 50.0 | 3 |' in text
     assert '| matched | right % | 87.2 | 51.0 | 50.0 | 7 |' in text
     assert 'trained at commit abc123 on 2001-09-09 and measured at def456.' in text
-    assert ':demo`, trained at abc123, 2001-09-09, in 3 minutes of steps; measured' in text
-    assert '*Minutes* are those of steps (2 × abacus), beside other work.' in text
+    assert (':demo`, trained at abc123, 2001-09-09, in 3 minutes on 2 × abacus; measured at def456'
+            in text)
+    assert '*Minutes* are those of training (2 × abacus), beside other work.' in text
+    assert '†' not in text
     assert '[2305.13009](https://arxiv.org/abs/2305.13009)' in text
     count = model.count(model.abstract(configs.read(SPEC))[1])
     assert f'Parameters: {count:,} at published size' in text
@@ -71,14 +73,22 @@ def test_a_demo_that_was_run(here):
 
 @pytest.mark.parametrize('why, options', [
     ('not run', None), ('not trained to the end', dict(step=499)),
-    ('a run of .*:tiny', dict(arg='tiny')), ('another corpus', dict(dataset='000'))])
+    ('a run of .*:tiny', dict(arg='tiny'))])
 def test_a_dash_and_why(here, why, options):
-    """What is not whole, of another size or of another corpus is not shown."""
+    """What is not whole or of another size is not shown."""
     if options is not None:
         run(here, **options)
     text = page(here)
     assert '| [TWIST](#twist) | matched | – | – | – | – |' in text and '87.2' not in text
     assert re.search(f'\nDemo: .*{why}', text)
+
+
+def test_another_corpus_is_marked(here):
+    run(here, dataset='0a1b')
+    text = page(here)
+    assert '| [TWIST](#twist) † | matched: right % | 87.2 | 51.0 |' in text
+    assert '† was trained and measured on another corpus (0a1b)' in text
+    assert 'trained at abc123, on corpus 0a1b, 2001-09-09' in text
 
 
 def test_a_changed_config_has_no_figures(here):

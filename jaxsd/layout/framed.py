@@ -45,7 +45,8 @@ def beside(before: int, values: np.ndarray, width: int) -> tuple[np.ndarray, np.
 
 
 def continued(record: Record, *, vocab: Vocab, rng: np.random.Generator, prompt_s: float = 3.0,
-              stack_frames: int = 1, frames_per_column: int = 1, weight_frame: float = 1.0) -> Grid:
+              stack_frames: int = 1, frames_per_column: int = 1, weight_frame: float = 1.0,
+              withheld: float = 0.0) -> Grid:
     """What is heard first is written down, then how it goes on, and that is spoken in frames.
 
     ::
@@ -60,9 +61,13 @@ def continued(record: Record, *, vocab: Vocab, rng: np.random.Generator, prompt_
     learned END is ours). With prompt_s 0 nothing is heard, and the text alone is read aloud.
 
     stack_frames and frames_per_column: how many frames of features stand in a column that is heard
-    and in one that is spoken. weight_frame: of a column of sound, beside 1 of a token.
+    and in one that is spoken. weight_frame: of a column of sound, beside 1 of a token. withheld:
+    the share of columns, drawn anew each time, whose frames are said but not read back, so that the
+    next ones must follow from the text and not only from the last (ours; the dropout of a prenet,
+    arXiv 1712.05884 §2.2, serves the same end).
     """
-    del rng
+    if not 0 <= withheld < 1:
+        raise ValueError(f'layout.withheld is a share below 1, got {withheld}')
     for mark in ('frame', 'end'):
         if mark not in vocab.specials or len(vocab.rows) > 1:
             raise ValueError(f'layout framed.continued needs one row, with {mark} in '
@@ -92,6 +97,8 @@ def continued(record: Record, *, vocab: Vocab, rng: np.random.Generator, prompt_
                                   (('frames', 'framed'), spoken, said)):
         if len(values):
             grid.extra.update(zip(names, beside(before, values, len(tokens)), strict=True))
+    if withheld:
+        grid.extra['framed'][spoken:-1] += rng.random(len(said)) < withheld
     return grid
 
 
