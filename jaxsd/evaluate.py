@@ -275,15 +275,18 @@ def exchanges(lm: trained.LM, *, split: str, limit: int | None, source: str,
     def right(question, answer):
         named = [w for w in answer.split() if w in kinds[question['kind']]]
         return bool(named) and named[-1] == question['want']
-    others = [next((found[(i + k) % len(found)] for k in range(1, len(found))
-                    if found[(i + k) % len(found)]['kind'] == q['kind']), q)
-              for i, q in enumerate(found)]
     good, luck = ([100.0 * right(q, a) for q, a in zip(questions, heard, strict=True)]
-                  for questions in (found, others))
+                  for questions in (found, others(found)))
     return dict(metrics={'correct %': float(np.mean(good)), 'chance %': float(np.mean(luck))},
                 items=len(found), judged=('correct %', 'chance %'),
                 per_item={'correct %': shares(good)},
                 note='greedy; the written answer, one question at a time')
+
+
+def others(asked: list[dict]) -> list[dict]:
+    """For each question the next one of its kind, or itself where there is none."""
+    return [next((q for q in asked[i + 1:] + asked[:i] if q['kind'] == mine['kind']), mine)
+            for i, mine in enumerate(asked)]
 
 
 # Answers written and spoken side by side.
@@ -425,11 +428,13 @@ def questions_of(path: str) -> tuple[dict, dict]:
 
 
 class Answer(NamedTuple):
-    """How one question was answered. latency: frames from its end to the first word, or None."""
+    """How one question was answered. named: the last word of the asked kind, or None. latency:
+    frames from its end to the first word, or None."""
 
     good: bool
     waited: bool
     latency: int | None
+    named: str | None = None
 
 
 def score_answer(said, kind: set, want: str, *, begin: float, end: float, until: float) -> Answer:
@@ -443,7 +448,8 @@ def score_answer(said, kind: set, want: str, *, begin: float, end: float, until:
     early = [w for t, w in said if begin + 2 <= t < end - 1]
     named = [w for _, w in answer if w in kind]
     return Answer(bool(named) and named[-1] == want, not early,
-                  math.floor(answer[0][0] - end) + 1 if answer else None)
+                  math.floor(answer[0][0] - end) + 1 if answer else None,
+                  named[-1] if named else None)
 
 
 def score_dialogue(said, turns, asked: dict, kinds: dict, frame_hz: float
@@ -495,7 +501,7 @@ def answers(lm: trained.LM, *, split: str, limit: int | None, source: str, batch
     speaker = lm.speaker()
     text = lm.text()
     records.sort(key=lambda r: r.codes.shape[-1])       # so that few columns are padding
-    found = []
+    found, wants = [], []
     for part in trained.in_parts(records, batch):
         plans = [generate.conversation_plan(v, r.codes[1], late) for r in part]
         plans += plans[:1] * (batch - len(part))
@@ -503,12 +509,15 @@ def answers(lm: trained.LM, *, split: str, limit: int | None, source: str, batch
         for r, columns in zip(part, filled, strict=False):
             said = trained.words_at(v, text, duplex.undelay(columns, late)[0])
             found += score_dialogue(said, r.turns, asked, kinds, hz)
+            wants += [asked[t.text] for t in r.turns if t.channel == 1 and t.text in asked]
     if not found:
         raise ConfigError(f'answers: split {split} of {source} asks no question of {questions}')
     metrics, latency = summary(found)
+    metrics['chance %'] = 100 * float(np.mean([
+        a.named == q['want'] for (_, a), q in zip(found, others(wants), strict=True)]))
     each = {'correct %': [a.good for _, a in found], 'waited %': [a.waited for _, a in found],
             'answered %': [a.latency is not None for _, a in found]}
-    return dict(metrics=metrics, items=len(found), judged=('correct %', None), per_item={
+    return dict(metrics=metrics, items=len(found), judged=('correct %', 'chance %'), per_item={
         k: shares([100.0 * x for x in values]) for k, values in each.items()}, histogram=dict(
         name=f'latency in frames of {1000 / hz:.0f} ms', values=[float(x) for x in latency]),
         note='the model hears the user frame by frame; everything it says is its own; waited: no '
@@ -522,11 +531,11 @@ CROSSED = tuple(f'{kind}/{a}->{b}' for kind in ('nats', 'right %') for a in 'TS'
 MEASURED = {
     asr: (*ERRORS, 'wrong-sentence WER %'), listening: (*ERRORS, 'wrong-sentence WER %'),
     matched: ('right %', 'nats', 'nats/another'), tts: ('round-trip WER %', 'wrong-sentence WER %'),
-    exchanges: ('correct %', 'chance %'), replies: (*ERRORS, 'WER %/floor', 'UER %', 'UER %/floor'),
-    stories: CROSSED, cloze: CROSSED,
-    pairs: ('right %',),
-    answers: ('correct %', 'waited %', 'answered %', 'latency frames p10', 'latency frames median',
-              'latency frames p90', 'correct %/facts', 'correct %/sums')}
+    exchanges: ('correct %', 'chance %'),
+    replies: (*ERRORS, 'WER %/floor', 'UER %', 'UER %/floor', 'spoken WER %', 'spoken WER %/floor'),
+    stories: CROSSED, cloze: CROSSED, pairs: ('right %',),
+    answers: ('correct %', 'chance %', 'waited %', 'answered %', 'latency frames p10',
+              'latency frames median', 'latency frames p90', 'correct %/facts', 'correct %/sums')}
 """The metrics of the tasks whose metrics do not depend on the config."""
 
 

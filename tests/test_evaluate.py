@@ -439,11 +439,18 @@ def test_one_answer(said, good, waited, latency):
     """A question in frames 10 to 20.5; the next one begins in frame 50."""
     found = evaluate.score_answer(said, NUMBERS, 'two', begin=10.0, end=20.5, until=50.0)
     assert (found.good, found.waited, found.latency) == (good, waited, latency)
+    late = [w for t, w in said if 19.5 <= t < 50 and w in NUMBERS]
+    assert found.named == (late[-1] if late else None)
+
+
+def test_chance_is_what_others_of_the_kind_wanted():
+    a, b, c, d = (dict(kind=k, want=w) for k, w in (('x', 1), ('y', 2), ('x', 3), ('x', 4)))
+    assert evaluate.others([a, b, c, d]) == [c, b, d, a]
 
 
 def test_the_last_question_has_all_the_time():
     found = evaluate.score_answer([(999, 'two')], NUMBERS, 'two', begin=1, end=9.25, until=math.inf)
-    assert found == (True, True, 990)
+    assert found == (True, True, 990, 'two')
 
 
 def test_answers_are_counted_over_questions(streams_lm):
