@@ -51,7 +51,7 @@ def get_config(arg=None):
         c.frontend = dict(name='grouped', inside=48, dtype='float32')
         c.backbone = parts.small(c.backbone, width=160, layers=6, heads=4, mlp=448,
                                  block_columns=64, theta=10_000.0)
-        c.head = dict(name='group', width=128, layers=2, heads=4, mlp=352)
+        c.head = dict(name='group', width=96, layers=1, heads=4, mlp=256)
         c.data = dict(path='', sources=sources(('story', 'dialogue'), ('dialogue',),
                                                ('exchange',)))
         parts.demo_answers(c, evals=('s2s', 'tts'), stages=[
