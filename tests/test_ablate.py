@@ -257,6 +257,9 @@ def test_a_budget_is_spent_in_proportion_and_never_silently_changed():
     assert whole_steps(1000, [10], [10.0]) == (100,)
     assert whole_steps(1000, [300, 100], [1.0, 2.0]) == (600, 200)
     assert whole_steps(103, [7], [1.0]) == (103,)
+    assert whole_steps(10, [20, 5], [0.0, 1.0]) == (40, 10)     # a stage of text hears nothing
+    with pytest.raises(ConfigError, match='no stage hears anything'):
+        whole_steps(10, [20, 5], [0.0, 0.0])
     with pytest.raises(ConfigError, match='no whole number of steps: the nearest, 1, would spend'):
         whole_steps(1.4, [7], [1.0])
 

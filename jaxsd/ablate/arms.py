@@ -71,7 +71,7 @@ def _reads(config) -> list:
 
 
 def per_step(config, stage, unit: str) -> float:
-    """What a step of a stage costs in the budget's unit."""
+    """What a step of a stage costs in the budget's unit; of text alone, no audio_hours."""
     if unit == 'tokens':
         return float(stage.batch * config.columns)
     if unit == 'flops':
@@ -82,8 +82,6 @@ def per_step(config, stage, unit: str) -> float:
     with contextlib.closing(data.batches(config, dataclasses.asdict(stage),
                                          model.make_vocab(config))) as batches:
         heard = [sum(c['audio_s'] for c in next(batches)[1].values()) for _ in range(SAMPLED)]
-    if not sum(heard):
-        raise ConfigError(f'stage {stage.name} hears nothing: name another budget than audio_hours')
     return sum(heard) / SAMPLED / 3600
 
 
@@ -92,6 +90,8 @@ def whole_steps(budget: float, steps, costs) -> tuple[int, ...]:
 
     Raises ConfigError where rounding would change the budget by more than ROUNDED.
     """
+    if not any(costs):
+        raise ConfigError('no stage hears anything: name another budget than audio_hours')
     factor = budget / sum(n * c for n, c in zip(steps, costs, strict=True))
     out = tuple(max(1, round(factor * n)) for n in steps)
     spent = sum(n * c for n, c in zip(out, costs, strict=True))
