@@ -198,6 +198,62 @@ def tts(lm: trained.LM, *, split: str, limit: int | None, source: str, listener:
                 note='greedy synthesis, transcribed by the same model')
 
 
+POOL = 256      # training records that examples are drawn from
+
+
+def few_shot(lm: trained.LM, *, split: str, limit: int | None, source: str, shots: int = 4,
+             listener: str = 'asr', most_tokens: int = 200) -> dict:
+    """A task shown by examples in the line of tokens, and then asked (arXiv 2402.05755 App. B).
+
+    The prompt is `shots` training records as `source` draws them, whole, and the held-out record up
+    to its first scored column; what follows, greedily, is its answer. An answer of units is
+    transcribed by the model itself, as in the task tts, by the source `listener`. WER: against the
+    words of the record's own answer; exact: all of them right, which is what counts where answers
+    are labels. WER/0 shots is the same without examples, the floor the answers beside others'.
+    """
+    positive('evals.few_shot', shots=shots, most_tokens=most_tokens)
+    v, text = lm.vocab, lm.text()
+    if len(v.rows) > 1:
+        raise ConfigError('few_shot: examples stand in one line; this config has several streams')
+    pool = [data.drawn(lm.config, source, v, r).tokens[0] for r in data.examples(
+        lm.config, 'train', source, limit=POOL)]
+    if len(pool) < shots:
+        raise ConfigError(f'few_shot: {source} has {len(pool)} training records for {shots} shots')
+    asked, wanted, kinds = [], [], set()
+    first, size = v.ranges['text']
+    pieces, marks = range(first, first + size), set(v.specials.values())
+    for i, record in enumerate(data.examples(lm.config, split, source, limit=limit)):
+        grid = data.drawn(lm.config, source, v, record)
+        n = int(np.flatnonzero(grid.weights[0])[0])
+        chosen = np.random.default_rng(i).choice(len(pool), shots, replace=False)
+        # An example after the first goes without its BOS: the line begins once.
+        asked.append(([*pool[chosen[0]], *(t for k in chosen[1:] for t in pool[k][1:]),
+                       *grid.tokens[0, 1:n]], list(grid.tokens[0, :n])))
+        words = [[t - first for t in x.tolist() if t in pieces and t not in marks]
+                 for x in (grid.tokens[0, n:], grid.tokens[0, :n])]
+        kinds.add('text' if words[0] else 'speech')
+        wanted.append(text.decode(words[0] or words[1]))
+    if len(kinds) > 1:
+        raise ConfigError(f'few_shot: answers of {source} are some text and some speech')
+    (kind,) = kinds
+    # Where records have no end of their own, an answer ends where the next example would begin.
+    ends = pool[0][-1] == v.specials['eos']
+
+    def answers_of(prompts):
+        out = []
+        for part in trained.in_parts([np.asarray(p, np.int32) for p in prompts]):
+            out += generate.continue_prompts(
+                lm.speaker(), part, v, kind=kind, most_tokens=most_tokens,
+                stop=None if ends else int(pool[0][1]))
+        return (trained.transcribe(lm, out, *trained.markers(lm.config, listener))
+                if kind == 'speech' else [text.decode([t - first for t in x]) for x in out])
+    shown, bare = (answers_of(prompts) for prompts in zip(*asked, strict=True))
+    metrics = beside_others(wanted, shown)
+    metrics['WER %/0 shots'] = error_rates(wanted, bare)['WER %']
+    return dict(metrics=metrics, items=len(wanted), judged=JUDGED_BY_WORDS,
+                per_item=errors_per_item(wanted, shown), note=f'greedy; {shots} examples')
+
+
 def listening(lm: trained.LM, *, split: str, limit: int | None, source: str, batch: int = 16
               ) -> dict:
     """Word error rate of what is written while held-out speech is heard, a frame at a time, greedy.
@@ -530,6 +586,7 @@ ERRORS = ('WER %', 'exact %')
 CROSSED = tuple(f'{kind}/{a}->{b}' for kind in ('nats', 'right %') for a in 'TS' for b in 'TS')
 MEASURED = {
     asr: (*ERRORS, 'wrong-sentence WER %'), listening: (*ERRORS, 'wrong-sentence WER %'),
+    few_shot: (*ERRORS, 'wrong-sentence WER %', 'WER %/0 shots'),
     matched: ('right %', 'nats', 'nats/another'), tts: ('round-trip WER %', 'wrong-sentence WER %'),
     exchanges: ('correct %', 'chance %'),
     replies: (*ERRORS, 'WER %/floor', 'UER %', 'UER %/floor', 'spoken WER %', 'spoken WER %/floor'),

@@ -170,6 +170,33 @@ def test_recognition_is_greedy_and_scored_over_all_words(flat_lm, heard):
     assert any(wrote)
 
 
+def test_few_shots_stand_before_what_is_asked(flat_lm):
+    """Two training records, whole, and the asked one up to its answer, go on by plain argmax."""
+    v, text = flat_lm.vocab, flat_lm.text()
+    records = list(data.examples(flat_lm.config, 'train', 'asr', vocab=v, limit=evaluate.POOL))
+    lines = [data.drawn(flat_lm.config, 'asr', v, r) for r in records]
+    wrote, said = {0: [], 2: []}, [' '.join(w.text for w in r.words) for r in records[:2]]
+    for i in range(2):
+        n = int(np.argmax(lines[i].weights[0] > 0))
+        chosen = np.random.default_rng(i).choice(len(records), 2, replace=False)
+        shown = np.concatenate([lines[chosen[0]].tokens[0], lines[chosen[1]].tokens[0][1:],
+                                lines[i].tokens[0][1:n]])
+        assert (shown == v.specials['bos']).sum() == 1 == (shown[0] == v.specials['bos'])
+        assert (shown == v.specials['[ASR]']).sum() == 3 and shown[-1] == v.specials['[ASR]']
+        assert (shown == v.specials['eos']).sum() == 2      # those of the examples
+        for shots, prompt in ((2, shown), (0, lines[i].tokens[0][:n])):
+            wrote[shots].append(text.decode(greedy(flat_lm, prompt, 'text', 8)))
+    found = evaluate.few_shot(flat_lm, split='train', limit=2, source='asr', shots=2, most_tokens=8)
+    assert found['metrics']['WER %'] == pytest.approx(100 * jiwer.wer(said, wrote[2]))
+    assert found['metrics']['WER %/0 shots'] == pytest.approx(100 * jiwer.wer(said, wrote[0]))
+    assert wrote[0] != wrote[2] and set(found['metrics']) == set(
+        evaluate.MEASURED[evaluate.few_shot])
+    aloud = evaluate.few_shot(flat_lm, split='train', limit=1, source='tts', shots=1, most_tokens=8)
+    assert aloud['items'] == 1 and aloud['metrics']['WER %'] >= 0
+    with pytest.raises(ConfigError, match='training records for 999 shots'):
+        evaluate.few_shot(flat_lm, split='train', limit=1, source='asr', shots=999)
+
+
 def test_errors_are_counted_in_percent():
     """Known transcripts in, known rates out: one word added, one replaced, one lost, of ten."""
     said = ['the cat sat', 'two and two', 'yes', 'i do not']
