@@ -58,7 +58,7 @@ $(PEERS)/.complete: setup.py Makefile $(VENV)/.complete
 	@echo 'environment: installing the peers into $(PEERS)'
 	@'$(VENV)/bin/python' -m venv '$(PEERS)'
 	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check $(TORCH)
-	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check -e '.[test,onnx]' \
+	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check -e '.[test,onnx,wandb]' \
 		einops huggingface_hub sphn 'transformers>=5.23,<6' 'peft>=0.18,<1' 'numpy<2.5'
 	@'$(PEERS)/bin/python' -m pip install --quiet --disable-pip-version-check --no-deps moshi==0.2.13 \
 		jax2onnx==0.17.1

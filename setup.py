@@ -23,6 +23,7 @@ EXTRAS = {
     'mimi': AUDIO + 'torch>=2.4  transformers>=4.57'.split(),
     'cuda13': ['jax[cuda13]>=0.10.2,<0.12'],
     'tpu': ['jax[tpu]>=0.10.2,<0.12'],
+    'wandb': ['wandb>=0.19'],               # jaxsd report --wandb
     'plan': ['jax[tpu]>=0.10.2,<0.12'],     # the compiler for TPUs, which runs anywhere
 }
 

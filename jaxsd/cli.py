@@ -177,6 +177,8 @@ def _parser() -> argparse.ArgumentParser:
                    help='a run directory; may be given several times')
     p.add_argument('--out', required=True, metavar='OUT.html')
     p.add_argument('--note', default='', help='a paragraph for the reader, above the runs')
+    p.add_argument('--wandb', metavar='PROJECT',
+                   help='also send the runs to Weights & Biases; again, what is new of them')
     return parser
 
 
@@ -407,6 +409,9 @@ def _report(args, _):
         if os.path.isdir(workdir) and not any(os.path.exists(os.path.join(workdir, name))
                                               for name in ('config.json', 'results.json')):
             raise ConfigError(f'--workdir {workdir} holds no run (no config.json) and no ablation')
+    if args.wandb:
+        from jaxsd.report import wandb
+        wandb.send(args.workdir, args.wandb)
     report.write(args.workdir, args.out, note=args.note)
     print(args.out)
 
