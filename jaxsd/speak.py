@@ -113,7 +113,7 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
                           's2s')
     if source == '-' and task != 'duplex':
         raise ConfigError(f'--input -: raw sound is heard by duplex only, not by {task}')
-    rundir.same_run(workdir, config)
+    rundir.same_run(workdir, config, moved=True)
     default = (0.8, 250, 1.0) if streams else (0.0, 0, 1.0)
     sampler = sampler_of(*default, temperature, top_k, top_p)
     if not 0 <= seed < 1 << 32:
