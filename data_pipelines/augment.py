@@ -14,7 +14,6 @@ hiss and rumble.
 
 import dataclasses
 import io
-import json
 import os
 import shutil
 import sys
@@ -136,21 +135,20 @@ def again(source: str, out: str, each, *, command: str, arguments: dict) -> dict
     rows: what `records.source_of` gives of the split; units, codes: the codecs. Raises ValueError
     in one clear line.
     """
-    try:
-        with open(os.path.join(source, 'manifest.json'), encoding='utf-8') as f:
-            manifest = json.load(f)
-    except (OSError, ValueError) as e:
-        raise ValueError(f'--source {source} is no finished dataset: {e}') from None
+    manifest = dataset.open_dataset(source).manifest
+    by_hash = {about['sha256']: os.path.join(source, name)
+               for name, about in manifest['files'].items()}
+    made = [by_hash.get((manifest[kind] or {}).get('sha256')) for kind in ('units', 'codes')]
+    if None in made:
+        raise ValueError(f'--source {source} does not hold the files of its units and its codes: '
+                         'make it with both')
     command = f'{command} after {manifest["command"]}'
     staging = records.begin(out, {'command': command} | arguments)
     try:
         for name in manifest['files']:
             if not name.startswith('index-'):
                 shutil.copyfile(os.path.join(source, name), os.path.join(staging, name))
-        by_hash = {about['sha256']: os.path.join(source, name)
-                   for name, about in manifest['files'].items()}
-        units, codes = (codecs.fitted(by_hash[manifest[kind]['sha256']])
-                        for kind in ('units', 'codes'))
+        units, codes = map(codecs.fitted, made)
         return records.write(
             out, {split: each(split, records.source_of(source, split), units, codes)
                   for split in manifest['splits']},
@@ -185,11 +183,15 @@ def main(argv=None) -> int:
     parser.add_argument('--noise', help='directory of wav files; without it, made noise')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
+    parser.at_least(args, seed=0)
     try:
         done = build(args.source, args.out, noise=args.noise, seed=args.seed)
     except (ValueError, OSError) as e:
         print(f'augment: {records.told(args.out, e)}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print('augment: interrupted', file=sys.stderr)
+        return 130
     print(f'{args.out}: {done["records"]} records')
     return 0
 

@@ -499,8 +499,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if not 0 < args.hours <= 10000:
         parser.error(f'--hours must lie in 0..10000, got {args.hours}')
-    if args.jobs < 1 or args.seed < 0:
-        parser.error('--jobs must be at least 1 and --seed at least 0')
+    parser.at_least(args, jobs=1, seed=0)
     try:
         done = build(args.out, hours=args.hours, seed=args.seed, jobs=args.jobs,
                      keep_wav=args.keep_wav)

@@ -286,6 +286,7 @@ def main(argv=None) -> int:
     parser.add_argument('--stage')
     parser.add_argument('--jobs', type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(argv)
+    parser.at_least(args, jobs=1)
     try:
         sentences, extra = sentences_of(args.sentences)
         references = _json(args.refs)
@@ -294,6 +295,8 @@ def main(argv=None) -> int:
             raise ValueError(f'judge: {args.refs} should map clip names to words')
         held = []
         if args.workdir:
+            if not os.path.isdir(args.workdir):
+                raise ValueError(f'judge: no run directory {args.workdir}')
             target = os.path.join(args.workdir, 'evaluation.json')
             held = _json(target) if os.path.exists(target) else []
             if not isinstance(held, list):
@@ -329,6 +332,9 @@ def main(argv=None) -> int:
     except (ValueError, OSError) as e:
         print(e, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print('judge: interrupted', file=sys.stderr)
+        return 130
     if len(found) > len(clips):
         print(f'{len(found) - len(clips)} clips that {args.refs} does not name were left out')
     for row in rows:

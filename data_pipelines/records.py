@@ -46,8 +46,10 @@ def _put(path: str, text: str):
 
 def told(out: str, error: Exception) -> str:
     """An error in words: one of the system that names no file came of writing `out`."""
-    nameless = isinstance(error, OSError) and error.strerror and not error.filename
-    return f'{out} cannot be written: {error.strerror}' if nameless else str(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return (f'{error.filename}: {error.strerror}' if error.filename else
+            f'{out} cannot be written: {error.strerror}')
 
 
 def sha256(path: str) -> str:
@@ -378,3 +380,19 @@ def write(out: str, splits: Mapping[str, Iterable[Record]], *, units: dict | Non
     return {'records': count, 'bytes': sum(s['bytes'] for s in shards.values()),
             'written_per_s': count / written_s, 'read_per_s': count / read_s,
             'manifest': manifest}
+
+
+def overrides(out: str, manifest: dict, sources: Iterable[str]) -> str:
+    """What lets a config train on `sources` of the dataset `out`, for people to copy."""
+    from jaxsd import vocab
+    text = os.path.join(out, 'text.model')
+    told = [f'to train on it, with a config of one stream (units) or of several (codes):\n  '
+            f'--config.data.path={out} --config.vocab.tokenizer={text} '
+            f'--config.vocab.text_tokens={vocab.Text(text).size}']
+    for kind, file in (('units', 'units.safetensors'), ('codes', 'codec.safetensors')):
+        if (made := manifest[kind]) and os.path.exists(os.path.join(out, file)):
+            told.append(f'  {kind}: --config.codec.path={os.path.join(out, file)} ' + ' '.join(
+                f'--config.codec.{k}={made[k]}' for k in ('name', 'frame_hz', 'codebooks', 'size')))
+    names = ', '.join(f"'{s}'" for s in sources)
+    return '\n'.join([*told, '  and for each SOURCE of the config (its data.sources): '
+                      f'"--config.data.sources.SOURCE.select=({names},)"'])

@@ -238,19 +238,10 @@ def build(source: str, out: str, *, hours: float, manners: Manners, seed: int = 
                   encoding='utf-8') as f:
             f.write('\n'.join(sorted(labels)) + '\n')
 
-    total_s = _seconds(source)
+    splits = dataset.open_dataset(source).manifest['splits']
+    total_s = 3600 * sum(x['hours'] for x in splits.values())
     return augment.again(source, out, each, arguments=arguments, command=(
         f'python -m data_pipelines.simulate --hours {hours:g} --seed {seed}'))
-
-
-def _seconds(source: str) -> float:
-    """Seconds of sound in all splits of `source`."""
-    try:
-        with open(os.path.join(source, 'manifest.json'), encoding='utf-8') as f:
-            splits = json.load(f)['splits']
-    except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f'--source {source} is no finished dataset: {e}') from None
-    return 3600 * sum(x['hours'] for x in splits.values())
 
 
 def main(argv=None) -> int:
@@ -271,9 +262,11 @@ def main(argv=None) -> int:
     parser.add_argument('--mine', metavar='VOICE', help='always speaks on channel 0')
     parser.add_argument('--worse', action='store_true',
                         help="gain, noise and echo on the user's channel")
-    parser.add_argument('--noise', help='directory of wav files; without it, made noise')
+    parser.add_argument('--noise', help='directory of wav files for --worse; without it, '
+                        'made noise')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
+    parser.at_least(args, seed=0)
     try:
         for name in ('interruption', 'pause', 'backchannel'):
             if not 0 <= getattr(args, name) <= 1:
@@ -281,13 +274,21 @@ def main(argv=None) -> int:
         mean, deviation = args.fto
         if not (0 < args.hours < float('inf') and -0.5 <= mean < 10 and 0 <= deviation < 10):
             raise ValueError('--hours is above 0, --fto a mean from -0.5 and a deviation from 0')
+        if args.noise and not args.worse:
+            raise ValueError('--noise is heard with --worse alone: give both or neither')
         manners = Manners(tuple(args.fto), args.interruption, args.pause, args.backchannel)
         done = build(args.source, args.out, hours=args.hours, manners=manners, seed=args.seed,
                      mine=args.mine, worse=args.worse, noise=args.noise)
     except (ValueError, OSError) as e:
         print(f'simulate: {records.told(args.out, e)}', file=sys.stderr)
         return 1
-    print(f'{args.out}: {done["records"]} records')
+    except KeyboardInterrupt:
+        print('simulate: interrupted', file=sys.stderr)
+        return 130
+    hours = sum(x['hours_by_source'].get('simulated', 0.0)
+                for x in done['manifest']['splits'].values())
+    print(f'{args.out}: {done["records"]} records, {hours:.3f} h of simulated dialogues')
+    print(records.overrides(args.out, done['manifest'], ('simulated',)))
     return 0
 
 

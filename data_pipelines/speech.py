@@ -133,6 +133,18 @@ def rows_of(manifest: str) -> Iterator[tuple[int, Row | BadRow]]:
         raise ValueError(f'cannot read the manifest {manifest}: {e.strerror}') from e
 
 
+def check_manifest(manifest: str) -> None:
+    """Raises ValueError for a file that cannot be read or that has lines, but none in JSON."""
+    first = None
+    for line, row in rows_of(manifest):
+        if isinstance(row, Row) or row.kind != 'bad JSON':
+            return
+        first = first or f'{manifest} is no manifest of JSON lines: line {line}: {row.said}'
+    if first:
+        raise ValueError(f'{first}; write a line like {{"path": "a.wav", "text": "what is said"}} '
+                         'for each sound file (see --help)')
+
+
 def sound(row: Row, max_s: float, *, load: bool = True) -> tuple[np.ndarray, int]:
     """float32 [C, S] and the rate of a row's file; the header is checked before anything is loaded.
 
@@ -486,7 +498,7 @@ def build(args) -> tuple[dict, Report]:
         raise ValueError('name the tokenizers with --text-model and --units, --codec or --mimi, '
                          'or learn them with --fit')
     for manifest in [*args.manifest, *args.test]:
-        next(rows_of(manifest), None)       # unreadable: say so before anything is made
+        check_manifest(manifest)        # say so before anything is made
     pronunciations = _pronunciations(args.pronunciations)
     command = 'python -m data_pipelines.speech ' + ' '.join(
         f'--{k.replace("_", "-")}' + ('' if v is True else ' ' + ' '.join(
@@ -516,6 +528,8 @@ def _made(args, staging: str, command: str, pronunciations) -> tuple[dict, Repor
     else:
         parts = _divided(train, args.test_share, args.seed)
     report.settle()
+    if not parts['train']:
+        raise ValueError(f'no row to train on in {", ".join(args.manifest)}')
     units, codes = _tokenizers(staging, parts['train'], args)
     settings = Settings(units, codes, args.mimi, args.codebooks, args.max_seconds, args.language,
                         args.keep_wav, pronunciations)
@@ -543,22 +557,6 @@ def _made(args, staging: str, command: str, pronunciations) -> tuple[dict, Repor
             args.out, {split: stream(split) for split in parts}, units=units, codes=codes,
             aligner=aligner, license=args.license, command=command, sample_rate_hz=_RATE_HZ)
     return measured, report
-
-
-def overrides(out: str, manifest: dict) -> str:
-    """What lets a config train on the dataset `out`, for people to copy."""
-    from jaxsd import vocab
-    text = os.path.join(out, 'text.model')
-    told = [f'to train on it, with a config of one stream (units) or of several (codes):\n  '
-            f'--config.data.path={out} --config.vocab.tokenizer={text} '
-            f'--config.vocab.text_tokens={vocab.Text(text).size}']
-    for kind, file in (('units', 'units.safetensors'), ('codes', 'codec.safetensors')):
-        if (made := manifest[kind]) and os.path.exists(os.path.join(out, file)):
-            told.append(f'  {kind}: --config.codec.path={os.path.join(out, file)} ' + ' '.join(
-                f'--config.codec.{k}={made[k]}' for k in ('name', 'frame_hz', 'codebooks', 'size')))
-    names = ', '.join(f"'{s}'" for s in manifest['sources'])
-    return '\n'.join([*told, '  and for each SOURCE of the config (its data.sources): '
-                      f'"--config.data.sources.SOURCE.select=({names},)"'])
 
 
 def main(argv=None) -> int:
@@ -596,8 +594,9 @@ def main(argv=None) -> int:
     add('--jobs', type=int, default=len(os.sched_getaffinity(0)))
     add('--keep-wav', action='store_true', help='store the audio too, as FLAC at 16 kHz')
     args = parser.parse_args(argv)
-    if args.jobs < 1 or not 0 <= args.test_share < 1 or not args.max_seconds > 0:
-        parser.error('--jobs must be at least 1, --test-share in 0..1 and --max-seconds above 0')
+    parser.at_least(args, jobs=1, seed=0, unit_size=1, code_size=1, codebooks=1, text_pieces=1)
+    if not 0 <= args.test_share < 1 or not args.max_seconds > 0:
+        parser.error('--test-share lies in 0..1 and --max-seconds above 0')
     report = None
     try:
         measured, report = build(args)
@@ -621,7 +620,7 @@ def main(argv=None) -> int:
     print(f'skipped: {sum(report.kinds.values())} rows{": " if bad else ""}{bad}')
     print(f'{args.out}: {hours:.3f} h of audio in {measured["records"]} records, '
           f'{measured["bytes"] / max(hours, 1e-9) / 1e6:.2f} MB per audio hour')
-    print(overrides(args.out, measured['manifest']))
+    print(records.overrides(args.out, measured['manifest'], measured['manifest']['sources']))
     return 0
 
 

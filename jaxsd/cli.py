@@ -14,6 +14,9 @@ import shlex
 import sys
 import traceback
 
+from ml_collections import ConfigDict
+
+from jaxsd import __version__
 from jaxsd import config as configs
 from jaxsd.config import ConfigError
 from jaxsd.flags import Parser
@@ -26,7 +29,8 @@ something on a laptop in minutes, FILE.py:tiny takes two steps. The file may tak
 words or key=value, between commas: FILE.py:demo,share=0.1. Any value can be overridden with
 --config.path=value, as in '--config.stages[0].lr=1e-4' (quoted: a shell may read brackets) or
 --config.mesh.fsdp=4, also one that the file leaves at its default. A run directory keeps its
-config: evaluate, generate and export need no --config.
+config: evaluate, generate and export need no --config. Relative paths of a config start from the
+current directory; --config.data.path, --config.codec.path and --config.vocab.tokenizer name others.
 """
 
 
@@ -45,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog='jaxsd', description='Pretraining of spoken dialogue models in JAX.', epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--version', action='version', version=__version__)
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
 
     def sampled(p):
@@ -458,6 +463,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     _quiet()
     _before_jax()
+    config, made_in = None, None
     try:
         rest, overrides = _split_overrides(argv)
         parser = _parser()
@@ -465,7 +471,6 @@ def _main(argv: list[str]) -> int:
         if odd:
             parser.prog += f' {args.verb}'
             parser.error(f'unrecognized arguments: {" ".join(odd)}')
-        config = None
         if args.verb == 'plan':
             from jaxsd.plan import targets
             targets.prepare(map(targets.parse, args.topology))
@@ -480,8 +485,9 @@ def _main(argv: list[str]) -> int:
         elif args.verb != 'report':
             if args.config is None:
                 from jaxsd import run
-                config = configs.stored(run.read_run(args.workdir),
-                                        os.path.join(args.workdir, 'config.json'))
+                found = run.read_run(args.workdir)
+                made_in = found.get('directory')
+                config = configs.stored(found, os.path.join(args.workdir, 'config.json'))
             else:
                 config = configs.read(args.config)
                 args.made = configs.made_by(args.config, overrides)
@@ -494,6 +500,8 @@ def _main(argv: list[str]) -> int:
         if os.environ.get('JAXSD_TRACEBACK') == '1':
             raise
         reason = _foreign(e) + (' '.join(str(e).split()) or type(e).__name__)
+        if isinstance(config, ConfigDict):
+            reason += configs.sought(config, reason, made_in)
         print(f'jaxsd {argv[0] if argv else ""}: {reason[:1000]}', file=sys.stderr)
         return _end(e)
     except KeyboardInterrupt:

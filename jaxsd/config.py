@@ -124,17 +124,18 @@ def read(spec: str) -> mlc.ConfigDict:
 
 
 def made_by(spec: str, overrides) -> dict:
-    """What a run keeps of where its config came from: the file, the overrides, the docstring."""
+    """What a run keeps of where its config came from: the file, the overrides, the docstring, and
+    the directory that relative paths start from."""
     with open(spec.partition(':')[0], encoding='utf-8') as f:
         doc = ast.get_docstring(ast.parse(f.read())) or ''
     return dict(file=spec, overrides=[f'--config.{path}={value}' for path, value in overrides],
-                doc=doc)
+                doc=doc, directory=os.getcwd())
 
 
 def stored(run: dict, path: str) -> mlc.ConfigDict:
     """The config of a run directory's config.json `path`, as `read` gave it when it was made."""
     if file := run.get('file', '').partition(':')[0]:
-        _reach(file)
+        _reach(os.path.join(run.get('directory', ''), file))
     return checked(mlc.ConfigDict(plain(run['config'])), path)
 
 
@@ -199,6 +200,33 @@ def options_of(fn) -> dict[str, inspect.Parameter]:
     signature = inspect.signature(fn.__init__ if inspect.isclass(fn) else fn)
     return {k: p for k, p in signature.parameters.items()
             if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+PLACES = (('data', 'path'), ('codec', 'path'), ('vocab', 'tokenizer'))
+"""What of a config says where files lie, and nothing of what is in them."""
+
+
+def unplaced(config) -> dict:
+    """A config as plain values without its PLACES."""
+    return {slot: {k: v for k, v in options.items() if (slot, k) not in PLACES}
+            if isinstance(options, dict) else options for slot, options in plain(config).items()}
+
+
+def sought(config, said: str, made_in: str | None = None) -> str:
+    """What to add to an error that names a relative path of the config: from where it was followed.
+
+    made_in: the directory that the config's run was made in. '' where the error is of other things.
+    """
+    tree, here = plain(config), os.getcwd()
+    lost = [(slot, key, path) for slot, key in PLACES if isinstance(tree[slot], dict)
+            and isinstance(path := tree[slot].get(key), str) and path
+            and not os.path.isabs(path) and not os.path.exists(path)]
+    if not any(path in said for *_, path in lost):
+        return ''
+    there = f'run this in {made_in}, where the run was made, or ' if made_in not in (
+        None, here) else ''
+    return (f' (looked for in {here}; {there}give '
+            + ' '.join(f'--config.{slot}.{key}=PATH' for slot, key, _ in lost) + ')')
 
 
 def bind(options, home: str, path: str, *, given=()):

@@ -623,7 +623,7 @@ def run(config, workdir: str, *, stage_name=None, tasks=(), split='test', limit=
     for task in tasks:
         if task not in every:
             raise unknown('--tasks', task, every)
-    rundir.same_run(workdir, config)
+    rundir.same_run(workdir, config, moved=True)
     chosen = {name: _task(config, name) for name in tasks or sorted(every)}
     if not chosen:
         raise ConfigError('config.evals names no task')

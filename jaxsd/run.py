@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import jaxsd
-from jaxsd.config import ConfigError, fingerprint, plain, to_json
+from jaxsd.config import ConfigError, fingerprint, plain, to_json, unplaced
 
 FORMAT = 1
 CONFIG_BYTES = 1 << 24      # bounds what a damaged config.json may allocate
@@ -53,7 +53,7 @@ def open_run(workdir: str, config, first: dict | None = None, made: dict | None 
     is not touched. Process 0 looks and writes, the others hear its verdict.
 
     first: a ledger entry that is written before `workdir` is a run that anyone else would accept.
-    made: {file, overrides, doc}: which file and flags the config came from, kept for people.
+    made: {file, overrides, doc, directory}: which file and flags the config came from, and where.
     """
     return bool(on_first_process(lambda: _open_run(workdir, config, first, made or {})))
 
@@ -120,12 +120,15 @@ def held(workdir: str):
             file.close()
 
 
-def same_run(workdir: str, config, fix: str = 'leave --config out or ') -> None:
-    """Raises ConfigError unless `workdir` is a run of `config`, naming the keys that differ."""
-    stored = read_run(workdir)
-    if stored['fingerprint'] != fingerprint(config):
-        trained = ({k: v for k, v in plain(c).items() if k != 'evals'}
-                   for c in (stored['config'], config))
+def same_run(workdir: str, config, fix: str = 'leave --config out or ', *,
+             moved: bool = False) -> None:
+    """Raises ConfigError unless `workdir` is a run of `config`, naming the keys that differ.
+
+    moved: data, codec and tokenizer may lie elsewhere than when it was trained.
+    """
+    there, here = (unplaced(c) if moved else c for c in (read_run(workdir)['config'], config))
+    if fingerprint(there) != fingerprint(here):
+        trained = ({k: v for k, v in plain(c).items() if k != 'evals'} for c in (there, here))
         raise ConfigError(f'--workdir {workdir} holds another run: {differences(*trained)}; {fix}'
                           'name another directory')
 

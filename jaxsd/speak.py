@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -101,7 +102,7 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
                           's2s')
     if source == '-' and task != 'duplex':
         raise ConfigError(f'--input -: raw sound is heard by duplex only, not by {task}')
-    rundir.same_run(workdir, config)
+    rundir.same_run(workdir, config, moved=True)
     default = (0.8, 250, 1.0) if streams else (0.0, 0, 1.0)
     sampler = sampler_of(*default, temperature, top_k, top_p)
     if not 0 <= seed < 1 << 32:
@@ -185,33 +186,38 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate, 
         given = [codec.decode(dialogue.tokens_of(r, 1, _own_layout(lm))) if task == 'duplex' else
                  _kept(r.wav) if kept else _true(codec, r) for r in records]
         given = [g[None] for g in given]
+    listed = _others(os.path.join(out, 'samples.json'), task)   # unreadable: said before the work
     results = perform(lm, codec, given, sampler, seed, records=records)
     if lm.config.layout.name.startswith('parallel.'):
         title, given = 'Answers {}', [x['text'] for x in results]
     else:
         title = TITLES.get(task)
-    _others(os.path.join(out, 'samples.json'), task)
-    os.makedirs(out, exist_ok=True)
-    entries, references = [], {}
-    for i, (r, result) in enumerate(zip(records, results, strict=True)):
-        stem = f'{task}-{i:03d}'
-        if result.get('wav') is not None:
-            write_wav(os.path.join(out, f'{stem}.wav'), result['wav'], rate)
-            references[f'{stem}.wav'] = given[i] if task == 'tts' else result['text']
-            entries.append(dict(file=f'{stem}.wav', title=title.format(r.id),
-                                text=result['text'], **_asked(r, task)))
-            if task == 'tts':       # what the same units, had they been right, would sound like
-                true = os.path.join(out, 'true')
-                os.makedirs(true, exist_ok=True)
-                write_wav(os.path.join(true, f'{stem}.wav'),
-                          result.get('true', _true(codec, r)), rate)
-        else:
-            rundir.write_atomic(os.path.join(out, f'{stem}.txt'), result['text'] + '\n')
-        log.info('%s: %s', stem, result['text'])
-    path = os.path.join(out, 'samples.json')
-    rundir.write_atomic(path, json.dumps(_others(path, task) + entries, indent=1) + '\n')
-    if task == 'tts':
-        rundir.write_atomic(os.path.join(out, 'refs.json'), json.dumps(references, indent=1) + '\n')
+    parent = os.path.dirname(os.path.abspath(out))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory('.partial', f'.{os.path.basename(out)}.', parent) as folder:
+        files, references = [], {}
+
+        def write(name: str, wav: np.ndarray | None, text: str = '') -> None:
+            files.append(name)
+            _write(os.path.join(folder, name), dict(wav=wav, text=text), rate)
+        for i, (r, result) in enumerate(zip(records, results, strict=True)):
+            stem = f'{task}-{i:03d}'
+            if result.get('wav') is not None:
+                write(f'{stem}.wav', result['wav'])
+                references[f'{stem}.wav'] = given[i] if task == 'tts' else result['text']
+                listed.append(dict(file=f'{stem}.wav', title=title.format(r.id),
+                                   text=result['text'], **_asked(r, task)))
+                if task == 'tts':   # what the same units, had they been right, would sound like
+                    write(f'true/{stem}.wav', result.get('true', _true(codec, r)))
+            else:
+                write(f'{stem}.txt', None, result['text'])
+            log.info('%s: %s', stem, result['text'])
+        if task == 'tts':
+            write('refs.json', None, json.dumps(references, indent=1))
+        write('samples.json', None, json.dumps(listed, indent=1))
+        for name in files:          # the list last: what it names is there
+            os.makedirs(os.path.dirname(os.path.join(out, name)), exist_ok=True)
+            os.replace(os.path.join(folder, name), os.path.join(out, name))
 
 
 def _true(codec, record) -> np.ndarray:

@@ -191,7 +191,7 @@ class Server(http.server.ThreadingHTTPServer):
 def run(config, workdir: str, *, stage_name, host: str, port: int, slots: int, temperature,
         top_k, top_p, seed: int) -> None:
     """Serves the page until interrupted. Raises ConfigError for what cannot be talked with."""
-    rundir.same_run(workdir, config)
+    rundir.same_run(workdir, config, moved=True)
     sampler = speak.sampler_of(0.8, 250, 1.0, temperature, top_k, top_p)
     if not 0 <= port < 1 << 16:
         raise ConfigError(f'--port lies in 0..65535, got {port}')

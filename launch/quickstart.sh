@@ -30,7 +30,6 @@ run() {     # run NAME CONFIG SOURCE FORMAT LIMIT
   local name=$1 config=$2 source=$3 format=$4 limit=$5 work=$runs/$1
   part "show-$name" "what $name reads" jaxsd show --config "$config" --source "$source" --columns 24
   part "train-$name" "training $name: $work" jaxsd train --config "$config" --workdir "$work"
-  mkdir -p "$work/grids"
   part "draw-$name" "the same as a picture: $work/grids" \
     jaxsd show --config "$config" --source "$source" --png "$work/grids/$source.png"
   part "evaluate-$name" "evaluating $name on sentences it has not seen" \

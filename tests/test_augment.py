@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is the user's side of a dialogue made worse as the paper says, and nothing else?"""
 
+import dataclasses
 import io
 import json
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data_pipelines import augment
+from data_pipelines import augment, records, simulate
 from jaxsd import codec, dataset
 
 RATE = augment.RATE_HZ
@@ -115,9 +116,19 @@ def test_what_fails_leaves_nothing_that_blocks_the_next_try(corpus, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_what_is_missing_is_said(tmp_path, capsys):
+def test_what_is_missing_is_said(corpus, tmp_path, capsys):
     assert augment.main(['--source', str(tmp_path), '--out', str(tmp_path / 'x')]) == 1
-    assert 'is no finished dataset' in capsys.readouterr().err
+    assert 'no dataset at ' in capsys.readouterr().err
+    record = dataset.open_dataset(str(corpus)).record('train', 0)
+    text = dataclasses.replace(record, codes=None, units=(), words=(), phones=(), turns=())
+    records.write(str(tmp_path / 'text'), {'train': [text]}, units=None, codes=None, aligner={},
+                  license='none', command='made', sample_rate_hz=RATE)
+    argv = ['--source', str(tmp_path / 'text'), '--out', str(tmp_path / 'x')]
+    for program, more in ((augment, []), (simulate, ['--hours', '1'])):
+        assert program.main([*argv, *more]) == 1
+        said = capsys.readouterr().err
+        assert 'does not hold the files of its units and its codes' in said
+        assert said.count('\n') == 1
     (tmp_path / 'noise').mkdir()
     with pytest.raises(ValueError, match='holds no wav file'):
         augment.noises_of(str(tmp_path / 'noise'), None)

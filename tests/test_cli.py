@@ -367,6 +367,26 @@ def test_a_run_is_read_without_its_config(spirit, tmp_path, monkeypatch, capsys)
     assert f'--workdir {tmp_path} holds no run' in capsys.readouterr().err
 
 
+def test_paths_that_lead_nowhere_from_here(refused, spirit, corpus, tmp_path, monkeypatch):
+    """They start from the current directory; a run says where it was made, or takes others."""
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    file = f'{ROOT}/configs/spirit_lm.py:tiny'
+    flag = ('--config.data.path=PATH --config.codec.path=PATH --config.vocab.tokenizer=PATH)')
+    refused(['show', '--config', file], 'no dataset at data/demo', f'(looked for in {elsewhere}; '
+            f'give {flag}')
+    made = configs.overridden(configs.read(file), [('stages[0].save_steps', '1')])
+    rundir.open_run('run', made, made=configs.made_by(file, []) | {'directory': '/home/maker'})
+    shutil.copytree(spirit / 'checkpoints', 'run/checkpoints')
+    argv = ['evaluate', '--workdir', 'run', '--tasks', 'likelihood', '--limit', '2']
+    refused(argv, 'no dataset at data/demo', f'(looked for in {elsewhere}; run this in /home/maker,'
+            f' where the run was made, or give {flag}')
+    assert cli.main([*argv, *[f for f in flags(corpus)[2:] if 'stages' not in f]]) == 0
+    refused([*argv, '--config.codec.frame_hz=50.0'], 'holds another run: codec.frame_hz: 25.0 ther')
+    assert os.path.isdir(rundir.read_run(str(spirit))['directory'])
+
+
 def test_the_config_of_the_contributing_page(corpus, tmp_path, capsys):
     text = (ROOT / 'CONTRIBUTING.md').read_text().partition('```python\n')[2].partition('```')[0]
     (tmp_path / 'my_system.py').write_text(text.replace('data/demo', str(corpus)))

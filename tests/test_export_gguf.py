@@ -231,6 +231,9 @@ def test_tokenizer(tmp_path):
     config.vocab = dict(name='line', text_tokens=400, tokenizer=path, unit='<{}>', multiple=64)
     vocab = model.make_vocab(config)
     export.save(config, released.random_params(config, 1), str(tmp_path / 'out'), 'gguf')
+    with pytest.raises(ValueError, match='out is an export in the format gguf, for other programs: '
+                       'what can be read back is hf, kyutai, kyutai-hf$'):
+        export.load(str(tmp_path / 'out'))
     fields, weights = read(tmp_path / 'out' / 'model-f16.gguf')
     assert fields['tokenizer.ggml.model'] == 'llama'
     pieces, kinds = fields['tokenizer.ggml.tokens'], fields['tokenizer.ggml.token_type']

@@ -97,11 +97,11 @@ def test_a_picture_shows_what_stands_in_the_grid(tmp_path):
     grid = flat(20)
     with matplotlib.rc_context({'svg.fonttype': 'none'}):
         show.picture(grid, FLAT, str(tmp_path / 'grid.svg'), pieces=lambda i: f'piece{i}')
-        show.picture(wide(8), WIDE, str(tmp_path / 'wide.svg'), title='two speakers')
+        show.picture(wide(8), WIDE, str(tmp_path / 'a' / 'b' / 'wide.svg'), title='two speakers')
     drawn = (tmp_path / 'grid.svg').read_text()
     assert all(f'>piece{i}<' in drawn for i in grid.tokens[0].tolist() if i != 1_000)
     assert '>[Text]<' in drawn and '>1 stream, columns 0 to 19 of 20<' in drawn
-    drawn = (tmp_path / 'wide.svg').read_text()
+    drawn = (tmp_path / 'a' / 'b' / 'wide.svg').read_text()
     assert all(f'>{row.name}<' in drawn for row in WIDE.rows) and '>two speakers<' in drawn
 
 

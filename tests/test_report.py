@@ -249,7 +249,8 @@ def test_an_empty_directory_says_what_is_missing(tmp_path):
     (tmp_path / 'nothing').mkdir()
     page = page_of(tmp_path / 'nothing', out=tmp_path)
     for said in ('The config file that describes this run was not found', 'No metrics were written',
-                 'No evaluation was written', 'No grid was drawn', 'No audio was generated',
+                 'No evaluation was written', 'No audio was generated', 'No grid was drawn',
+                 f'jaxsd show --config FILE.py --png {tmp_path}/nothing/grids/grid.png',
                  'No ledger was written', 'No readable config.json', 'Nothing was exported'):
         assert said in page.words, said
 

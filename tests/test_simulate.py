@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Are simulated dialogues what was asked for, and does what is heard give their labels back?"""
 
+import contextlib
 import io
 import json
 
@@ -9,7 +10,7 @@ import pytest
 import soundfile
 from scipy import stats
 
-from data_pipelines import simulate
+from data_pipelines import records, simulate
 from jaxsd import dataset, turns
 
 HZ = 12.5
@@ -75,9 +76,15 @@ def test_how_often_each_happens():
 
 @pytest.fixture(scope='module')
 def made(corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp('simulated') / 'talk'
-    assert simulate.main(['--source', str(corpus), '--out', str(out), '--hours', '0.03',
-                          '--seed', '5', '--mine', 'voice=en-us']) == 0
+    out, said = tmp_path_factory.mktemp('simulated') / 'talk', io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert simulate.main(['--source', str(corpus), '--out', str(out), '--hours', '0.03',
+                              '--seed', '5', '--mine', 'voice=en-us']) == 0
+    manifest = json.loads((out / 'manifest.json').read_text())
+    hours = sum(s['hours_by_source'].get('simulated', 0) for s in manifest['splits'].values())
+    assert hours > 0 and f'{hours:.3f} h of simulated dialogues' in said.getvalue()
+    assert said.getvalue().endswith(records.overrides(str(out), manifest, ['simulated']) + '\n')
+    assert said.getvalue().endswith('"--config.data.sources.SOURCE.select=(\'simulated\',)"\n')
     return out
 
 
@@ -169,7 +176,8 @@ def test_the_user_can_be_heard_worse(corpus, tmp_path):
 
 @pytest.mark.parametrize(('arguments', 'said'), [
     (('--hours', '0'), '--hours is above 0'), (('--hours', '1', '--pause', '2'), '--pause is a'),
-    (('--hours', '1'), 'is no finished dataset')])
+    (('--hours', '1', '--noise', 'x'), '--noise is heard with --worse alone'),
+    (('--hours', '1'), 'no dataset at ')])
 def test_what_is_wrong_is_said(tmp_path, capsys, arguments, said):
     assert simulate.main(['--source', str(tmp_path), '--out', str(tmp_path / 'x'), *arguments]) == 1
     assert said in capsys.readouterr().err

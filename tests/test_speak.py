@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does `generate` write the files it says it does, from sound, from text, and from the dataset?"""
 
+import contextlib
 import io
 import json
+import logging
 import os
 import re
 
@@ -264,6 +266,36 @@ def test_samples_of_several_tasks_are_listed_together(flat_lm, tmp_path):
     with pytest.raises(ConfigError, match='samples.json cannot be read.*move it away'):
         run(flat_lm, 'tts', tmp_path / 'out', count=1)
     assert (tmp_path / 'out' / 'samples.json').read_text() == '[{"fil'
+
+
+@contextlib.contextmanager
+def interrupted_at(word):
+    """Ctrl-C when a line that holds `word` is logged."""
+    class Handler(logging.Handler):
+        def emit(self, record):
+            if word in record.getMessage():
+                raise KeyboardInterrupt
+    handler = Handler()
+    level = speak.log.level
+    speak.log.addHandler(handler)
+    speak.log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        speak.log.removeHandler(handler)
+        speak.log.setLevel(level)
+
+
+def test_examples_are_all_there_or_none(flat_lm, tmp_path):
+    with interrupted_at('tts-001'), pytest.raises(KeyboardInterrupt):
+        run(flat_lm, 'tts', tmp_path / 'out')
+    assert not os.listdir(tmp_path)
+    run(flat_lm, 'tts', tmp_path / 'out', count=1)
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*.*')}
+    assert len(before) == 4
+    with interrupted_at('tts-001'), pytest.raises(KeyboardInterrupt):
+        run(flat_lm, 'tts', tmp_path / 'out')
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*.*')} == before
 
 
 # Small things.

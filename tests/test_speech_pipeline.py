@@ -241,7 +241,8 @@ def test_every_bad_row_is_named_counted_and_skipped(good, made, tmp_path, capsys
 
 def test_what_it_prints_lets_a_config_read_the_dataset(made):
     manifest = json.loads((made / 'manifest.json').read_text())
-    shared, units, codes, select = speech.overrides(str(made), manifest).splitlines()[1:]
+    shared, units, codes, select = records.overrides(
+        str(made), manifest, manifest['sources']).splitlines()[1:]
     for system, kind in (('spirit_lm', units), ('moshi', codes)):
         c = config.read(f'{ROOT}/configs/{system}.py:tiny')
         each = shlex.split(select)[-1]
@@ -280,6 +281,21 @@ def test_an_unknown_flag_is_one_line(pipeline, capsys):
     assert said.startswith(f'python -m {pipeline.__name__}: ') and '--help' in said
 
 
+@pytest.mark.parametrize(('pipeline', 'flag', 'least'), [
+    (demo, 'jobs', 1), (demo, 'seed', 0), (augment, 'seed', 0), (simulate, 'seed', 0),
+    (judge, 'jobs', 1), *((speech, flag, flag != 'seed') for flag in (
+        'jobs', 'seed', 'unit-size', 'code-size', 'codebooks', 'text-pieces'))])
+def test_numbers_below_their_least_are_one_line(pipeline, flag, least, capsys):
+    needed = {augment: '--source', demo: '--out', judge: '--sentences x --wav x --refs',
+              simulate: '--hours 1 --source', speech: '--manifest'}
+    argv = f'{needed[pipeline]} x --out x'
+    with pytest.raises(SystemExit, match='2'):
+        pipeline.main([*argv.split(), f'--{flag}', str(least - 1)])
+    said = capsys.readouterr().err
+    assert f': --{flag} must be at least {least:d}, got {least - 1}; see ' in said
+    assert said.count('\n') == 1
+
+
 def test_wrong_flags_are_one_line(good, made, tmp_path, capsys):
     folder, _ = good
     units, codes, text = (str(made / n) for n in
@@ -295,6 +311,8 @@ def test_wrong_flags_are_one_line(good, made, tmp_path, capsys):
                str(tmp_path / 'words.json')], 'ARPAbet'),
              ([str(tmp_path / 'absent'), '--fit'], 'cannot read the manifest'),
              ([own, '--mimi', str(tmp_path / 'absent'), '--text-model', text], 'no Mimi weights')]
+    (tmp_path / 'empty.jsonl').write_text('')
+    cases.append(([str(tmp_path / 'empty.jsonl'), '--fit'], 'no row to train on in '))
     for flags, said in cases:
         assert speech.main(['--manifest', *flags, '--out', str(tmp_path / 'out'),
                             '--jobs', '1']) == 1
@@ -303,6 +321,22 @@ def test_wrong_flags_are_one_line(good, made, tmp_path, capsys):
         assert not (tmp_path / 'out').exists() and not (tmp_path / 'out.partial').exists()
     assert speech.main(['--manifest', own, '--out', str(made), *FIT]) == 1
     assert 'already holds a finished dataset' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('name', 'content', 'says'), [
+    ('rows.csv', b'path,text\na.wav,hello\n', 'line 1: not JSON: Expecting value'),
+    ('a.wav', b'RIFF\n\x90\xff', 'line 1: not JSON'),
+    ('array.json', b'[{"path": "a.wav"}]', 'line 1: should be an object with a "path"'),
+    ('pretty.json', b'{\n "path": "a.wav"\n}', 'line 1: not JSON')])
+@pytest.mark.parametrize('bad', ['skip', 'fatal'])
+def test_a_file_of_another_kind_is_no_manifest(tmp_path, capsys, name, content, says, bad):
+    """One line, however many lines it has, and nothing is made."""
+    (tmp_path / name).write_bytes(content)
+    assert speech.main(['--manifest', str(tmp_path / name), '--out', str(tmp_path / 'out'), '--fit',
+                        '--bad', bad]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f'speech: {tmp_path / name} is no manifest of JSON lines: {says}')
+    assert said.count('\n') == 1 and os.listdir(tmp_path) == [name]
 
 
 def test_rows_may_hold_what_is_written_beside_the_speech(tmp_path):

@@ -63,9 +63,15 @@ def described(source: str, format: str = '') -> tuple[str, dict, str]:
     """(format, config.json, its path) of the checkpoint in folder (or file) `source`.
 
     Without a `format` it is the one that claims the config.json; a file without one is of the
-    family that has a released default. Raises ValueError for a folder that no family knows.
+    family that has a released default. Raises ValueError for a folder that no family knows, and for
+    an export of ours that other programs run.
     """
-    path = os.path.join(folder_of(source), 'config.json')
+    folder = folder_of(source)
+    path, about = (os.path.join(folder, n) for n in ('config.json', 'provenance.json'))
+    made = read_json(about) if os.path.isfile(about) else {}
+    if 'jaxsd' in made and made.get('format') not in tuple(FAMILIES):
+        raise ValueError(f'{folder} is an export in the format {made.get("format")}, for other '
+                         f'programs: what can be read back is {", ".join(FAMILIES)}')
     if os.path.lexists(path):
         values = read_json(path)
         format = format or next((k for k, f in FAMILIES.items() if f.claims(values)), '')

@@ -32,7 +32,7 @@ def export_run(config, workdir: str, out: str, format: str, *,
     trained on. In a run of several processes all of them call this.
     """
     chosen = stages.find(config, stage_name)
-    rundir.same_run(workdir, config)
+    rundir.same_run(workdir, config, moved=True)
     params, meta = checkpoint.restore_params(checkpoint.folder_of(workdir, chosen.name),
                                              _placed(config, chosen)[1]['params'])
     if format in runtimes.RUNTIMES and runtimes.RUNTIMES[format].adapts:

@@ -182,7 +182,8 @@ def picture(grid: Grid, vocab: Vocab, path: str, *, columns: tuple[int, int] | N
 
     Rows are streams and columns are time; hatching covers what is seen and never scored, and the
     right margin gives each row's loss weights. A grid of one row flows over several lines.
-    Raises ValueError for another ending; nothing half-written is left behind.
+    Folders on the way are made. Raises ValueError for another ending; nothing half-written is left
+    behind.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -205,6 +206,7 @@ def picture(grid: Grid, vocab: Vocab, path: str, *, columns: tuple[int, int] | N
                    f'{stop - 1} of {total}', loc='left', fontsize=11, pad=8)
     partial = f'{path}.partial'
     try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         figure.savefig(partial, format=kind, dpi=130, bbox_inches='tight', pad_inches=0.15)
         os.replace(partial, path)
     except OSError as e:

@@ -217,7 +217,9 @@ def _grids(run: dict) -> str:
     out, folder = ['<h3>What the model reads</h3>'], run['folder'] / 'grids'
     found = sorted(p for p in folder.glob('*') if p.suffix in ('.png', '.txt') and p.is_file())
     if not found:
-        return out[0] + '<p class="soft">No grid was drawn for this run.</p>'
+        return out[0] + ('<p class="soft">No grid was drawn for this run. This draws one: '
+                         f'<code>jaxsd show --config {esc(run["file"] or "FILE.py")} --png '
+                         f'{esc(folder / "grid.png")}</code></p>')
     for path in found[:GRIDS]:
         name = esc(path.stem.replace('_', ' ').replace('-', ' '))
         if path.stat().st_size > GRID_BYTES:
