@@ -64,6 +64,8 @@ def get_config(arg=None):
             if 'speech' in source.get('layout', {}).get('fields', ()):
                 source.layout = dict(source.layout) | told | dict(unit_hz=25.0)
         c.evals = {k: v for k, v in c.evals.items() if k == 'likelihood'}
+        if arg.demo:
+            c.evals['preserved'] = dict(name='preserved', source='speech')
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=2, heads=4, mlp=64)
         parts.tiny(c, columns=256)

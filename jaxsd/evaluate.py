@@ -254,6 +254,53 @@ def few_shot(lm: trained.LM, *, split: str, limit: int | None, source: str, shot
                 per_item=errors_per_item(wanted, shown), note=f'greedy; {shots} examples')
 
 
+def preserved(lm: trained.LM, *, split: str, limit: int | None, source: str, label: str = 'tone',
+              train: int = 1000, most_tokens: int = 200) -> dict:
+    """Does what is said go on in the manner in which it began? (STSP, arXiv 2402.05755 §5.2)
+
+    The first half of a held-out record's line, as `source` draws it, is continued (temperature 0.8,
+    top-p 0.95, as there), and a classifier says in which manner: a logistic regression on how often
+    each id occurs, made from the second halves of `train` training records and what their `style`
+    says for `label`. preserved: of the continuations; true: of the recorded second halves, what the
+    classifier is good for; chance: the same continuations beside other records' labels. Only of
+    speech to speech: texts with a manner of their own are another dataset's.
+    """
+    from sklearn.linear_model import LogisticRegression
+    positive('evals.preserved', train=train, most_tokens=most_tokens)
+    v = lm.vocab
+
+    def halves(records):
+        for r in records:
+            said = dict(x.split('=', 1) for x in r.style[0].split()) if r.style else {}
+            if label in said:
+                line = data.drawn(lm.config, source, v, r).tokens[0]
+                yield line[:len(line) // 2], line[len(line) // 2:], said[label]
+
+    def counted(lines):
+        return np.stack([np.sqrt(np.bincount(x, minlength=v.rows[0].predicted) / max(1, len(x)))
+                         for x in lines])
+    told = list(halves(data.examples(lm.config, 'train', source, limit=train)))
+    asked = list(halves(data.examples(lm.config, split, source, limit=limit)))
+    if not asked or len({x for _, _, x in told}) < 2:
+        raise ConfigError(f'preserved: the records of {source} have no two styles of {label}')
+    judge = LogisticRegression(max_iter=2000, C=100.0).fit(
+        counted([x for _, x, _ in told]), [x for _, _, x in told])
+    sampler = {v.rows[0].name: generate.Sampler(0.8, 0, 0.95)}
+    made = []
+    for n, part in enumerate(trained.in_parts([x for x, _, _ in asked])):
+        made += generate.continue_prompts(lm.speaker(sampler), part, v, kind='speech',
+                                          most_tokens=most_tokens, key=jax.random.key(n))
+    labels = np.array([x for _, _, x in asked])
+    found, true = (judge.predict(counted(x)) for x in (made, [x for _, x, _ in asked]))
+    good = 100.0 * (found == labels)
+    metrics = {'preserved %': float(good.mean()), 'true %': 100 * float(np.mean(true == labels)),
+               'chance %': float(np.mean([100 * np.mean(found == np.roll(labels, k))
+                                          for k in range(1, len(labels))] or [math.nan]))}
+    return dict(metrics=metrics, items=len(asked), judged=('preserved %', 'chance %'),
+                per_item={'preserved %': shares(good)},
+                note=f'{label} of what is said on, by a classifier of ids; temperature 0.8')
+
+
 def listening(lm: trained.LM, *, split: str, limit: int | None, source: str, batch: int = 16
               ) -> dict:
     """Word error rate of what is written while held-out speech is heard, a frame at a time, greedy.
@@ -586,6 +633,7 @@ ERRORS = ('WER %', 'exact %')
 CROSSED = tuple(f'{kind}/{a}->{b}' for kind in ('nats', 'right %') for a in 'TS' for b in 'TS')
 MEASURED = {
     asr: (*ERRORS, 'wrong-sentence WER %'), listening: (*ERRORS, 'wrong-sentence WER %'),
+    preserved: ('preserved %', 'true %', 'chance %'),
     few_shot: (*ERRORS, 'wrong-sentence WER %', 'WER %/0 shots'),
     matched: ('right %', 'nats', 'nats/another'), tts: ('round-trip WER %', 'wrong-sentence WER %'),
     exchanges: ('correct %', 'chance %'),

@@ -197,6 +197,23 @@ def test_few_shots_stand_before_what_is_asked(flat_lm):
         evaluate.few_shot(flat_lm, split='train', limit=1, source='asr', shots=999)
 
 
+def test_a_manner_is_kept_or_not(corpus):
+    """The classifier knows the recorded halves; continuations are those of the sampler."""
+    lm = made(corpus, 'spirit_lm')
+    found = evaluate.preserved(lm, split='train', limit=6, source='speech', label='pace',
+                               most_tokens=8)
+    metrics = found['metrics']
+    assert set(metrics) == set(evaluate.MEASURED[evaluate.preserved]) and found['items'] == 6
+    assert metrics['true %'] >= 80          # it was made from them
+    assert all(0 <= x <= 100 for x in metrics.values())
+    assert metrics['preserved %'] == pytest.approx(np.mean(found['per_item']['preserved %']['sum']))
+    again = evaluate.preserved(lm, split='train', limit=6, source='speech', label='pace',
+                               most_tokens=8)
+    assert again['metrics'] == metrics
+    with pytest.raises(ConfigError, match='no two styles of mood'):
+        evaluate.preserved(lm, split='train', limit=6, source='speech', label='mood')
+
+
 def test_errors_are_counted_in_percent():
     """Known transcripts in, known rates out: one word added, one replaced, one lost, of ten."""
     said = ['the cat sat', 'two and two', 'yes', 'i do not']
