@@ -159,9 +159,9 @@ def demo(c, gen: bool) -> None:
             unit_hz=hz, dedup=not gen))
     c.stages = (
         parts.demo_stage('adapt', 100, dict(units=1.0)),
-        parts.demo_stage('cross', 700, dict(asr=0.2, turns=0.25, tts=0.25, written=0.3),
+        parts.demo_stage('cross', 500, dict(asr=0.2, turns=0.25, tts=0.25, written=0.3),
                          start='adapt'),
-        parts.demo_stage('chain', 400, dict(s2s=0.6, s2t=0.2, t2s=0.1, written=0.1), lr=6e-3,
+        parts.demo_stage('chain', 300, dict(s2s=0.6, s2t=0.2, t2s=0.1, written=0.1), lr=6e-3,
                          start='cross', lora=dict(rank=32, scale=2.0),
                          train=(('.*/(q|v)/lora_[ab]', 1.0), ('.*', None))))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('asr', 's2s')),
