@@ -444,6 +444,15 @@ ODD = {     # shapes that nobody has published; with a single depth step the pee
     'odd widths': dict(dim=40, num_heads=5, hidden_scale=2.7, depformer_dim=15,
                        depformer_num_heads=5, depformer_dim_feedforward=47,
                        depformer_num_layers=3, card=7, text_card=11),
+    'four times as wide': dict(dim=40, num_heads=2, hidden_scale=4, depformer_dim=15,
+                               depformer_num_heads=3, depformer_dim_feedforward=60),
+    'steps in turn': dict(depformer_weights_per_step_schedule=[1, 0, 2, 0], kv_repeat=4,
+                          depformer_kv_repeat=1),
+    'low rank': dict(depformer_low_rank_embeddings=5),
+    'low rank, both, schedule': dict(
+        dep_q=8, depformer_low_rank_embeddings=24, depformer_dim=24, depformer_num_heads=3,
+        depformer_dim_feedforward=99, card=19,
+        depformer_weights_per_step_schedule=[0, 1, 1, 2, 3, 3, 3, 3]),
 }
 
 
