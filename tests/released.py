@@ -160,7 +160,8 @@ def loss(config, params, tokens, labels) -> float:
 
 
 def late(config) -> tuple[int, ...]:
-    return duplex.delays(model.make_vocab(config), text_delay_columns=0,
+    return duplex.delays(model.make_vocab(config),
+                         text_delay_columns=config.layout.get('text_delay_columns', 0),
                          acoustic_delay_columns=config.layout.acoustic_delay_columns)
 
 

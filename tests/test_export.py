@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from jaxsd import checkpoint, codec, export, model
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint, read
-from jaxsd.export import kyutai, kyutai_lora, rules, streaming
+from jaxsd.export import kyutai, kyutai_lora, loading, rules, streaming
 from jaxsd.export.folder import fresh
 
 BOTH = ('mine', 'theirs')
@@ -587,6 +587,74 @@ def test_a_step_too_many_is_not_left_behind(folder, tmp_path):
     refuse(CASES['kyutai'][0], bad, 'kyutai', 'without a place in the config: linears.5.weight')
 
 
+def low_rank(folder, rank: int) -> dict:
+    """Makes the depth embeddings of a checkpoint products of random factors, which it returns."""
+    rng, factors = np.random.default_rng(7), {}
+
+    def change(state):
+        for key in [k for k in state if re.match(r'depformer_(text_)?emb\b', k)]:
+            rows, width = state[key].shape
+            factors[key] = [rng.standard_normal((n, rank)).astype(np.float32)
+                            for n in (rows, width)]
+            state[key], state[key.replace('.weight', '.low_rank.weight')] = factors[key]
+    change_tensors(folder, change)
+    edited(folder, depformer_low_rank_embeddings=rank)
+    return factors
+
+
+@pytest.mark.parametrize('predicted', [('mine',), BOTH])
+def test_depth_embeddings_of_low_rank(predicted, tmp_path):
+    """E Wᵀ by hand, box by box too; they leave whole; who speaks for both is cut as ever."""
+    whole, config = released.multistream(vocab=dict(predicted=predicted)), released.multistream()
+    params = released.random_params(whole, 1)
+    export.save(whole, params, str(tmp_path / 'in'), 'kyutai')
+    factors = low_rank(str(tmp_path / 'in'), 5)
+    assert len(factors) == (4 if predicted == ('mine',) else 8)
+    path = str(tmp_path / 'in')
+    back = export.import_params(config, path, 'kyutai')
+    tables = [np.einsum('vr,dr->vd', *(x.astype(np.float64) for x in factors[k])) for k in (
+        'depformer_text_emb.weight', *(f'depformer_emb.{p}.weight' for p in range(3)))]
+    np.testing.assert_allclose(back['head']['text_table'], tables[0], atol=2e-6)
+    np.testing.assert_allclose(back['head']['tables'], np.stack(tables[1:]), atol=2e-6)
+    assert np.abs(tables[0]).max() > 1
+    equal(back['backbone'], params['backbone'])
+    source = streaming.open_source(config, *loading.agreeing(config, path, 'kyutai'), path)
+    some = np.full((3, 33, 32), np.nan, np.float32)
+    region = [(1, 3), (4, 30), (6, 19)]
+    for at, block in streaming.blocks(source, 'head/tables', region, box_bytes=600):
+        assert block.size <= 150
+        some[at] = block
+    seen = np.zeros(some.shape, bool)
+    seen[1:3, 4:30, 6:19] = True
+    np.testing.assert_array_equal(np.isfinite(some), seen)
+    np.testing.assert_allclose(some[seen], np.stack(tables[1:])[seen], atol=2e-6)
+    export.save(config, back, str(tmp_path / 'out'), 'kyutai')
+    said = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert said.get('depformer_low_rank_embeddings') is None
+    assert load_file(tmp_path / 'out' / 'model.safetensors')['depformer_emb.0.weight'].shape == (
+        33, 32)
+    equal(back, export.import_params(config, str(tmp_path / 'out'), 'kyutai'))
+
+
+@pytest.mark.parametrize('fn, rank, match', [
+    (lambda s: s.pop('depformer_emb.1.low_rank.weight'), 5,
+     'lacks depformer_emb.1.low_rank.weight$'),
+    (lambda s: s.pop('depformer_emb.1.weight'), 5, 'lacks depformer_emb.1.weight$'),
+    (lambda s: s.update({'depformer_emb.1.low_rank.weight': np.zeros((32, 4), np.float32)}), 5,
+     r'depformer_emb.1.low_rank.weight has shape \(32, 4\), the config wants \(.., 5\)'),
+    (lambda s: s.update({'depformer_emb.1.low_rank.weight': np.zeros((31, 5), np.float32)}), 5,
+     r'depformer_emb.1.weight has shape \(33, 31\), the config wants \(33, 32\)'),
+    (lambda s: None, 6, r'depformer_text_emb.weight has shape \(49, 5\), the config wants \(.., 6'),
+    (lambda s: None, None, 'without a place in the config: depformer_emb.0.low_rank.weight, '),
+])
+def test_factors_that_do_not_fit(folder, tmp_path, fn, rank, match):
+    bad = copied(folder, tmp_path, 'kyutai')
+    low_rank(bad, 5)
+    change_tensors(bad, fn)
+    edited(bad, depformer_low_rank_embeddings=rank)
+    refuse(CASES['kyutai'][0], bad, 'kyutai', match)
+
+
 # What bad input gets -----------------------------------------------------------------------------
 
 def copied(folder, tmp_path, name):
@@ -636,7 +704,8 @@ def test_bad_decoder_config(folder, tmp_path, changes, match):
     (dict(norm=['x']), r"config.json: norm must be .*, got \['x'\]"),
     (dict(norm={}), 'config.json: norm must be .*, got {}'),
     (dict(positional_embedding='sin'), "positional_embedding must be 'rope'"),
-    (dict(depformer_low_rank_embeddings=8), 'depformer_low_rank_embeddings'),
+    (dict(depformer_low_rank_embeddings=8), r'lacks depformer_text_emb.low_rank.weight'),
+    (dict(depformer_low_rank_embeddings=0), 'depformer_low_rank_embeddings must be a number from'),
     (dict(depformer_weights_per_step_schedule=[0, 1, 1, 1]),
      r"head.step_weights is 'own', the checkpoint has \(0, 1, 1, 1\)"),
     (dict(depformer_weights_per_step_schedule=[0, 1, 1]), 'each of the dep_q = 4 steps'),

@@ -7,8 +7,12 @@ the table; `rope_freqs` divides frequencies; the weights of the experts that are
 reads nothing but the file.
 """
 
+import functools
 import heapq
+import json
 import re
+import shutil
+import unicodedata
 
 import gguf
 import numpy as np
@@ -265,6 +269,162 @@ def test_unigram_tokenizer(tmp_path):
     assert fields['tokenizer.ggml.model'] == 't5'
     assert fields['tokenizer.ggml.remove_extra_whitespaces'] is True
     assert len(fields['tokenizer.ggml.precompiled_charsmap']) > 1000
+
+
+@functools.cache
+def letters(kind: str) -> str:
+    """The characters of a Unicode category as a class for `re`, without its brackets."""
+    found = [c for c in range(0x20000) if unicodedata.category(chr(c))[0] == kind]
+    ends = [i for i, c in enumerate(found) if i + 1 == len(found) or found[i + 1] != c + 1]
+    starts = [0, *(i + 1 for i in ends[:-1])]
+    return ''.join(f'\\U{found[a]:08x}-\\U{found[b]:08x}'
+                   for a, b in zip(starts, ends, strict=True))
+
+
+def bytes_as_letters() -> dict[int, str]:
+    """How byte-level BPE writes a byte: itself where it shows, else the next letter past 255."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+def gpt2(fields, text: str) -> list[int]:
+    """llama.cpp's 'gpt2' tokenizer (llm_tokenizer_bpe): special tokens, then words, then pairs."""
+    tokens, kinds = fields['tokenizer.ggml.tokens'], fields['tokenizer.ggml.token_type']
+    ids, pre = {t: i for i, t in enumerate(tokens)}, fields['tokenizer.ggml.pre']
+    ranks = {}
+    for i, pair in enumerate(fields['tokenizer.ggml.merges']):
+        ranks.setdefault((pair[:pair.index(' ', 1)], pair[pair.index(' ', 1) + 1:]), i)
+    L, N, digits = letters('L'), letters('N'), {'llama-bpe': '{1,3}', 'qwen2': ''}[pre]
+    pattern = (rf"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n{L}{N}]?[{L}]+"
+               rf'|[{N}]{digits}| ?[^\s{L}{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')
+    special = sorted((t for t, k in zip(tokens, kinds, strict=True) if k in (3, 4)), key=len)
+    out, letter = [], bytes_as_letters()
+    for part in re.split('(' + '|'.join(map(re.escape, special[::-1])) + ')', text):
+        if part in special:
+            out.append(ids[part])
+            continue
+        for word in re.findall(pattern, part):
+            word = ''.join(letter[b] for b in word.encode())
+            symbols = [word] if pre == 'llama-bpe' and word in ids else list(word)
+            while pairs := [(ranks[p], i) for i, p in enumerate(zip(symbols, symbols[1:],
+                                                                    strict=False)) if p in ranks]:
+                i = min(pairs)[1]
+                symbols[i:i + 2] = [symbols[i] + symbols[i + 1]]
+            out += [ids[s] for s in symbols]
+    if fields['tokenizer.ggml.add_bos_token']:
+        out.insert(0, fields['tokenizer.ggml.bos_token_id'])
+    return out
+
+
+def with_tokenizer(folder, kind: str, golden: str, **stated):
+    """A checkpoint of 380 ids, and the byte-level tokenizer of 371 that lies with the goldens."""
+    config = released.decoder(kind)
+    config.vocab = dict(name='line', text_tokens=344, multiple=1)
+    export.save(config, released.random_params(config, 1), str(folder), 'hf')
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        shutil.copyfile(released.GOLDEN / 'byte_level' / golden / name, folder / name)
+    (folder / 'vocabulary.json').unlink()
+    for name in ('config.json', 'generation_config.json'):
+        said = json.loads((folder / name).read_text())
+        said = {k: v for k, v in said.items() if k not in ('bos_token_id', 'eos_token_id')} | stated
+        (folder / name).write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize('kind, golden, pre', [('llama', 'three_digits', 'llama-bpe'),
+                                               ('qwen2', 'one_digit', 'qwen2'),
+                                               ('qwen3', 'one_digit', 'qwen2')])
+def test_byte_level_tokenizer(kind, golden, pre, tmp_path):
+    """What comes with a checkpoint goes into the file, and cuts text as `tokenizers` cut it."""
+    source = with_tokenizer(tmp_path / 'in', kind, golden)
+    lm = export.load(str(source))
+    lm.save(str(tmp_path / 'out'), 'gguf', dtype='f32')
+    fields, weights = read(tmp_path / 'out' / 'model-f32.gguf')
+    get = {k.removeprefix('tokenizer.ggml.'): v for k, v in fields.items()}
+    assert (get['model'], get['pre']) == ('gpt2', pre)
+    tokens, kinds = get['tokens'], get['token_type']
+    assert len(tokens) == len(set(tokens)) == len(kinds) == len(weights['token_embd.weight']) == 380
+    said = json.loads((source / 'tokenizer.json').read_text())
+    assert [tokens[i] for i in said['model']['vocab'].values()] == [*said['model']['vocab']]
+    assert get['merges'] == [' '.join(m) for m in said['model']['merges']]
+    assert tokens[359:373] == [tokens[359], '<|start|>', '<|end|>', *(
+        f'<|unit_{i}|>' for i in range(9)), '[PAD371]', '[PAD372]']
+    assert kinds == [1] * 360 + [3] * 2 + [4] * 9 + [5] * 9
+    assert (get['eos_token_id'], get['add_eos_token']) == (361, False)
+    assert (get.get('bos_token_id'), get['add_bos_token']) == (
+        (360, True) if pre == 'llama-bpe' else (None, False))
+    assert fields['tokenizer.chat_template'] == '{{ messages[0].content }}<|end|>'
+    known = json.loads((released.GOLDEN / 'byte_level' / golden / 'ids.json').read_text())
+    assert len(known) > 12
+    for text, ids in known:
+        assert gpt2(fields, text) == ids, text
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'that of the checkpoint' in card and ('(NFC)' in card) == (pre == 'qwen2')
+    lm.config.vocab = dict(lm.config.vocab.to_dict(), text_tokens=370, markers=('[Text]',),
+                           multiple=380)    # another vocabulary now
+    lm.save(str(tmp_path / 'two'), 'gguf', dtype='f32')
+    assert read(tmp_path / 'two' / 'model-f32.gguf')[0]['tokenizer.ggml.model'] == 'none'
+
+
+def test_ids_that_only_the_model_states(tmp_path):
+    """A tokenizer without a config of its own: bos and eos are what config.json says."""
+    source = with_tokenizer(tmp_path / 'in', 'llama', 'three_digits', bos_token_id=360,
+                            eos_token_id=[361, 5])
+    (source / 'tokenizer_config.json').unlink()
+    export.load(str(source)).save(str(tmp_path / 'out'), 'gguf', dtype='f32')
+    fields, _ = read(tmp_path / 'out' / 'model-f32.gguf')
+    assert [fields[f'tokenizer.ggml.{k}'] for k in (
+        'bos_token_id', 'eos_token_id', 'add_bos_token', 'add_eos_token'
+    )] == [360, 361, True, False]
+
+
+def test_byte_level_tokenizers_of_other_kinds(tmp_path):
+    """One line that names the file and what llama.cpp would do otherwise; nothing written."""
+    lm = export.load(str(with_tokenizer(tmp_path / 'in', 'llama', 'three_digits')))
+    path = tmp_path / 'in' / 'tokenizer.json'
+    sound = path.read_text()
+
+    def refused(match, change=None, text=None):
+        said = json.loads(sound)
+        if change:
+            change(said)
+        path.write_text(text or json.dumps(said))
+        with pytest.raises(ValueError, match=match) as e:
+            lm.save(str(tmp_path / 'out'), 'gguf')
+        assert '\n' not in str(e.value) and str(path) in str(e.value)
+        assert not (tmp_path / 'out').exists()
+
+    def cut(said):
+        return said['pre_tokenizer']['pretokenizers'][0]
+    refused(r"pre-tokenizer .*N\}\{1,2\}.*ignore_merges True", lambda s: cut(s)['pattern'].update(
+        Regex=cut(s)['pattern']['Regex'].replace('{1,3}', '{1,2}')))
+    refused("pre-tokenizer 'Sequence'", lambda s: cut(s).update(behavior='Removed'))
+    refused("pre-tokenizer 'Sequence'", lambda s: s['pre_tokenizer']['pretokenizers'][1].update(
+        add_prefix_space=True))
+    refused("pre-tokenizer 'Whitespace'", lambda s: s.update(pre_tokenizer={'type': 'Whitespace'}))
+    refused('the one of ByteLevel.* and ignore_merges True', lambda s: s.update(
+        pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False)))
+    refused('model BPE with byte_fallback', lambda s: s['model'].update(byte_fallback=True))
+    refused('model Unigram', lambda s: s['model'].update(type='Unigram'))
+    refused('unk_token', lambda s: s['model'].update(unk_token='a'))
+    refused('normalizer Lowercase', lambda s: s.update(normalizer={'type': 'Lowercase'}))
+    refused('no merges', lambda s: s['model'].update(merges=[]))
+    refused("'more' has id 380", lambda s: s['model']['vocab'].update(more=380))
+    refused("'more' has id 7", lambda s: s['model']['vocab'].update(more=7))
+    refused("'a' is written for several", lambda s: s['added_tokens'].append(
+        dict(id=379, content='a', special=False)))
+    refused('taking the spaces around it', lambda s: s['added_tokens'][0].update(lstrip=True))
+    refused('not a tokenizer.json of byte-level BPE .KeyError', lambda s: s.pop('model'))
+    refused('not a tokenizer.json of byte-level BPE .AttributeError',
+            lambda s: s['model'].update(vocab=[1]))
+    refused('is damaged', lambda s: s['model'].update(merges=[['a', 1]]))
+    refused('cannot be read as JSON', text='{')
+    beside = tmp_path / 'in' / 'tokenizer_config.json'
+    beside.write_text('{}')
+    refused('begins or ends with bos')
+    beside.write_text('{"chat_template": [1]}')
+    refused('is damaged')
 
 
 def test_refused(tmp_path):

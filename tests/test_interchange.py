@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import released
 
-from jaxsd import checkpoint, cli, export, model, run, state, train
+from jaxsd import checkpoint, cli, export, model, run, sharding, state, train
 from jaxsd import config as configs
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, fingerprint
@@ -115,6 +115,40 @@ def test_a_conversing_model_is_imported_trained_and_exported(format, corpus, tmp
     told = json.loads((tmp_path / 'out' / 'provenance.json').read_text())
     assert told['sources'] == [{'format': format, 'name': 'released', 'license': 'not stated'}]
     assert told['stages'][0]['step'] == 2 and told['stages'][0]['consumed']
+
+
+def test_terms_trained_on_a_conversing_model_leave_with_it(tmp_path):
+    """A stage begins with a released LMModel and trains low-rank terms on it; what is exported,
+    read from its folder alone, says what the trained model says."""
+    config, lora = released.multistream(), dict(rank=2, scale=2.0)
+    config.objective = dict(name='weighted_ce', terms=dict(text=('text',), audio=('mine',)))
+    config.stages = (dict(name='adapt', start=f'kyutai:{released.GOLDEN}/kyutai', steps=4, batch=2,
+                          lr=3e-2, data={}, lora=lora,
+                          train=(('.*/lora_[ab]', 1.0), ('.*', None))),)
+    stage, mesh = stages.find(config, None), sharding.make_mesh({}, jax.devices()[:1])
+    step, target, by_path = train.step_on(config, stage, mesh)
+    begun = begin.start_params(config, stage, str(tmp_path), target)
+    assert begun.origins[0]['format'] == 'kyutai'
+    codes = np.random.default_rng(3).integers(0, 32, (2, 9, 20)).astype(np.int32)
+    before, _ = released.aligned_scores(config, begun.params, codes, lora)
+    tokens = released.columns_of(config, codes)
+    weights = (np.arange(21) > np.array(released.late(config))[:, None]).astype(np.float32)
+    batch = dict(tokens=tokens, weights=np.broadcast_to(weights, tokens.shape),
+                 position=np.broadcast_to(np.arange(21, dtype=np.int32), (2, 21)),
+                 segment=np.ones((2, 21), np.int32))
+    held, losses = state.fresh_state(config, stage, target, by_path, begun.params), []
+    for _ in range(stage.steps):
+        held, sums = step(held, batch)
+        losses.append(float(sums['loss']))
+    assert losses[-1] < losses[0] - .2
+    text, audio = released.aligned_scores(config, held['params'], codes, lora)
+    assert np.abs(text - before).max() > .1         # so the terms count
+    export.save(export.of_stage(config, stage), held['params'], str(tmp_path / 'out'), 'kyutai',
+                lora_scale=lora['scale'])
+    scores = export.load(str(tmp_path / 'out')).scores(codes)
+    np.testing.assert_allclose(scores['text'], text[:, 0], atol=5e-5)
+    np.testing.assert_allclose(scores['audio'], audio, atol=5e-5)       # NaN where it masks, too
+    assert np.isnan(scores['audio'][:, 1:, -1]).all() and np.isfinite(scores['audio'][:, 0]).all()
 
 
 @pytest.mark.parametrize('format, values', [

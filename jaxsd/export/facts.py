@@ -24,13 +24,15 @@ class Plan(NamedTuple):
     """Rules of a checkpoint, paths of ours it may leave partly empty, peer keys without meaning.
 
     copies: peer keys that may be there as well if they say the same as another key, with the line
-    that tells what to do where they do not.
+    that tells what to do where they do not. factors: peer keys [rows, rank] that another tensor
+    [width, rank] maps to the width that a rule asks for: (key, that tensor's key, rank).
     """
 
     rules: tuple[Rule, ...]
     spare: tuple[str, ...] = ()
     ignored: str = '(?!)'           # regex over whole keys
     copies: tuple[tuple[str, str, str], ...] = ()       # (copy, original, what to do)
+    factors: tuple[tuple[str, str, int], ...] = ()
 
 
 def facts(config) -> dict:
@@ -119,10 +121,13 @@ def _streams(said: Mapping, ids: Mapping) -> tuple[dict, dict, dict]:
 def disagreements(ours: Mapping, theirs: Mapping) -> list[str]:
     """Sentences for the facts on which the config and the checkpoint differ.
 
-    A fact of theirs that is a frozenset stands for any of its values.
+    A fact of theirs that is a frozenset stands for any of its values; one called `file.` is about
+    how its files hold the numbers, and ours may hold them otherwise.
     """
     out = []
     for key, value in theirs.items():
+        if key.startswith('file.'):
+            continue
         values = sorted(value) if isinstance(value, frozenset) else [value]
         if ours.get(key) not in values:
             out.append(f'{key} is {ours.get(key)!r}, the checkpoint has '

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxsd import model, nn
 from jaxsd.config import ConfigError, fingerprint, plain, unknown
-from jaxsd.export import decoders, rules, tokens
+from jaxsd.export import bytelevel, decoders, rules, tokens
 from jaxsd.export.facts import BLOCKS, facts
 
 DTYPES = ('f32', 'f16', 'q8_0')
@@ -95,7 +95,8 @@ def interleaved(tensor: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(out)
 
 
-def write(folder: str, config, flat: Mapping, *, shard_bytes: int, dtype: str = 'f16') -> dict:
+def write(folder: str, config, flat: Mapping, *, shard_bytes: int, speaks: Mapping,
+          dtype: str = 'f16') -> dict:
     """Writes one file model-<dtype>.gguf; see `runtimes.Runtime`.
 
     dtype: of the matrices, one of DTYPES; rows that q8_0's blocks of 32 do not divide stay f16,
@@ -108,6 +109,8 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, dtype: str = 
     have = facts(config)
     spelled = check(have)
     vocab = model.make_vocab(config)
+    given = next((x for x in speaks.get('tokenizer', ()) if x.endswith('tokenizer.json')), '')
+    came = bytelevel.read(given, vocab.size) if given and not vocab.tokenizer else None
     arch = ARCHITECTURES[spelled['model_type']]
     shapes = {path: x.shape for path, x in flat.items()}
     plan, factors = list(rules.pieces(rules_of(have), shapes)), rope_factors(have)
@@ -139,7 +142,11 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, dtype: str = 
         window = spelled.get('sliding_window')
         context = spelled['max_position_embeddings']
         _metadata(writer, config, spelled, min(context, window or context), dtype)
-        _tokenizer(writer, vocab)
+        if came:
+            ids = {k: vocab.specials[k] for k in ('bos', 'eos') if k not in speaks['unstated']}
+            bytelevel.add(writer, given, came, ids)
+        else:
+            _tokenizer(writer, vocab)
         count = size = 0
         for name, shape, _ in tensors():
             kind = kind_of(name, shape)
@@ -154,7 +161,7 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, dtype: str = 
     finally:
         writer.close()
     return {'bytes': size, 'tensors': count, 'numbers': sum(x.size for x in flat.values()),
-            'about': about(file, vocab, window)}
+            'about': about(file, vocab, window, came)}
 
 
 def _metadata(writer, config, spelled: Mapping, context: int, dtype: str) -> None:
@@ -210,13 +217,19 @@ def _tokenizer(writer, vocab) -> None:
         writer.add_precompiled_charsmap(made.charsmap)
 
 
-def about(file: str, vocab, window: int | None) -> str:
+def about(file: str, vocab, window: int | None, came: bytelevel.Tokenizer | None) -> str:
     """What the folder is and what its reader must know, for the model card."""
     lines = [f'a model for llama.cpp: `llama-cli -m {file}`, or any program that reads GGUF.']
     if window:
         lines.append(f'The context is {window} columns, the window of its attention: beyond it '
                      'llama.cpp would attend to more than the model was trained to.')
-    if not vocab.tokenizer:
+    if came:
+        lines.append('Its tokenizer is that of the checkpoint it came from; special tokens are '
+                     'shown only with `--special`')
+        if came.composed:
+            lines[-1] += ('. llama.cpp takes characters as they come: compose them first (NFC), as '
+                          'the original does')
+    elif not vocab.tokenizer:
         lines.append('It has no text tokenizer: ids go in and come out')
     else:
         made = tokens.line(vocab)

@@ -13,6 +13,7 @@ log = logging.getLogger('jaxsd')
 
 ROWS = 'rows (size, predicted)'
 STEPS = 'head.step_weights'
+LOW_RANK = 'file.low_rank'      # of the depth embeddings, None where they are whole
 NORMS = {'rms_norm_f32': 1e-8, 'rms_norm': 1e-5}
 ROTARY = {'rope': 'interleaved', 'rope_concat': 'half'}
 RELEASED = dict(    # what a checkpoint without config.json is (moshi models/loaders.py)
@@ -88,7 +89,11 @@ def rules_of(have: Mapping) -> Plan:
         rules.append(rule('depformer_emb.{P}.weight', ('head/tables', 'P V D', 'V D')))
     else:
         spare.append('head/tables')             # the last codebook is never an input
-    return Plan(tuple(rules), tuple(spare))
+    factors = ()
+    if rank := have.get('checkpoint', have).get(LOW_RANK):      # as Hibiki's
+        tables = ('depformer_text_emb', *(f'depformer_emb.{p}' for p in range(_spoken(have) - 1)))
+        factors = tuple((f'{t}.weight', f'{t}.low_rank.weight', rank) for t in tables)
+    return Plan(tuple(rules), tuple(spare), factors=factors)
 
 
 def _table(have: Mapping, k: int) -> tuple:
@@ -214,8 +219,7 @@ def read(values: Mapping, path: str) -> dict:
     j.only(gating=('silu',), positional_embedding=tuple(ROTARY), depformer_pos_emb=('none',),
            norm=tuple(NORMS), causal=(True,), layer_scale=(None,), depformer_layer_scale=(None,),
            depformer_gating=('silu',), depformer_norm=(None,), norm_emb=(False,),
-           bias_proj=(False,), depformer_low_rank_embeddings=(None,), extra_heads_num_heads=(0,),
-           demux_second_text_stream=(False,),
+           bias_proj=(False,), extra_heads_num_heads=(0,), demux_second_text_stream=(False,),
            demux_second_stream=(False,), depformer_multi_linear=(own,), quantize=(False,),
            cross_attention=(False,), conditioners=(None, {}), condition_provider=(None,),
            fuser=(None,))
@@ -248,7 +252,7 @@ def read(values: Mapping, path: str) -> dict:
     if (not isinstance(delays, list) or len(delays) != codebooks + 1
             or any(type(d) is not int or not 0 <= d < 1 << 16 for d in delays)):
         raise ValueError(f'{path}: delays must be n_q + 1 = {codebooks + 1} numbers of columns')
-    context = values.get('context')
+    context, rank = values.get('context'), values.get('depformer_low_rank_embeddings')
     out = {
         'backbone.width': width, 'backbone.layers': j.number('num_layers', high=1 << 12),
         'backbone.heads': heads, 'backbone.kv_heads': heads // repeat,
@@ -266,6 +270,8 @@ def read(values: Mapping, path: str) -> dict:
         ROWS: ((text + 1, text), *[(card + 1, card)] * spoken,
                                    *[(card + 1, 0)] * (codebooks - spoken)),
         'layout.delays': tuple(delays),
+        LOW_RANK: None if rank is None else j.number('depformer_low_rank_embeddings'),
     }
-    j.closed(*WITHOUT_EFFECT, 'delays', 'context', 'depformer_weights_per_step_schedule')
+    j.closed(*WITHOUT_EFFECT, 'delays', 'context', 'depformer_weights_per_step_schedule',
+             'depformer_low_rank_embeddings')
     return out

@@ -20,6 +20,8 @@ class Runtime(NamedTuple):
     That is {'bytes', 'tensors', 'numbers', 'about'}: its size, how many parameters, and the first
     paragraph of the card.
     flat: parameters by path, low-rank terms folded unless `adapts` (then lora_scale is given too).
+    speaks: whether it is also given what `loading` tells of how the checkpoint speaks that the
+    parameters are, {} where they have become another model.
     package: what must be installed besides the core ('': nothing), and how pip installs it.
     library: how a model hub calls the program that reads these files. tables: paths of embedding
     tables that an adapter can hold besides low-rank terms; the option `tables` asks for them.
@@ -31,6 +33,7 @@ class Runtime(NamedTuple):
     package: str
     install: str
     adapts: bool = False
+    speaks: bool = False
     tables: tuple[str, ...] = ()
     read: Callable[..., dict] | None = None
 
@@ -39,7 +42,7 @@ RUNTIMES = {
     'stablehlo': Runtime(stablehlo.write, 'jax', 'flatbuffers', "pip install 'jaxsd[stablehlo]'"),
     'onnx': Runtime(onnx.write, 'onnx', 'jax2onnx', "pip install 'jaxsd[onnx]', then "
                     "pip install --no-deps 'jax2onnx==0.17.1'"),
-    'gguf': Runtime(gguf.write, 'gguf', 'gguf', "pip install 'jaxsd[gguf]'"),
+    'gguf': Runtime(gguf.write, 'gguf', 'gguf', "pip install 'jaxsd[gguf]'", speaks=True),
     'peft': Runtime(peft.write, 'peft', '', '', adapts=True),
     'kyutai-lora': Runtime(kyutai_lora.write, 'moshi', '', '', adapts=True,
                            tables=kyutai_lora.TABLES, read=kyutai_lora.read),
@@ -52,7 +55,7 @@ def options_of(format: str) -> dict[str, inspect.Parameter]:
         return {}
     found = inspect.signature(RUNTIMES[format].write).parameters
     return {k: p for k, p in found.items() if p.kind is p.KEYWORD_ONLY
-            and k not in ('shard_bytes', 'lora_scale')}
+            and k not in ('shard_bytes', 'lora_scale', 'speaks')}
 
 
 def checked(format: str, options) -> Runtime:

@@ -80,12 +80,17 @@ def folder_of(source: str) -> str:
 
 
 class Entry(NamedTuple):
-    """A tensor in a file, or the stretch number `part` of its rows; `shape` is the stretch's."""
+    """A tensor in a file, or the stretch number `part` of its rows; `shape` is the stretch's.
+
+    by: None, or a tensor M such that this is x Mᵀ, x being what lies in the file; `shape` is then
+    the product's.
+    """
 
     file: str
     key: str
     shape: tuple[int, ...]
     part: int
+    by: 'Entry | None' = None
 
 
 def _files(folder: str) -> tuple[list[str], dict[str, str] | None]:
@@ -175,7 +180,13 @@ def entries(folder: str, names: Callable[[str], tuple[str, ...]]) -> dict[str, E
 
 
 def read(entry: Entry, there: Sequence[slice]) -> np.ndarray:
-    """A rectangle of a tensor, one slice for each of its axes, in the dtype it is stored in."""
+    """A rectangle of a tensor, one slice for each of its axes, in the dtype it is stored in; of a
+    product in float32."""
+    if entry.by:
+        inner = slice(0, entry.by.shape[1])
+        rows = entry._replace(shape=(entry.shape[0], inner.stop), by=None)
+        left, right = read(rows, (there[0], inner)), read(entry.by, (there[1], inner))
+        return left.astype(np.float32) @ right.astype(np.float32).T
     with _open(entry.file) as f:        # anew each time: what a mapping has touched stays resident
         if not entry.shape:
             return f.get_tensor(entry.key)

@@ -71,7 +71,8 @@ def open_source(config, family: Family, said: Mapping, source: str) -> Source:
     have = facts(config) | {'checkpoint': said}
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
     plan = family.rules(have)
-    found = safetensors.entries(source, lambda key: family.dialect(key, have))
+    found = _multiplied(source, plan.factors,
+                        safetensors.entries(source, lambda key: family.dialect(key, have)))
     copies = {copy: (original, fix) for copy, original, fix in plan.copies if copy in found}
     kept = {k: e for k, e in found.items() if k not in copies}
     wanted = _wanted(source, kept, rules.pieces(plan.rules, shapes))
@@ -149,6 +150,21 @@ def array(source: Source, patches: Sequence[Patch], target: jax.ShapeDtypeStruct
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(shard, block, start):
     return jax.lax.dynamic_update_slice(shard, block.astype(shard.dtype), start)
+
+
+def _multiplied(source: str, factors: Sequence, found: Mapping) -> dict:
+    """`found` with the tensors that are products (see `Plan.factors`) as such."""
+    out = dict(found)
+    for key, other, rank in factors:
+        if lacking := [k for k in (key, other) if k not in out]:
+            raise ValueError(f'{source} lacks {some(lacking)}')
+        table, by = out[key], out.pop(other)
+        for entry in (table, by):
+            if len(entry.shape) != 2 or entry.shape[1] != rank:
+                raise ValueError(f'{entry.file}: {safetensors.shown(entry.key)} has shape '
+                                 f'{entry.shape}, the config wants (.., {rank})')
+        out[key] = table._replace(shape=(table.shape[0], by.shape[0]), by=by)
+    return out
 
 
 def _wanted(source: str, found: Mapping, pieces: Iterable[rules.Piece]) -> list[rules.Piece]:

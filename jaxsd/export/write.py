@@ -120,6 +120,8 @@ def _for_runtime(config, flat, out, format, lora_scale, notes, history, shard_by
         options = options | dict(lora_scale=lora_scale)
     else:
         flat = fold_lora(flat, lora_scale)
+    if runtime.speaks:
+        options = options | dict(speaks=_unchanged(config, history))
     _same({path: x for path, x in flat.items() if not path.endswith(('/lora_a', '/lora_b'))},
           {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()})
     flat = {path: _take(x, tuple(slice(0, n) for n in x.shape)) for path, x in flat.items()}
@@ -137,6 +139,12 @@ def _speaks(config, history: Mapping) -> Mapping:
     speaks = history.get('speaks', {})
     same = speaks and all(config.vocab.get(k) == speaks['vocab'].get(k) for k in ('bos', 'eos'))
     return speaks if same else {}
+
+
+def _unchanged(config, history: Mapping) -> Mapping:
+    """`history`'s 'speaks', where the vocabulary is still all that the config was read with."""
+    speaks = history.get('speaks', {})
+    return speaks if speaks and speaks['vocab'] == plain(config.vocab) else {}
 
 
 def _same(ours: Mapping, shapes: Mapping) -> None:
@@ -245,9 +253,8 @@ def _tokenizer(folder: str, config, history: Mapping) -> dict[str, str]:
 
     Where the vocabulary is still that of the checkpoint it came with, its own files go along.
     """
-    speaks = history.get('speaks', {})
-    if speaks.get('tokenizer') and speaks['vocab'] == plain(config.vocab):
-        for path in speaks['tokenizer']:
+    if files := _unchanged(config, history).get('tokenizer'):
+        for path in files:
             try:
                 shutil.copyfile(path, os.path.join(folder, os.path.basename(path)))
             except OSError as e:

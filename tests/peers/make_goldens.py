@@ -400,12 +400,77 @@ def make_moshi(folder: pathlib.Path) -> None:
           {'transformers': transformers.__version__, 'seed': 31, 'narrowest_greedy_gap': gap})
 
 
+SPOKEN = [f'<|unit_{i}|>' for i in range(9)]
+TEXTS = (       # without letters apart from their accents: llama.cpp does not compose them
+    'the cat sat on the mat', " She SELLS shells; they'Ll say I'm, you'RE, 'tis",
+    '1 22 333 4444 55555',
+    'tabs\tand  two   three    spaces \n\n lines\r\n end ', 'ﬁne ½ Ⅷ ²³ ١٢٣٤ naïve façade',
+    'Straße, 日本語のテキスト 안녕하세요 привет мир',
+    '\U0001f680\U0001f636‍\U0001f32b️ (emoji) ✅!!!???...',
+    '<|unit_3|><|unit_8|>the sea <|unit_0|> sat<|unit_3|>', '<|unit_12|> <|unit_ 1|>', '',
+    '<|start|>the dog<|end|>', '\u3000wide\u00a0space', "'''''' ```````\"\"\"\"......!!!", 'a', ' ')
+BYTE_LEVEL = {      # how many digits are a word, whether words that are tokens are so at once, NFC
+    'three_digits': ('{1,3}', True, False), 'one_digit': ('', False, True)}
+
+
+def byte_level(digits: str, at_once: bool, composed: bool):
+    """A tokenizer of the kind of Llama 3 (three digits) or Qwen2 (one), with units added.
+
+    Where words that are tokens are so at once, the pairs that make up one such word are left out.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    made = tokenizers.Tokenizer(models.BPE())
+    if composed:
+        made.normalizer = normalizers.NFC()
+    pattern = transformers.models.qwen2.tokenization_qwen2.PRETOKENIZE_REGEX
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(pattern.replace(r'\p{N}|', rf'\p{{N}}{digits}|')),
+                             'isolated', False),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(
+        [*TEXTS[:6], 'the sea sells the shells on the mat'] * 9, tokenizers.trainers.BpeTrainer(
+            vocab_size=360, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False))
+    said = json.loads(made.to_str())
+    if at_once:
+        said['model']['ignore_merges'] = True
+        said['model']['merges'] = [m for m in said['model']['merges'] if ''.join(m) != 'Ġmat']
+    made = tokenizers.Tokenizer.from_str(json.dumps(said))
+    made.add_special_tokens(['<|start|>', '<|end|>'])
+    made.add_tokens([tokenizers.AddedToken(unit, normalized=False) for unit in SPOKEN])
+    made.post_processor = processors.ByteLevel(trim_offsets=False)
+    if not composed:
+        made.post_processor = processors.Sequence([
+            processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing(
+                single='<|start|> $A', pair='<|start|> $A <|start|> $B',
+                special_tokens=[('<|start|>', made.token_to_id('<|start|>'))])])
+    return made
+
+
+def make_byte_level(folder: pathlib.Path) -> None:
+    import tokenizers
+    for name, kind in BYTE_LEVEL.items():
+        made, out = byte_level(*kind), folder / 'byte_level' / name
+        out.mkdir(parents=True, exist_ok=True)
+        said = dict(bos_token=None if kind[2] else '<|start|>', eos_token='<|end|>',
+                    tokenizer_class='PreTrainedTokenizerFast',
+                    chat_template='{{ messages[0].content }}<|end|>')
+        for file, value in (
+                ('tokenizer.json', json.loads(made.to_str())), ('tokenizer_config.json', said),
+                ('ids.json', [[text, made.encode(text).ids] for text in TEXTS]),
+                ('made.json', {'tokenizers': tokenizers.__version__})):
+            (out / file).write_text(json.dumps(value, ensure_ascii=False) + '\n')
+
+
 def main() -> None:
     folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / 'tests' / 'golden'
     torch.set_num_threads(1)
     make_kyutai(folder)
     make_scheduled(folder)
     make_moshi(folder)
+    make_byte_level(folder)
     for seed, name in enumerate(DECODERS, 21):
         make_decoder(folder, name, seed)
 

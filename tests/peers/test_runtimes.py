@@ -8,6 +8,7 @@ import pytest
 import released
 import sentencepiece
 import small
+from test_export_gguf import read
 
 from jaxsd import export, model
 
@@ -93,3 +94,68 @@ def test_gguf(name, changes, tmp_path):
     worst = float(np.abs(ours - theirs).max())
     print(f'{name} by way of GGUF: {worst:.1e}')
     assert worst <= 1e-4 and theirs.std() > .5
+
+
+def rebuilt(fields):
+    """A tokenizer of `tokenizers` from what a GGUF file says, cut as llama.cpp's names mean."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+    get = {k.removeprefix('tokenizer.ggml.'): v for k, v in fields.items()}
+    pattern = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|" + {
+        'llama-bpe': r'\p{N}{1,3}', 'qwen2': r'\p{N}'}[get['pre']]
+        + r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')
+    of = dict(zip(get['tokens'], get['token_type'], strict=True))
+    made = tokenizers.Tokenizer(models.BPE(
+        vocab={t: i for i, t in enumerate(get['tokens'])},
+        merges=[tuple(m.split(' ')) for m in get['merges']],
+        ignore_merges=get['pre'] == 'llama-bpe'))
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.add_special_tokens([t for t, k in of.items() if k == 3])
+    made.add_tokens([tokenizers.AddedToken(t, normalized=False) for t, k in of.items() if k == 4])
+    return made
+
+
+@pytest.mark.parametrize('kind', ['three_digits', 'one_digit', 'saved by the peer'])
+def test_byte_level_tokenizer_in_gguf(kind, tmp_path):
+    """Text of every kind becomes the ids of the original, by way of what the file says alone; and
+    as transformers reads a GGUF file's tokenizer."""
+    import make_goldens
+    import tokenizers
+    import transformers
+    digits = 'three_digits' if kind == 'three_digits' else 'one_digit'
+    made = make_goldens.byte_level(*make_goldens.BYTE_LEVEL[digits])
+    config = released.decoder('llama' if digits == 'three_digits' else 'qwen2')
+    config.vocab = dict(name='line', text_tokens=344, multiple=1)
+    export.save(config, released.random_params(config, 1), str(tmp_path / 'in'), 'hf')
+    if kind == 'saved by the peer':
+        said = json.loads(made.to_str())['model']
+        theirs = transformers.Qwen2Tokenizer(
+            vocab=said['vocab'] | {'<|endoftext|>': 360},
+            merges=[tuple(m) for m in said['merges']], eos_token='<|endoftext|>')
+        theirs.add_tokens(make_goldens.SPOKEN)
+        theirs.save_pretrained(tmp_path / 'in')
+    else:
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=made, eos_token='<|end|>',
+            bos_token='<|start|>' if digits == 'three_digits' else None).save_pretrained(
+                tmp_path / 'in')
+    original = tokenizers.Tokenizer.from_file(str(tmp_path / 'in' / 'tokenizer.json'))
+    export.load(str(tmp_path / 'in')).save(str(tmp_path / 'out'), 'gguf', dtype='f32')
+    fields, _ = read(tmp_path / 'out' / 'model-f32.gguf')
+    ours = rebuilt(fields)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out', gguf_file='model-f32.gguf')
+    rng = np.random.default_rng(1)
+    pool = [*'abzthe  \n\t\r\'"<|_>0123456789é½Ⅷ٣日本한и\u3000\xa0.,!-', "'LL", 'the', '<|unit_3|>',
+            '<|end|>', '\U0001f600']
+    texts = [*make_goldens.TEXTS, *small.SENTENCES, *small.NONSENSE, *(
+        ''.join(rng.choice(pool, 40)) for _ in range(200))]
+    for text in texts:
+        ids = original.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, add_special_tokens=False).ids == ids, text
+        assert original.decode(ids, skip_special_tokens=False) == text
+    other = [t for t in make_goldens.TEXTS if peer(t, add_special_tokens=False).input_ids
+             != original.encode(t, add_special_tokens=False).ids]
+    # Their reader does not know that a word which is a token is one at once.
+    assert other == (['the cat sat on the mat'] if digits == 'three_digits' else [])
