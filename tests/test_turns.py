@@ -146,6 +146,10 @@ def test_they_interrupt():
     assert deaf == [Coped('interruption', True, 0.0, pytest.approx(1.6))]
     mute = coped('aaaaaaaaaaaa', theirs, [(0.8, 2.4)])
     assert mute[0].takeover is False and mute[0].stop_s == pytest.approx(0.4)
+    slow = coped('a' * 18 + '.' * 9 + 'a' * 12, theirs, [(0.8, 2.4)])      # keeps on for 1 s
+    assert slow[0].takeover and slow[0].stop_s == pytest.approx(1.0)
+    assert [x[0].gave_way for x in (found, deaf, mute, slow)] == [True, False, False, False]
+    assert not coped('.' * 26 + 'a' * 12, theirs, [(0.8, 2.4)])[0].gave_way     # no interruption
 
 
 def test_they_murmur():
