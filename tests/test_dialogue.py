@@ -2,7 +2,6 @@
 """Do systems of every layout talk, and is what is measured of it what stands in the grids?"""
 
 import copy
-import json
 import math
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from test_evaluate import made
 
-from jaxsd import data, dialogue, evaluate, generate, report, train, turns
+from jaxsd import data, dialogue, evaluate, generate, turns
 from jaxsd.config import ConfigError
 from jaxsd.types import NOTHING
 
@@ -107,27 +106,6 @@ def test_turns_are_probed_while_training(moshi):
     c.evals.turns.source = 'nowhere'
     with pytest.raises(ConfigError, match='evals.turns'):
         evaluate.probe(c, moshi.stage)
-
-
-@pytest.mark.slow
-def test_probes_come_on_schedule_and_the_steps_wait_as_long_as_is_said(moshi, tmp_path):
-    """In metrics.jsonl at every probe and at the end, in the report, and in the ledger's account of
-    the time: the loop stands still for the seconds that the metrics state."""
-    c, work = copy.deepcopy(moshi.config), str(tmp_path / 'run')
-    c.stages = (dict(moshi.config.stages[-1], start='init', steps=3, probe_steps=2, save_steps=3,
-                     data=dict(dialogue=1.0)),)
-    c.evals = dict(turns=dict(name='turn_taking', source='dialogue', batch=2, probed=2))
-    train.run(c, work, probe_of=lambda stage: evaluate.probe(c, stage))
-    held_out, spent = ([e[key] | dict(step=e['step']) for e in map(json.loads, (
-        tmp_path / 'run' / name).read_text().splitlines()) if key in e]
-        for name, key in (('metrics.jsonl', 'held_out'), ('ledger.jsonl', 'spent')))
-    assert [h['step'] for h in held_out] == [2, 3]
-    assert all({f'turns/{e} s/min' for e in turns.EVENTS} <= h.keys() for h in held_out)
-    stated = sum(h['turns/seconds'] for h in held_out)
-    assert stated <= spent[-1]['probe_s'] < stated + 0.5
-    page = tmp_path / 'report.html'
-    report.write([work], str(page))
-    assert 'gap s/min' in page.read_text() and 'overlaps/min' in page.read_text()
 
 
 def test_what_holds_no_two_speakers_is_refused(moshi, corpus):

@@ -128,6 +128,13 @@ def test_an_answer_after_their_end():
     assert coped('.........aaaaaaaaaaaa....', theirs, [(0, 1)])[0].latency_s == 0.0
 
 
+def test_a_second_takes_the_floor():
+    for frames, took in ((9, False), (10, True)):
+        assert coped('.' * 13 + 'a' * frames, 'b' * 10, [(0, 1)])[0].takeover is took
+        found = coped('a' * 40, '........' + 'b' * frames, [(0.8, 0.8 + frames / HZ)])
+        assert found[0].kind == ('interruption' if took else 'murmur')
+
+
 def test_a_pause_is_theirs():
     theirs = 'bbbbb.......bbbbb..................'
     waited = coped('...................aaaaaaaaaaaa', theirs, [(0, 1.7)])
