@@ -6,6 +6,7 @@ tokens of the other on a clock, for tokens of mine on that clock and the words t
 speaks is `generate`; `turns` measures what came of it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -57,10 +58,12 @@ def tokens_of(record: Record, channel: int, layout: dict) -> np.ndarray:
 
 
 def talk(lm: trained.LM, heard: list[np.ndarray], layout: dict, *, batch: int = 16,
-         samplers: dict | None = None, key=None) -> list[Said]:
+         samplers: dict | None = None, key=None, after: Callable[[], None] = lambda: None
+         ) -> list[Said]:
     """My side of conversations with each of `heard` [books, T]; greedy unless `samplers` say more.
 
-    Decodes `batch` dialogues at once. Everything that I say is the model's own.
+    Decodes `batch` dialogues at once. Everything that I say is the model's own. after: called when
+    a chunk of mine has been said, in layouts of chunks.
     """
     key = jax.random.key(0) if key is None else key
     speak = dict(zip(LAYOUTS, (_columns, _columns, _flattened, _synchronous), strict=True)
@@ -69,13 +72,14 @@ def talk(lm: trained.LM, heard: list[np.ndarray], layout: dict, *, batch: int = 
     out: list = [None] * len(heard)
     for n, part in enumerate(trained.in_parts(order, batch)):
         full = [heard[i] for i in part] + [heard[part[0]]] * (batch - len(part))   # few shapes
-        said = speak(lm, lm.speaker(samplers), full, layout, jax.random.fold_in(key, n))
+        said = speak(lm, lm.speaker(samplers), full, layout, jax.random.fold_in(key, n), after)
         for i, one in zip(part, said, strict=False):
             out[i] = one
     return out
 
 
-def _columns(lm, speaker, heard, layout, key) -> list[Said]:
+def _columns(lm, speaker, heard, layout, key, after) -> list[Said]:
+    del after
     v, late = lm.vocab, delays(lm, layout)
     plans = [generate.conversation_plan(v, codes, late) for codes in heard]
     written = v.rows[0].name == 'text'
@@ -101,7 +105,7 @@ def local(vocab, rows_KT: np.ndarray) -> np.ndarray:
                      for k, row in enumerate(vocab.rows) if row.name.startswith('mine')])
 
 
-def _flattened(lm, speaker, heard, layout, key) -> list[Said]:
+def _flattened(lm, speaker, heard, layout, key, after) -> list[Said]:
     v = lm.vocab
     options = {k: layout[k] for k in ('streams', 'chunk_frames', 'chunk_text', 'silences')}
     streams, frames, count = options['streams'], options['chunk_frames'], options['chunk_text']
@@ -110,7 +114,7 @@ def _flattened(lm, speaker, heard, layout, key) -> list[Said]:
     start, size = v.ranges['units']
     out = []
     for row, theirs in zip(generate.in_chunks(speaker, [h[0] for h in heard], v, key=key,
-                                              **options), heard, strict=True):
+                                              after=after, **options), heard, strict=True):
         cells = row[1:].reshape(-1, sum(sizes))
         mine = cells[:, at['mine']:at['mine'] + frames].reshape(-1)[:theirs.shape[1]]
         codes = np.where((mine >= start) & (mine < start + size), mine - start, NOTHING)
@@ -123,9 +127,10 @@ def _flattened(lm, speaker, heard, layout, key) -> list[Said]:
     return out
 
 
-def _synchronous(lm, speaker, heard, layout, key) -> list[Said]:
+def _synchronous(lm, speaker, heard, layout, key, after) -> list[Said]:
     options = {k: layout[k] for k in ('chunk_frames', 'speakers')}
-    rows, _ = generate.in_step(speaker, [h[0] for h in heard], lm.vocab, key=key, **options)
+    rows, _ = generate.in_step(speaker, [h[0] for h in heard], lm.vocab, key=key, after=after,
+                               **options)
     return [Said(chunks.interpolate(row, lm.vocab, **options)[:1, :theirs.shape[1]], None)
             for row, theirs in zip(rows, heard, strict=True)]
 
@@ -187,7 +192,10 @@ def _figures(actives, theirs, words, records, hz, murmurs) -> dict[str, float]:
         if not these:
             continue
         name = 'went on %' if kind == 'murmur' else 'takeover %'
+        out[f'events/{kind}'] = len(these)
         out[f'{name}/{kind}'] = 100 * float(np.mean([c.takeover for c in these]))
+        if kind == 'interruption':
+            out[f'success %/{kind}'] = 100 * float(np.mean([c.gave_way for c in these]))
         for key in ('latency_s', 'stop_s'):
             values = [getattr(c, key) for c in these if getattr(c, key) is not None]
             if values:
@@ -203,8 +211,9 @@ def turn_taking(lm: trained.LM, *, split: str, limit: int | None, source: str, b
 
     Units, pauses, gaps and overlaps per minute, counts pooled over all dialogues and turns; how
     often the floor is taken, and how late, when the other pauses, ends, interrupts or murmurs; how
-    much of my side is silence, and of what I write repeated. Figures ending in /true are those of
-    the recorded side. response: from the end of their turn to mine, below 0 where they overlap.
+    much of my side is silence, and of what I write repeated. success: who is interrupted goes on
+    for less than a second and answers. Figures ending in /true are those of the recorded side.
+    response: from the end of their turn to mine, below 0 where they overlap.
 
     murmurs: what the other says as backchannels; by default whatever is shorter than 1 s and begins
     while I speak. listener: a source that writes down what is heard; text/audio WER then compares

@@ -11,6 +11,7 @@ loop with different plans.
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -357,11 +358,13 @@ def follow(speaker: Speaker, prompts: list[np.ndarray], steps: list[list[Phase]]
 # Two speakers in one row.
 
 def in_chunks(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, streams,
-              chunk_frames: int, chunk_text: int, silences, key=None) -> list[np.ndarray]:
+              chunk_frames: int, chunk_text: int, silences, key=None,
+              after: Callable[[], None] = lambda: None) -> list[np.ndarray]:
     """Rows of `layout.chunks.flattened` in which only what is heard (units [U] each) is given.
 
     A chunk of theirs comes in, then the model writes its text and says its units, each a stretch of
     fixed length in which only that stream's ids (or its silence) may stand (arXiv 2410.17799 §3).
+    after: called when a chunk of mine has been said.
     """
     key = jax.random.key(0) if key is None else key
     quiet_text, quiet = (vocab.specials[name] for name in silences)
@@ -387,18 +390,21 @@ def in_chunks(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, stream
                 plan = plan[1:]
             if len(plan):
                 out.append(np.asarray(stream.more(plan, allowed[name])))
+        after()
     rows = np.concatenate(out)[:, :, 0].T
     return [row[:1 + width * count] for row, count in zip(rows, counts, strict=True)]
 
 
 def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_frames: int,
-            speakers=('[S0]', '[S1]'), key=None) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+            speakers=('[S0]', '[S1]'), key=None, after: Callable[[], None] = lambda: None
+            ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
     """Talks to `heard` (units [U] each) in rows of `layout.chunks.synchronous`, a chunk ahead.
 
     While their chunk N is still being said, the model guesses it, says its own chunk N + 1 upon
     that guess, and then puts what was really said in the guess's place, so that it hears everything
     and never has to be waited for (arXiv 2409.15594 §4.3). Returns the rows as they came to be and,
     for each, the guesses. What is said depends on what was heard two chunks before and earlier.
+    after: called when a chunk of mine has been said.
     """
     key = jax.random.key(0) if key is None else key
     clock, other = (vocab.specials[name] for name in speakers)
@@ -449,6 +455,7 @@ def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_fr
                 guesses[i].append(guessed[i])
                 if n + 1 < len(theirs[i]):
                     row += [clock, *mine(said[i])]
+        after()
     return [np.array(row, np.int32) for row in rows], guesses
 
 

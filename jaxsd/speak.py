@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 
 import jax
 import numpy as np
@@ -137,7 +138,7 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
         result = perform(lm, codec, [given], sampler, seed)[0]
         _write(out, result, rate)
         log.info('%s', result['text'])
-        log.info('%s: written', out)
+        log.info('%s: written%s', out, result.get('pace', ''))
         return
     _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate, drawn)
 
@@ -258,8 +259,9 @@ def _write(out: str, result: dict, rate: int) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     if result.get('wav') is not None and not out.endswith('.txt'):
         write_wav(out, result['wav'], rate)
-    else:
-        rundir.write_atomic(out, result['text'] + '\n')
+        out = os.path.splitext(out)[0] + '.txt' if result.get('lines') else ''
+    if out:
+        rundir.write_atomic(out, ''.join(f'{x}\n' for x in result.get('lines', [result['text']])))
 
 
 def _units(lm, codec, wavs) -> list[np.ndarray]:
@@ -416,21 +418,36 @@ def _own_layout(lm) -> dict:
 def _duplex(lm, codec, wavs, sampler, seed, records=None):
     """Plays the other speaker's sound to the model and records both: [2, samples], mine first."""
     layout, hz = _own_layout(lm), codec.identity['frame_hz']
+    ticks: list[float] = []
     heard = ([dialogue.tokens_of(r, 1, layout) for r in records] if records else
              [codec.encode(w[-1]) for w in wavs])        # the second channel of two is the user's
     out = []
     for codes, said in zip(heard, dialogue.talk(
             lm, heard, layout, batch=len(heard), key=jax.random.key(seed),
-            samplers=dict(mine=sampler, tokens=sampler)), strict=True):
+            samplers=dict(mine=sampler, tokens=sampler),
+            after=lambda: ticks.append(time.perf_counter())), strict=True):
         n = said.codes.shape[1]
         if not n:
             raise ValueError('--input is too short to answer')
         mine = codec.decode(np.maximum(said.codes, 0))
         mine *= np.repeat(said.codes[0] >= 0, len(mine) // n)       # the layout's own silence
         theirs = codec.decode(codes[:, :n])
-        out.append(dict(wav=np.stack([mine, theirs]),
-                        text=' '.join(f'[{t / hz:.2f} s] {w}' for t, w in said.words or ())))
+        out.append(dict(wav=np.stack([mine, theirs]), pace=_pace(layout, ticks, hz),
+                        text=' '.join(f'[{t / hz:.2f} s] {w}' for t, w in said.words or ()),
+                        lines=[f'{t / hz:.2f} s  {w}' for t, w in said.words or ()]))
     return out
+
+
+def _pace(layout: dict, ticks: list[float], hz: float) -> str:
+    """How late and how fast the model said its chunks, by the moments at which it had; the first
+    two are left out, with which its programs were compiled."""
+    if len(ticks) < 3:
+        return ''
+    chunk_s, work_s = layout['chunk_frames'] / hz, float(np.median(np.diff(ticks)[1:]))
+    # A chunk that was heard is answered at once or, by who speaks a chunk ahead, after another one.
+    late_s = chunk_s + (work_s if layout['name'] == 'chunks.flattened' else chunk_s)
+    return (f'; first audio after {1000 * late_s:.0f} ms, real-time factor {work_s / chunk_s:.2f} '
+            f'in chunks of {1000 * chunk_s:.0f} ms')
 
 
 # Live.

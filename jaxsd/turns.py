@@ -240,6 +240,12 @@ class Coped(NamedTuple):
     latency_s: float | None = None
     stop_s: float | None = None
 
+    @property
+    def gave_way(self) -> bool:
+        """Interrupted, I left them the floor, which going on for a second keeps, and took it when
+        they had ended."""
+        return self.stop_s is not None and self.stop_s < TAKEOVER_S - 1e-9 and self.takeover
+
 
 def coped(active_2T: np.ndarray, theirs: Sequence[tuple[float, float]], frame_hz: float, *,
           words: Sequence | None = None, murmurs: Sequence[bool] | None = None) -> list[Coped]:

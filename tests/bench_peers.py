@@ -7,7 +7,9 @@ Both sides have the same weights (ours, which the peer loads from our export), i
 optimizer (AdamW, clipping), so the first losses agree; each runs in a process of its own, which
 sleeps while the other works. PyTorch runs eagerly and compiled, and the ratio is against the faster
 of the two. Prints one line per case: medians in milliseconds, the ratio theirs / ours (above 1: we
-are faster) as the median over pairs with its quartiles, and JSON with --json FILE.
+are faster) as the median over pairs with its quartiles, and JSON with --json FILE. Of first audio,
+a conversation is begun anew every time: milliseconds of work until a frame can be decoded, and the
+first numbers are the frames of sound that must be heard before, on whose time both sides wait.
 """
 
 import argparse
@@ -36,8 +38,12 @@ CASES = {
                                                  experts_per_column=2)),
     'moshi': ('train', 'streams', SPOKEN_SMALL),
     'moshi medium': ('train', 'streams', SPOKEN_MEDIUM),
+    'demo frame': ('frame', 'streams', {}),         # of the demo itself
     'moshi frame': ('frame', 'streams', SPOKEN_SMALL),
     'moshi frame medium': ('frame', 'streams', SPOKEN_MEDIUM),
+    'demo first audio': ('first', 'streams', {}),
+    'moshi first audio': ('first', 'streams', SPOKEN_SMALL),
+    'moshi first audio medium': ('first', 'streams', SPOKEN_MEDIUM),
     'generate': ('speak', 'llama', LLAMA),
     'generate medium': ('speak', 'llama', MEDIUM),
 }
@@ -47,6 +53,11 @@ def config_of(case: str):
     """The config of a case, on the demo systems' mechanisms."""
     import released
     _, kind, sizes = CASES[case]
+    if not sizes:
+        from jaxsd import config
+        c = config.read(str(ROOT / 'configs/moshi.py:demo'))
+        c.codec.path = c.vocab.tokenizer = ''       # random weights need neither
+        return c
     if kind == 'streams':
         medium = sizes['width'] > 256
         c = released.multistream(**sizes, window_columns=256, theta=1e4, head=dict(
@@ -74,6 +85,21 @@ def inputs_of(case: str):
     return np.stack([rng.integers(0, row.size - 1, (4, 128)) for row in rows], 1).astype(np.int32)
 
 
+def spoken(kind: str, step, begin):
+    """What is timed of a conversation whose `step` hears a frame and returns one, or None: a frame,
+    or a new one up to its first answer, which returns how many frames were heard."""
+    def frame():
+        step()
+
+    def first():
+        begin()
+        heard = 1
+        while step() is None:
+            heard += 1
+        return heard
+    return first if kind == 'first' else frame
+
+
 # Ours.
 
 def ours(case: str, folder: str):
@@ -83,7 +109,6 @@ def ours(case: str, folder: str):
     cli._before_jax()
     import jax
     import numpy as np
-    import released
 
     from jaxsd import export, generate, model, trained
     jax.config.update('jax_compilation_cache_dir', None)
@@ -110,15 +135,15 @@ def ours(case: str, folder: str):
             out = stream.more(np.full((SPOKEN - 1, 1, 1), generate.FREE, np.int32))
             return float(np.asarray(out)[-1].sum())
         return speak
-    room = generate.Room(speaker, released.late(config), slots=1, columns=256,
+    room = generate.Room(speaker, trained.layout_delays(config.layout, v), slots=1, columns=256,
                          key=jax.random.key(0))
     frame = 0
 
     def step():
         nonlocal frame
         frame = (frame + 1) % given.shape[-1]
-        room.step({0: given[0, 9:, frame]})
-    return step
+        return room.step({0: given[0, 9:, frame]}).get(0)
+    return spoken(kind, step, lambda: room.begin(0))
 
 
 def _our_training(config, params, given):
@@ -191,8 +216,8 @@ def theirs(case: str, folder: str, compiled: bool, threads: int):
     def step():
         nonlocal frame
         frame = (frame + 1) % given.shape[-1]
-        speaker.step(given[:1, 9:, frame:frame + 1])
-    return step
+        return speaker.step(given[:1, 9:, frame:frame + 1])
+    return spoken(kind, step, speaker.reset_streaming)
 
 
 def _their_training(lm, given, compiled: bool):

@@ -30,12 +30,13 @@ def run(*argv):
     subprocess.run([sys.executable, '-m', *argv], check=True, cwd=ROOT, env=env)
 
 
-@pytest.fixture(scope='module', autouse=True)
+@pytest.fixture(scope='module')
 def demo():
     if not os.path.exists(os.path.join(ROOT, 'data/demo/manifest.json')):
         run('data_pipelines.demo', '--out', 'data/demo', '--hours', '16')
 
 
+@pytest.mark.usefixtures('demo')
 @pytest.mark.parametrize('spec, stage', [('spirit_lm', 'pretrain'), ('moshi', 'listen'),
                                          ('moshi', 'duplex')])
 def test_the_host_keeps_up(spec, stage, tmp_path):
@@ -65,6 +66,7 @@ def test_the_host_keeps_up(spec, stage, tmp_path):
     assert times >= 5
 
 
+@pytest.mark.usefixtures('demo')
 def test_interleaving_joins_the_modalities(tmp_path):
     """Spirit-LM Table 4: interleaved training beats pairs and single modalities across modalities.
 
@@ -89,3 +91,42 @@ def test_interleaving_joins_the_modalities(tmp_path):
             assert found['interleaved'][f'nats/{way}'] < found[other][f'nats/{way}'], (way, other)
         assert (sum(found['interleaved'][f'right %/{way}'] for way in ways)
                 > sum(found[other][f'right %/{way}'] for way in ways)), other
+
+
+HOURS = '2'
+TALK = dict(name='duplex', steps=240, batch=8, lr=3e-3, schedule='cosine', warmup_steps=20,
+            final_lr=0.05, weight_decay=0.05, data=dict(dialogue=1.0), save_steps=240, log_steps=20)
+
+
+def test_overlaps_teach_to_give_way(tmp_path):
+    """Moshi §4.2, 4.4: a model that is to be interrupted must have heard interruptions.
+
+    Two corpora of simulated dialogues, of the same voices, gaps, hours and number of steps; in one
+    every second turn is broken into. Both models are measured on the same held-out dialogues of
+    that one, whose callers are played: how often, when they break in, does the model stop within a
+    second and answer when they have ended?
+    """
+    clean, talk = tmp_path / 'clean', tmp_path / 'talk'
+    run('data_pipelines.demo', '--out', str(clean), '--hours', HOURS, '--keep-wav')
+    found = {}
+    for name, share in (('overlaps', '0.5'), ('none', '0')):
+        run('data_pipelines.simulate', '--source', str(clean), '--out', str(tmp_path / name),
+            '--hours', HOURS, '--fto', '0.4', '0.1', '--interruption', share, '--pause', '0',
+            '--backchannel', '0', '--mine', 'voice=en-us')
+        os.symlink(tmp_path / name, talk)
+        argv = ['--config', 'configs/moshi.py:demo', '--workdir', str(tmp_path / f'run-{name}'),
+                f'--config.data.path={talk}', f'--config.codec.path={talk}/codec.safetensors',
+                f'--config.vocab.tokenizer={talk}/text.model', f'--config.stages=({TALK!r},)',
+                "--config.data.sources.dialogue.select=('simulated',)",
+                "--config.evals={'turns': {'name': 'turn_taking', 'source': 'dialogue'}}"]
+        run('jaxsd', 'train', *argv)
+        os.unlink(talk)                 # both are measured on the dialogues with interruptions
+        os.symlink(tmp_path / 'overlaps', talk)
+        run('jaxsd', 'evaluate', *argv, '--tasks', 'turns')
+        os.unlink(talk)
+        with open(tmp_path / f'run-{name}' / 'evaluation.json') as f:
+            found[name] = json.load(f)[0]['metrics']
+        print(name, {k: round(v, 3) for k, v in found[name].items() if k.endswith('interruption')})
+    assert all(x.get('events/interruption', 0) >= 20 for x in found.values())
+    a, b = (found[name]['success %/interruption'] for name in ('overlaps', 'none'))
+    assert a > b, (a, b)

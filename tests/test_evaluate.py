@@ -27,10 +27,10 @@ from jaxsd.trained import words_at
 from jaxsd.types import NOTHING
 
 
-def made(corpus, name, work=None) -> trained.LM:
+def made(corpus, name, work=None, stage=None) -> trained.LM:
     """A tiny model with random weights, large enough that its choices differ; on disk in `work`."""
     c = on(corpus, read(name, 'tiny'))
-    stage = stages.find(c, None)
+    stage = stages.find(c, stage)
     graph, _, _ = model.abstract(c, stage.lora)
     params = jax.tree.map(lambda x: 2 * x, model.init(c, jax.random.key(7), stage.lora))
     if work:

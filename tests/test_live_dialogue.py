@@ -3,6 +3,7 @@
 
 import threading
 
+import bench_live
 import jax
 import numpy as np
 import pytest
@@ -164,6 +165,18 @@ def test_a_stream_is_the_conversation(moshi, rvq, sound):
     told, whole = (''.join(w for _, w in found) for found in (words, wanted))
     assert whole.startswith(told)
     assert len(told) >= len(whole) - len(wanted[-1][1])         # the last may not be complete
+
+
+@pytest.mark.slow
+def test_a_long_conversation_goes_on_as_it_began(moshi, rvq):
+    """Sound in and out for 160 s, eight times the window: memory and time of a frame stay. (An
+    hour, and its figures: tests/bench_live.py.)"""
+    found, rows = bench_live.measure(moshi, rvq, bench_live.callers(moshi, rvq), frames=2001,
+                                     every=500)
+    assert found['frames'] == 2001 and len(rows) == 4
+    # Who kept one channel of sound would have 7.7 MB more.
+    assert rows[-1]['resident_mb'] - rows[0]['resident_mb'] < 4
+    assert rows[-1]['cpu_ms'] < 1.5 * rows[0]['cpu_ms']
 
 
 def test_several_listeners_share_a_room(moshi, rvq, sound):

@@ -139,6 +139,19 @@ def page_of(*folders, out):
     return Page(report.write([str(f) for f in folders], str(out / 'report.html')))
 
 
+def test_what_was_measured_at_the_probes_is_drawn(run, tmp_path):
+    """Turn-taking, as training writes it down: a drawing of what has one unit, numbers of all."""
+    with open(run / 'metrics.jsonl', 'a') as f:
+        for step in (50, 100):
+            f.write(json.dumps(dict(stage='learn', step=step, time_s=1.8e9, held_out={
+                'turns/gap s/min': 7.25, 'turns/overlap s/min': 1.5, 'turns/events/turn': 12,
+                'turns/takeover %/interruption': 62.5, 'turns/seconds': 3.75})) + '\n')
+    page = page_of(run, out=tmp_path)
+    for said in ('gap s/min', '7.25', 'takeover %/interruption', '62.5', 'seconds', '3.75'):
+        assert said in page.words, said
+    assert page.tags.count('svg') == 2 * 9 + 1 + 1
+
+
 def test_a_complete_run_is_shown(run, tmp_path):
     page = page_of(run, out=tmp_path)
     for said in ('Two speakers: a system made up for a test', 'One column per 80 ms frame.',

@@ -12,6 +12,9 @@ from scipy import stats
 
 from data_pipelines import records, simulate
 from jaxsd import dataset, turns
+from jaxsd import vocab as vocabs
+from jaxsd.layout import duplex
+from jaxsd.types import Record
 
 HZ = 12.5
 MANNERS = simulate.Manners()
@@ -46,6 +49,31 @@ def test_every_kind_is_found_again():
         assert turns.tally(active(placed), HZ).events['pause'] == pauses
         seen |= {kind for kind, _ in found}
     assert seen == {'opening', 'smooth', 'interruption', 'backchannel'}
+
+
+@pytest.mark.parametrize('acoustic', (0, 2))
+def test_token_grids_give_the_labels_back(acoustic):
+    """Through the grid that a model reads, rows delayed and shifted onto the line: which ids mean
+    silence is learned from some dialogues, and the others give every label back, exactly."""
+    v = vocabs.streams(dict(codebooks=2, size=64), text_tokens=8)
+    late = duplex.delays(v, acoustic_delay_columns=acoustic, text_delay_columns=0)
+    drawn = []
+    for i, placed in enumerate(plans(60)):
+        speech, rng = active(placed), np.random.default_rng(i)
+        ids = np.where(speech, rng.integers(9, 64, speech.shape), rng.integers(0, 9, speech.shape))
+        codes = np.stack([ids, rng.integers(0, 64, ids.shape)], 1).astype(np.int16)
+        grid = duplex.columns(Record(str(i), 'toy', 'en', ids.shape[1] / HZ, codes=codes),
+                              vocab=v, rng=rng, acoustic_delay_columns=acoustic)
+        rows = duplex.undelay(grid.tokens, late)[:, :ids.shape[1]]
+        back = np.stack([rows[k] - v.rows[k].start for k, row in enumerate(v.rows)
+                         if row.name in ('mine 0', 'theirs 0')])
+        drawn.append((placed, speech, back))
+    silent = turns.silent_codes([x for *_, ids in drawn[:20] for x in ids],
+                                [x for _, speech, _ in drawn[:20] for x in speech])
+    for placed, _, ids in drawn[20:]:
+        assert [(kind, t.channel, t.start) for kind, t in turns.kinds(
+            turns.voiced(ids, silent), HZ)] == [
+                (p.kind, p.channel, p.start) for p in placed if p.kind != 'pause']
 
 
 def test_gaps_and_overlaps_are_of_the_distribution_that_was_asked_for():

@@ -156,21 +156,37 @@ def test_raw_sound_on_standard_input(streams_lm, sounds, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ['piped.txt', 'piped.wav', 'whole.txt', 'whole.wav']
 
 
-@pytest.mark.parametrize('name', ['omniflatten', 'syncllm', 'dgslm'])
-def test_chunks_and_units_answer_a_whole_file(corpus, sounds, tmp_path, name):
-    """Two channels again; here theirs is what the codec makes of it."""
-    lm = made(corpus, name, tmp_path / 'run')
-    wav = sound_of(run(lm, 'duplex', tmp_path / 'said.wav', sounds / 'stereo.wav'))
+@pytest.mark.parametrize(('name', 'stage'), [
+    ('omniflatten', 'three'), ('syncllm', 'duplex'), ('dgslm', None)])
+def test_chunks_and_units_answer_a_whole_file(corpus, sounds, tmp_path, caplog, name, stage):
+    """Two channels again; here theirs is what the codec makes of it. Chunks say how fast they are:
+    one that was heard is answered at once or, by who speaks a chunk ahead, after another one."""
+    lm = made(corpus, name, tmp_path / 'run', stage)
+    with caplog.at_level('INFO', 'jaxsd'):
+        wav = sound_of(run(lm, 'duplex', tmp_path / 'said.wav', sounds / 'stereo.wav',
+                           stage_name=stage))
+    told = re.search(r'first audio after (\d+) ms, real-time factor ([\d.]+) in chunks of (\d+) ms',
+                     caplog.text)
+    if stage is None:
+        assert not told
+    elif stage == 'three':
+        work_ms = 400 * float(told[2])
+        assert told[3] == '400' and int(told[1]) == pytest.approx(400 + work_ms, abs=3)
+        lines = (tmp_path / 'said.txt').read_text().splitlines()
+        assert lines and all(re.fullmatch(r'\d\.\d\d s  \S+', line) for line in lines)
+    else:
+        assert told[3] == '160' and told[1] == '320' and float(told[2]) > 0
+        assert not (tmp_path / 'said.txt').exists()     # it writes no words
     units = codec.kmeans(**options(lm))
     said = soundfile.read(sounds / 'stereo.wav', dtype='float32', always_2d=True)[0].T[-1]
     assert wav.shape == (2, 16000)
     theirs = np.clip(units.decode(units.encode(said)), -1, 1)
     np.testing.assert_allclose(wav[1], theirs, atol=1e-4)
     if name == 'omniflatten':
-        assert sorted(os.listdir(run(lm, 'duplex', tmp_path / 'out', count=1))) == [
-            'duplex-000.wav', 'samples.json']
+        assert sorted(os.listdir(run(lm, 'duplex', tmp_path / 'out', count=1,
+                                     stage_name=stage))) == ['duplex-000.wav', 'samples.json']
         with pytest.raises(ConfigError, match='does not talk frame by frame'):
-            run(lm, 'duplex', tmp_path / 'no.wav', '-')
+            run(lm, 'duplex', tmp_path / 'no.wav', '-', stage_name=stage)
 
 
 # Examples of the dataset.

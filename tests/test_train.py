@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -78,9 +79,12 @@ def done(corpus, tmp_path_factory):
     log.setLevel(logging.INFO)
 
     def probe(step, params):
+        start = time.perf_counter()
         saved = checkpoint.steps(checkpoint.folder_of(work, 'pretrain'))
         PROBED.append((step, saved))
-        return {'aligned/loss': float(jax.numpy.abs(flatten(params)['head/out/kernel']).sum())}
+        time.sleep(0.4)
+        return {'aligned/loss': float(jax.numpy.abs(flatten(params)['head/out/kernel']).sum()),
+                'turns/seconds': time.perf_counter() - start}
     try:
         loss = train.run(c, work, probe_of=lambda stage: probe, profile_steps=(2, 4))
     finally:
@@ -170,6 +174,10 @@ def test_held_out_numbers_come_after_the_save(done):
     assert all(e['held_out']['aligned/loss'] > 0 for e in held_out)
     assert PROBED[0][0] == 4 and 3 in PROBED[0][1]
     assert [step for step, _ in PROBED] == [4, 7]
+    # The steps stand still for as long as the probes say, and that is no step's time.
+    stated = sum(e['held_out']['turns/seconds'] for e in held_out)
+    spent = [e['spent'] for e in lines(work, 'ledger.jsonl') if 'spent' in e][-1]
+    assert stated - 0.01 < spent['probe_s'] < stated + 0.2
 
 
 def test_events_and_trace_are_there(done):

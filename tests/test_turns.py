@@ -128,6 +128,13 @@ def test_an_answer_after_their_end():
     assert coped('.........aaaaaaaaaaaa....', theirs, [(0, 1)])[0].latency_s == 0.0
 
 
+def test_a_second_takes_the_floor():
+    for frames, took in ((9, False), (10, True)):
+        assert coped('.' * 13 + 'a' * frames, 'b' * 10, [(0, 1)])[0].takeover is took
+        found = coped('a' * 40, '........' + 'b' * frames, [(0.8, 0.8 + frames / HZ)])
+        assert found[0].kind == ('interruption' if took else 'murmur')
+
+
 def test_a_pause_is_theirs():
     theirs = 'bbbbb.......bbbbb..................'
     waited = coped('...................aaaaaaaaaaaa', theirs, [(0, 1.7)])
@@ -146,6 +153,10 @@ def test_they_interrupt():
     assert deaf == [Coped('interruption', True, 0.0, pytest.approx(1.6))]
     mute = coped('aaaaaaaaaaaa', theirs, [(0.8, 2.4)])
     assert mute[0].takeover is False and mute[0].stop_s == pytest.approx(0.4)
+    slow = coped('a' * 18 + '.' * 9 + 'a' * 12, theirs, [(0.8, 2.4)])      # keeps on for 1 s
+    assert slow[0].takeover and slow[0].stop_s == pytest.approx(1.0)
+    assert [x[0].gave_way for x in (found, deaf, mute, slow)] == [True, False, False, False]
+    assert not coped('.' * 26 + 'a' * 12, theirs, [(0.8, 2.4)])[0].gave_way     # no interruption
 
 
 def test_they_murmur():

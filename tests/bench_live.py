@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a conversation of an hour go on as it began? Memory and time of a frame, minute by minute.
+
+    python tests/bench_live.py --workdir runs/moshi [--minutes 60] [--every 5]
+
+Plays callers of the test split to a trained stage, one after another, as `generate --task duplex
+--input -` would hear them, sound in and sound out, and drops what is said. Prints of every so many
+minutes of conversation the milliseconds of a frame (median, p95; and of the processor on average,
+all threads together, which other work on the machine does not change) and the resident memory of
+this process, and at the end the time to the first audio and the real-time factor.
+"""
+
+import argparse
+import itertools
+import os
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def callers(lm, codec):
+    """The sound of the callers of test dialogues, again and again, a frame at a time."""
+    from jaxsd import data
+    frame = round(codec.identity['sample_rate_hz'] / codec.identity['frame_hz'])
+    heard = [codec.decode(r.codes[1]) for r in data.examples(lm.config, 'test', 'dialogue',
+                                                             limit=20)]
+    for wav in itertools.cycle(heard):
+        for at in range(0, len(wav) - frame + 1, frame):
+            yield wav[at:at + frame]
+
+
+def resident_mb() -> float:
+    with open('/proc/self/statm') as f:
+        return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+
+
+def measure(lm, codec, pieces, *, frames: int, every: int, told=lambda row: None):
+    """(what `live.stream` says of it, rows): of every `every` frames of a conversation of `frames`,
+    ms (median), p95_ms, cpu_ms (mean) and resident_mb."""
+    from jaxsd import generate, live
+    rows, times = [], []
+    began = cpu = None
+
+    def timed():
+        nonlocal began, cpu
+        for piece in itertools.islice(pieces, frames):
+            if began is not None:
+                times.append(1e3 * (time.perf_counter() - began))
+            if len(times) == every:
+                rows.append(dict(ms=float(np.median(times)), p95_ms=float(np.percentile(times, 95)),
+                                 cpu_ms=1e3 * (time.process_time() - cpu) / every,
+                                 resident_mb=resident_mb()))
+                told(rows[-1])
+                times.clear()
+            if not times:
+                cpu = time.process_time()
+            began = time.perf_counter()
+            yield piece
+    found = live.stream(lm, codec, timed(), dict(mine=generate.Sampler(0.8, 250)), 0,
+                        lambda wav, words: None)
+    return found, rows
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--workdir', required=True, help='a run of a system that talks frame by frame')
+    p.add_argument('--minutes', type=float, default=60)
+    p.add_argument('--every', type=float, default=5, help='minutes of conversation in a row')
+    args = p.parse_args()
+    sys.path.insert(0, str(ROOT))
+    from jaxsd import config, run, trained
+    c = config.stored(run.read_run(args.workdir), os.path.join(args.workdir, 'config.json'))
+    codec = config.bind(c.codec, 'jaxsd.codec', 'codec')()
+    lm = trained.load(c, args.workdir)
+    a_minute = 60 * codec.identity['frame_hz']
+    number = itertools.count(1)
+    found, rows = measure(
+        lm, codec, callers(lm, codec), frames=round(args.minutes * a_minute),
+        every=round(args.every * a_minute), told=lambda row: print(
+            f'to minute {args.every * next(number):g}: {row["ms"]:.1f} ms a frame (p95 '
+            f'{row["p95_ms"]:.1f}, of the processor {row["cpu_ms"]:.1f}), '
+            f'{row["resident_mb"]:.0f} MB', flush=True))
+    first, last = rows[0], rows[-1]
+    print(f'{found["frames"]} frames: first audio after {found["first_audio_ms"]:.0f} ms, '
+          f'real-time factor {found["real_time_factor"]:.2f}; the last {args.every:g} minutes '
+          f'against the first: {last["resident_mb"] - first["resident_mb"]:+.1f} MB, '
+          f'{last["ms"] / first["ms"]:.2f} times the time of a frame')
+
+
+if __name__ == '__main__':
+    main()
