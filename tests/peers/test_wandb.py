@@ -9,8 +9,6 @@ import pathlib
 import struct
 
 import pytest
-from wandb.proto import wandb_internal_pb2
-
 from jaxsd import cli
 
 pytestmark = pytest.mark.peers
@@ -19,6 +17,7 @@ BLOCK = 1 << 15
 
 def kept(folder) -> list:
     """The records of every run kept in `folder`: protobufs in a LevelDB log behind 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
     out = []
     for path in sorted(pathlib.Path(folder).glob('wandb/offline-run-*/*.wandb')):
         data, at, whole = path.read_bytes(), 7, b''
