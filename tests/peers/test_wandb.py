@@ -9,6 +9,7 @@ import pathlib
 import struct
 
 import pytest
+
 from jaxsd import cli
 
 pytestmark = pytest.mark.peers
