@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from jaxsd.config import ConfigError
-from jaxsd.export.facts import BLOCKS, Json, Plan, need
+from jaxsd.export.facts import BLOCKS, WINDOW, Json, Plan, need
 from jaxsd.export.rules import rule
 
 log = logging.getLogger('jaxsd')
@@ -259,7 +259,7 @@ def read(values: Mapping, path: str) -> dict:
         'backbone.head_dim': width // heads, 'backbone.mlp': _hidden(int(scale * width), width),
         'backbone.theta': j.number('max_period', 1e4, high=1e12, kind=float),
         'backbone.pairs': ROTARY[values['positional_embedding']],
-        'backbone.window_columns': None if context is None else j.number('context', high=1 << 31),
+        'backbone.window_columns': None if context is None else j.number('context', high=WINDOW),
         'backbone.norm_eps': eps, 'head.norm_eps': eps, 'backbone.norm_gain': 'early',
         'head.norm_gain': 'early', 'head.name': 'depth', 'head.width': deep,
         'head.layers': j.number('depformer_num_layers', high=1 << 12),

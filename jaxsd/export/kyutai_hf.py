@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from jaxsd.config import ConfigError
 from jaxsd.export import safetensors
-from jaxsd.export.facts import BLOCKS, Json, Plan, need, rotary_objects
+from jaxsd.export.facts import BLOCKS, WINDOW, Json, Plan, need, rotary_objects
 from jaxsd.export.rules import rule
 
 LAYER, DEPTH, DEEP = 'decoder.model.layers.{L}.', 'depth_decoder.layers.{L}.', 'head/blocks/'
@@ -166,7 +166,7 @@ def read(values: Mapping, path: str) -> dict:
         'backbone.kv_heads': j.number('num_key_value_heads', heads, high=1 << 12),
         'backbone.head_dim': j.number('head_dim', width // heads), 'backbone.mlp': mlp // 2,
         'backbone.theta': Json(rope, path).number('rope_theta', 1e4, high=1e12, kind=float),
-        'backbone.window_columns': j.number('sliding_window', 3000, high=1 << 31),
+        'backbone.window_columns': j.number('sliding_window', 3000, high=WINDOW),
         'backbone.norm_eps': j.number('rms_norm_eps', 1e-8, low=0, high=1, kind=float),
         'backbone.norm_gain': 'early', 'head.norm_gain': 'early', 'head.name': 'depth',
         'head.norm_eps': d.number('rms_norm_eps', 1e-8, low=0, high=1, kind=float),
