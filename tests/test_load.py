@@ -230,6 +230,20 @@ def test_how_to_generate_goes_back_as_it_came(said, generation, ids, tmp_path):
         'eos_token_id'] == 12
 
 
+def test_how_to_generate_goes_to_other_runtimes(tmp_path):
+    """The file of the source, else what its config.json states, else our own ids."""
+    for i, (generation, want) in enumerate((
+            (dict(eos_token_id=[9, 11], top_p=.9), dict(eos_token_id=[9, 11], top_p=.9)),
+            (None, dict(bos_token_id=5, eos_token_id=[7, 8])))):
+        speaking(tmp_path / f'in {i}', generation, bos_token_id=5, eos_token_id=[7, 8])
+        lm = export.load(str(tmp_path / f'in {i}'))
+        lm.save(str(tmp_path / f'out {i}'), 'gguf')
+        assert json.loads((tmp_path / f'out {i}' / 'generation_config.json').read_text()) == want
+    export.save(lm.config, lm.params, str(tmp_path / 'ours'), 'gguf')
+    assert json.loads((tmp_path / 'ours' / 'generation_config.json').read_text()) == dict(
+        bos_token_id=5, eos_token_id=7)
+
+
 FILES = {name: f'{{"is": "{name}"}}\n'.encode() for name in (
     'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
     'chat_template.jinja', 'vocab.json', 'merges.txt')}

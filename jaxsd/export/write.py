@@ -45,7 +45,7 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
 
     config.json, safetensors, generation_config.json, the text tokenizer where the config names one,
     `vocabulary.json`, `provenance.json` and a model card README.md; for a format of `runtimes` its
-    own files in place of the first three. params: arrays of the host, or of the devices of one or
+    own files in place of the first two. params: arrays of the host, or of the devices of one or
     several processes, which then all call this.
     lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels unless
     the format is of the terms alone. notes: further lines of the card, {name: value}. history:
@@ -81,10 +81,8 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
 
     def write():
         spelled, along = family.spell(have), family.along(have)
-        specials = model.make_vocab(config).specials
-        generation = (family.generation(have) if family.generation else {
-            'bos_token_id': specials['bos'], 'eos_token_id': specials['eos'],
-            '_from_model_config': True})
+        generation = (family.generation(have) if family.generation else
+                      {**_generation(config, {}), '_from_model_config': True})
         if (speaks := _speaks(config, history)).get('format') == format:
             if 'bos_token_id' in spelled:
                 spelled = {k: v for k, v in spelled.items() if k not in STATED} | speaks['config']
@@ -129,9 +127,19 @@ def _for_runtime(config, flat, out, format, lora_scale, notes, history, shard_by
     def write():
         with fresh(out) as folder:
             made = runtime.write(folder, config, flat, shard_bytes=shard_bytes, **options)
+            _json(folder, 'generation_config.json', _generation(config, history))
             files = _beside(folder, config, format, made['about'], made['numbers'], notes, history)
         return {'bytes': made['bytes'], 'tensors': made['tensors'], 'files': files}
     return _once(write)
+
+
+def _generation(config, history: Mapping) -> Mapping:
+    """How to generate: in the words of the checkpoint that the parameters are, or our bos and eos.
+    """
+    if speaks := _speaks(config, history):
+        return speaks['file'] if speaks['file'] is not None else speaks['config']
+    specials = model.make_vocab(config).specials
+    return {'bos_token_id': specials['bos'], 'eos_token_id': specials['eos']}
 
 
 def _speaks(config, history: Mapping) -> Mapping:
