@@ -6,7 +6,8 @@ are permuted; the depth decoder turns nothing and keeps its order. Its linears h
 tensor [S, out, in]. The forward pass delays nothing: it is fed the columns that our model is fed.
 
 transformers bundles the codec with the model. Where the config names the weights of a Mimi
-(`codec.path`), they go along; otherwise whoever loads the folder must put one in its place.
+(`codec.path`), they go along, and so does the codec that a checkpoint came with from `load` to
+`save`; otherwise whoever loads the folder must put one in its place.
 """
 
 import os
@@ -201,3 +202,14 @@ def along(have: Mapping) -> dict[str, safetensors.Entry]:
     """The codec's tensors, which go along as `audio_encoder`; none where no weights are named."""
     folder = _codec_folder(have)
     return safetensors.entries(folder, lambda key: (CODEC + key,)) if folder else {}
+
+
+def bundled(source: str) -> tuple[dict, dict[str, safetensors.Entry]]:
+    """The codec that the checkpoint `source` brings along: what its config.json says of it, and its
+    tensors by key. Nothing where it has none."""
+    found = {key: entry for key, entry in safetensors.entries(source, lambda key: (key,)).items()
+             if key.startswith(CODEC)}
+    if not found:
+        return {}, {}
+    values = safetensors.read_json(os.path.join(safetensors.folder_of(source), 'config.json'))
+    return {k: values[k] for k in ('audio_encoder_config',) if k in values}, found

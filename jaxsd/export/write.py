@@ -49,12 +49,13 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
     several processes, which then all call this.
     lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels unless
     the format is of the terms alone. notes: further lines of the card, {name: value}. history:
-    {'sources', 'stages', 'codec'}, as `runs.history` tells them, and 'speaks': how the checkpoint
-    that the parameters are generates, as `loading` tells it, which goes along unchanged. options:
-    what the format lets its user choose; for a family that is dtype, one of DTYPES (f32 if not
-    given), of all tensors but those of a codec that goes along. Returns {'bytes', 'tensors',
-    'files'}. Raises ConfigError for a config that the format cannot express, ValueError for
-    parameters of another config and where `out` has something in it; then nothing is written.
+    {'sources', 'stages', 'codec'}, as `runs.history` tells them, and what `loading` tells of the
+    checkpoint that the parameters are: 'speaks', how it generates, and 'bundled', what else it
+    brings, which both go along unchanged. options: what the format lets its user choose; for a
+    family that is dtype, one of DTYPES (f32 if not given), of all tensors but those of a codec that
+    goes along. Returns {'bytes', 'tensors', 'files'}. Raises ConfigError for a config that the
+    format cannot express, ValueError for parameters of another config and where `out` has
+    something in it; then nothing is written.
     """
     notes, history = notes or {}, history or {}
     formats = (*FAMILIES, *runtimes.RUNTIMES)
@@ -81,6 +82,9 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
 
     def write():
         spelled, along = family.spell(have), family.along(have)
+        if history.get('speaks', {}).get('format') == format and not along:
+            stated, along = history.get('bundled', ({}, {}))
+            spelled |= stated
         generation = (family.generation(have) if family.generation else
                       {**_generation(config, {}), '_from_model_config': True})
         if (speaks := _speaks(config, history)).get('format') == format:
