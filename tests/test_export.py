@@ -698,6 +698,7 @@ def test_bad_decoder_config(folder, tmp_path, changes, match):
 
 @pytest.mark.parametrize('changes, match', [
     (dict(context=8), 'backbone.window_columns is 7, the checkpoint has 8'),
+    (dict(context=1 << 31), 'context must be a number from 1 to 2147483647, got 2147483648'),
     (dict(delays=[0] * 9), 'layout.delays is'), (dict(delays=[0]), 'delays must be n_q'),
     (dict(dep_q=3), 'rows .size, predicted. is'), (dict(hidden_scale=4), 'backbone.mlp is 176'),
     (dict(norm='layer_norm'), 'norm must be'), (dict(gating='none'), "gating must be 'silu'"),

@@ -70,7 +70,8 @@ def test_runs_without_us(name, tmp_path):
     params, rows = released.random_params(config, 3), model.make_vocab(config).rows
     made = export.save(config, params, str(tmp_path / 'out'), 'stablehlo')
     assert {'scores.bin', 'step.bin', 'signature.json', 'model.safetensors',
-            'vocabulary.json', 'provenance.json', 'README.md'} == set(made['files'])
+            'vocabulary.json', 'provenance.json', 'generation_config.json', 'README.md'} == set(
+                made['files'])
     batch = packed(config, 1, PROMPT + STEPS)
     rng = np.random.default_rng(2)
     prompt = np.stack([rng.integers(r.start, r.start + r.size - 1, (2, PROMPT)) for r in rows],

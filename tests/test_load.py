@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import released
+from safetensors.numpy import load_file, save_file
 
 from data_pipelines import demo
 from jaxsd import export
@@ -228,6 +229,51 @@ def test_how_to_generate_goes_back_as_it_came(said, generation, ids, tmp_path):
     assert json.loads((tmp_path / 'two' / 'config.json').read_text())['eos_token_id'] == 12
     assert json.loads((tmp_path / 'two' / 'generation_config.json').read_text())[
         'eos_token_id'] == 12
+
+
+def test_the_codec_that_came_along_goes_back(tmp_path):
+    """transformers bundles one: without its tensors a folder loads with random ones."""
+    shutil.copytree(released.GOLDEN / 'kyutai_hf', tmp_path / 'in')
+    state = load_file(tmp_path / 'in' / 'model.safetensors')
+    codec = {'audio_encoder.encoder.w': np.arange(6, dtype=np.float32).reshape(2, 3),
+             'audio_encoder.n': np.ones((), np.float32)}
+    save_file(state | codec, tmp_path / 'in' / 'model.safetensors')
+    lm = export.load(str(tmp_path / 'in'))
+    lm.save(str(tmp_path / 'out'))
+    found = load_file(tmp_path / 'out' / 'model.safetensors')
+    assert set(found) == {*state, *codec}
+    for key, value in codec.items():
+        np.testing.assert_array_equal(found[key], value)
+    stated, spelled = (json.loads((tmp_path / x / 'config.json').read_text())[
+        'audio_encoder_config'] for x in ('in', 'out'))
+    assert stated['hidden_size'] == 32 and spelled == stated
+    same(export.load(str(tmp_path / 'out')).params, lm.params)
+    lm.save(str(tmp_path / 'kyutai'), 'kyutai')         # where a codec is a file of its own
+    assert not [k for k in load_file(tmp_path / 'kyutai' / 'model.safetensors') if 'audio_' in k]
+
+
+def test_how_moshi_samples_goes_back(tmp_path):
+    shutil.copytree(released.GOLDEN / 'kyutai', tmp_path / 'in')
+    path = tmp_path / 'in' / 'config.json'
+    said = dict(model_type='hibiki', lm_gen_config={'temp': .7, 'top_k': 9}, model_id={'sig': 'x'})
+    path.write_text(json.dumps(json.loads(path.read_text()) | said | dict(mimi_name='gone')))
+    export.load(str(tmp_path / 'in')).save(str(tmp_path / 'out'))
+    spelled = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert {k: spelled[k] for k in said} == said and 'mimi_name' not in spelled
+
+
+def test_how_to_generate_goes_to_other_runtimes(tmp_path):
+    """The file of the source, else what its config.json states, else our own ids."""
+    for i, (generation, want) in enumerate((
+            (dict(eos_token_id=[9, 11], top_p=.9), dict(eos_token_id=[9, 11], top_p=.9)),
+            (None, dict(bos_token_id=5, eos_token_id=[7, 8])))):
+        speaking(tmp_path / f'in {i}', generation, bos_token_id=5, eos_token_id=[7, 8])
+        lm = export.load(str(tmp_path / f'in {i}'))
+        lm.save(str(tmp_path / f'out {i}'), 'gguf')
+        assert json.loads((tmp_path / f'out {i}' / 'generation_config.json').read_text()) == want
+    export.save(lm.config, lm.params, str(tmp_path / 'ours'), 'gguf')
+    assert json.loads((tmp_path / 'ours' / 'generation_config.json').read_text()) == dict(
+        bos_token_id=5, eos_token_id=7)
 
 
 FILES = {name: f'{{"is": "{name}"}}\n'.encode() for name in (

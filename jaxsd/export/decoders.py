@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 
 from jaxsd.config import ConfigError
-from jaxsd.export.facts import BLOCKS, Json, Plan, need, rotary_objects
+from jaxsd.export.facts import BLOCKS, WINDOW, Json, Plan, need, rotary_objects
 from jaxsd.export.rules import rule
 
 LAYER = 'model.layers.{L}.'
@@ -221,4 +221,4 @@ def _read_window(j: Json, kind: str, layers: int) -> int | None:
             raise ValueError(f'{j.path}: use_sliding_window on some layers only is not supported')
     else:
         used = False
-    return j.number('sliding_window', high=1 << 31) if used else None
+    return j.number('sliding_window', high=WINDOW) if used else None

@@ -18,6 +18,7 @@ from jaxsd.layout import duplex
 from jaxsd.model import make_vocab
 
 BLOCKS = 'backbone/blocks/'
+WINDOW = (1 << 31) - 1      # the most columns that attention can count (int32)
 
 
 class Plan(NamedTuple):

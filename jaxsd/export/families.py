@@ -22,7 +22,8 @@ class Family(NamedTuple):
     of several files. without_config: what a checkpoint that has no config.json is. claims: whether
     a config.json is one of this family. cut: a checkpoint's facts as they are after import has left
     out what a smaller config has no place for. generation: its generation_config.json, if not the
-    usual one. along: tensors of other parts that travel along, by key.
+    usual one. along: tensors of other parts that travel along, by key. bundled: what the checkpoint
+    in a folder (or file) brings besides the model: keys of its config.json with values, tensors.
     """
 
     check: Callable[[Mapping], None]
@@ -36,6 +37,7 @@ class Family(NamedTuple):
     cut: Callable[[Mapping, Mapping], Mapping] = lambda have, said: said
     generation: Callable[[Mapping], dict] | None = None
     along: Callable[[Mapping], Mapping[str, Entry]] = lambda have: {}
+    bundled: Callable[[str], tuple[dict, Mapping[str, Entry]]] = lambda source: ({}, {})
 
 
 FAMILIES = {
@@ -44,11 +46,12 @@ FAMILIES = {
                  lambda values: values.get('model_type') in tuple(decoders.SILENT)),
     'kyutai': Family(kyutai.check, kyutai.rules_of, kyutai.spell, kyutai.read, kyutai.dialect,
                      False, kyutai.RELEASED, lambda values: {'dim', 'n_q', 'dep_q'} <= set(values),
-                     kyutai.cut),
+                     kyutai.cut, bundled=kyutai.bundled),
     'kyutai-hf': Family(kyutai_hf.check, kyutai_hf.rules_of, kyutai_hf.spell, kyutai_hf.read,
                         lambda key, have: (key,), True, None,
                         lambda values: values.get('model_type') == 'moshi',
-                        generation=kyutai_hf.generation, along=kyutai_hf.along),
+                        generation=kyutai_hf.generation, along=kyutai_hf.along,
+                        bundled=kyutai_hf.bundled),
 }
 
 

@@ -2,11 +2,13 @@
 """kyutai's LMModel: multistream models of the moshi package (models/lm.py, loaders.py)."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 
 from jaxsd.config import ConfigError
-from jaxsd.export.facts import BLOCKS, Json, Plan, need
+from jaxsd.export import safetensors
+from jaxsd.export.facts import BLOCKS, WINDOW, Json, Plan, need
 from jaxsd.export.rules import rule
 
 log = logging.getLogger('jaxsd')
@@ -24,11 +26,11 @@ RELEASED = dict(    # what a checkpoint without config.json is (moshi models/loa
     depformer_multi_linear=True, depformer_gating='silu', depformer_pos_emb='none',
     depformer_weights_per_step=True, delays=[0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1])
 
-WITHOUT_EFFECT = (  # on the model: names of files, how to sample, and what its loader overrides
-    'moshi_name', 'mimi_name', 'mimi_config_name', 'tokenizer_name', 'lora_name', 'model_type',
-    'lm_gen_config', 'tts_config', 'stt_config', 'model_id', 'lora_rank', 'lora_scaling',
-    'extra_heads_dim', 'gradient_checkpointing', 'depformer_causal', 'depformer_context',
-    'depformer_max_period')
+OF_USE = ('model_type', 'lm_gen_config', 'tts_config', 'stt_config', 'model_id')    # how to sample
+WITHOUT_EFFECT = (  # on the model: names of files, and what its loader overrides
+    *OF_USE, 'moshi_name', 'mimi_name', 'mimi_config_name', 'tokenizer_name', 'lora_name',
+    'lora_rank', 'lora_scaling', 'extra_heads_dim', 'gradient_checkpointing', 'depformer_causal',
+    'depformer_context', 'depformer_max_period')
 
 
 def check(have: Mapping) -> None:
@@ -179,6 +181,14 @@ def _hidden(feedforward: int, width: int) -> int:
     return 21 * width // 8 if feedforward == 4 * width else 2 * feedforward // 3
 
 
+def bundled(source: str) -> tuple[dict, dict]:
+    """What the config.json of the checkpoint `source` says of its use, which no weight depends on;
+    and no tensors."""
+    path = os.path.join(safetensors.folder_of(source), 'config.json')
+    values = safetensors.read_json(path) if os.path.isfile(path) else {}
+    return {k: values[k] for k in OF_USE if k in values}, {}
+
+
 def spell(have: Mapping) -> dict:
     """config.json for moshi's loaders: arguments of LMModel, and nothing that it would not take."""
     rows, width = have['vocab.rows'], have['backbone.width']
@@ -259,7 +269,7 @@ def read(values: Mapping, path: str) -> dict:
         'backbone.head_dim': width // heads, 'backbone.mlp': _hidden(int(scale * width), width),
         'backbone.theta': j.number('max_period', 1e4, high=1e12, kind=float),
         'backbone.pairs': ROTARY[values['positional_embedding']],
-        'backbone.window_columns': None if context is None else j.number('context', high=1 << 31),
+        'backbone.window_columns': None if context is None else j.number('context', high=WINDOW),
         'backbone.norm_eps': eps, 'head.norm_eps': eps, 'backbone.norm_gain': 'early',
         'head.norm_gain': 'early', 'head.name': 'depth', 'head.width': deep,
         'head.layers': j.number('depformer_num_layers', high=1 << 12),

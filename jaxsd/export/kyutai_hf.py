@@ -6,7 +6,8 @@ are permuted; the depth decoder turns nothing and keeps its order. Its linears h
 tensor [S, out, in]. The forward pass delays nothing: it is fed the columns that our model is fed.
 
 transformers bundles the codec with the model. Where the config names the weights of a Mimi
-(`codec.path`), they go along; otherwise whoever loads the folder must put one in its place.
+(`codec.path`), they go along, and so does the codec that a checkpoint came with from `load` to
+`save`; otherwise whoever loads the folder must put one in its place.
 """
 
 import os
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 
 from jaxsd.config import ConfigError
 from jaxsd.export import safetensors
-from jaxsd.export.facts import BLOCKS, Json, Plan, need, rotary_objects
+from jaxsd.export.facts import BLOCKS, WINDOW, Json, Plan, need, rotary_objects
 from jaxsd.export.rules import rule
 
 LAYER, DEPTH, DEEP = 'decoder.model.layers.{L}.', 'depth_decoder.layers.{L}.', 'head/blocks/'
@@ -166,7 +167,7 @@ def read(values: Mapping, path: str) -> dict:
         'backbone.kv_heads': j.number('num_key_value_heads', heads, high=1 << 12),
         'backbone.head_dim': j.number('head_dim', width // heads), 'backbone.mlp': mlp // 2,
         'backbone.theta': Json(rope, path).number('rope_theta', 1e4, high=1e12, kind=float),
-        'backbone.window_columns': j.number('sliding_window', 3000, high=1 << 31),
+        'backbone.window_columns': j.number('sliding_window', 3000, high=WINDOW),
         'backbone.norm_eps': j.number('rms_norm_eps', 1e-8, low=0, high=1, kind=float),
         'backbone.norm_gain': 'early', 'head.norm_gain': 'early', 'head.name': 'depth',
         'head.norm_eps': d.number('rms_norm_eps', 1e-8, low=0, high=1, kind=float),
@@ -201,3 +202,14 @@ def along(have: Mapping) -> dict[str, safetensors.Entry]:
     """The codec's tensors, which go along as `audio_encoder`; none where no weights are named."""
     folder = _codec_folder(have)
     return safetensors.entries(folder, lambda key: (CODEC + key,)) if folder else {}
+
+
+def bundled(source: str) -> tuple[dict, dict[str, safetensors.Entry]]:
+    """The codec that the checkpoint `source` brings along: what its config.json says of it, and its
+    tensors by key. Nothing where it has none."""
+    found = {key: entry for key, entry in safetensors.entries(source, lambda key: (key,)).items()
+             if key.startswith(CODEC)}
+    if not found:
+        return {}, {}
+    values = safetensors.read_json(os.path.join(safetensors.folder_of(source), 'config.json'))
+    return {k: values[k] for k in ('audio_encoder_config',) if k in values}, found

@@ -319,7 +319,7 @@ def load(path: str, *, format: str = '', mesh: Mapping | None = None,
     source = open_source(config, family, said, path)
     target = flatten(placed(config, None if mesh else jax.devices()[:1]))
     params = {p: array(source, [whole(p, source.shapes[p])], leaf) for p, leaf in target.items()}
-    history = dict(sources=[origin_of(path, format)], speaks=speaks)
+    history = dict(sources=[origin_of(path, format)], speaks=speaks, bundled=family.bundled(path))
     return Loaded(config, unflatten(params), format, history)
 
 

@@ -243,7 +243,7 @@ def write(folder: str, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[
         with open(os.path.join(folder, name), 'wb') as f:
             f.write(len(text).to_bytes(8, 'little') + text)
             for key in sizes:
-                tensor = np.ascontiguousarray(next(tensors), '<f4')
+                tensor = np.asarray(next(tensors), '<f4', order='C')   # scalars too
                 if tensor.shape != tuple(shapes[key]):
                     raise ValueError(f'{key} has shape {tensor.shape}, not {shapes[key]}')
                 if key in short:

@@ -45,16 +45,17 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
 
     config.json, safetensors, generation_config.json, the text tokenizer where the config names one,
     `vocabulary.json`, `provenance.json` and a model card README.md; for a format of `runtimes` its
-    own files in place of the first three. params: arrays of the host, or of the devices of one or
+    own files in place of the first two. params: arrays of the host, or of the devices of one or
     several processes, which then all call this.
     lora_scale: the scale of the stage's low-rank terms, which are folded into the kernels unless
     the format is of the terms alone. notes: further lines of the card, {name: value}. history:
-    {'sources', 'stages', 'codec'}, as `runs.history` tells them, and 'speaks': how the checkpoint
-    that the parameters are generates, as `loading` tells it, which goes along unchanged. options:
-    what the format lets its user choose; for a family that is dtype, one of DTYPES (f32 if not
-    given), of all tensors but those of a codec that goes along. Returns {'bytes', 'tensors',
-    'files'}. Raises ConfigError for a config that the format cannot express, ValueError for
-    parameters of another config and where `out` has something in it; then nothing is written.
+    {'sources', 'stages', 'codec'}, as `runs.history` tells them, and what `loading` tells of the
+    checkpoint that the parameters are: 'speaks', how it generates, and 'bundled', what else it
+    brings, which both go along unchanged. options: what the format lets its user choose; for a
+    family that is dtype, one of DTYPES (f32 if not given), of all tensors but those of a codec that
+    goes along. Returns {'bytes', 'tensors', 'files'}. Raises ConfigError for a config that the
+    format cannot express, ValueError for parameters of another config and where `out` has
+    something in it; then nothing is written.
     """
     notes, history = notes or {}, history or {}
     formats = (*FAMILIES, *runtimes.RUNTIMES)
@@ -81,10 +82,11 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
 
     def write():
         spelled, along = family.spell(have), family.along(have)
-        specials = model.make_vocab(config).specials
-        generation = (family.generation(have) if family.generation else {
-            'bos_token_id': specials['bos'], 'eos_token_id': specials['eos'],
-            '_from_model_config': True})
+        if history.get('speaks', {}).get('format') == format and not along:
+            stated, along = history.get('bundled', ({}, {}))
+            spelled |= stated
+        generation = (family.generation(have) if family.generation else
+                      {**_generation(config, {}), '_from_model_config': True})
         if (speaks := _speaks(config, history)).get('format') == format:
             if 'bos_token_id' in spelled:
                 spelled = {k: v for k, v in spelled.items() if k not in STATED} | speaks['config']
@@ -129,9 +131,19 @@ def _for_runtime(config, flat, out, format, lora_scale, notes, history, shard_by
     def write():
         with fresh(out) as folder:
             made = runtime.write(folder, config, flat, shard_bytes=shard_bytes, **options)
+            _json(folder, 'generation_config.json', _generation(config, history))
             files = _beside(folder, config, format, made['about'], made['numbers'], notes, history)
         return {'bytes': made['bytes'], 'tensors': made['tensors'], 'files': files}
     return _once(write)
+
+
+def _generation(config, history: Mapping) -> Mapping:
+    """How to generate: in the words of the checkpoint that the parameters are, or our bos and eos.
+    """
+    if speaks := _speaks(config, history):
+        return speaks['file'] if speaks['file'] is not None else speaks['config']
+    specials = model.make_vocab(config).specials
+    return {'bos_token_id': specials['bos'], 'eos_token_id': specials['eos']}
 
 
 def _speaks(config, history: Mapping) -> Mapping:

@@ -650,6 +650,13 @@ def test_halves_from_peer(case, torch, peers, show, tmp_path):
     export.save(config, params, str(tmp_path / 'back'), 'kyutai-hf')
     again = export.import_params(config, str(tmp_path / 'back'), 'kyutai-hf')
     released.jax.tree.map(np.testing.assert_array_equal, params, again)
+    import transformers
+    export.load(str(tmp_path / 'peer')).save(str(tmp_path / 'whole'))       # codec and all
+    same, info = transformers.MoshiForConditionalGeneration.from_pretrained(
+        tmp_path / 'whole', output_loading_info=True)
+    assert not any(info.values()), info
+    for key, value in peer.state_dict().items():
+        assert torch.equal(value, same.state_dict()[key]), key
 
 
 @pytest.mark.parametrize('case', HALVES)

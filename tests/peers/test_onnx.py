@@ -65,8 +65,8 @@ def test_runs_without_us(case, tmp_path, caplog):
     assert not [r for r in caplog.records if r.name.startswith(('jax2onnx', 'onnx_ir'))]
     assert logging.getLogger('jax2onnx').level == level
     assert len([x for x in made['files'] if x.endswith('.safetensors')]) > 1
-    assert {'step.onnx', 'signature.json', 'vocabulary.json', 'provenance.json', 'README.md'} < set(
-        made['files'])
+    assert {'step.onnx', 'signature.json', 'vocabulary.json', 'provenance.json',
+            'generation_config.json', 'README.md'} < set(made['files'])
     rng = np.random.default_rng(2)
     prompt, heard = (np.stack([rng.integers(r.start, r.start + r.size - 1, n) for r in rows])
                      for n in (PROMPT, PROMPT + STEPS - 1))
