@@ -7,6 +7,7 @@ import shutil
 import time
 
 import jax
+import ml_collections as mlc
 import numpy as np
 import pytest
 import released
@@ -17,7 +18,7 @@ from jaxsd import export
 from jaxsd.config import ConfigError, read
 from jaxsd.export import kyutai
 from jaxsd.export.facts import config_of, facts
-from jaxsd.export.loading import stated_license
+from jaxsd.export.loading import other_tokenizer, stated_license
 
 TOLERANCE = 5e-5
 ROOT = released.GOLDEN.parents[1]
@@ -447,6 +448,24 @@ def test_a_config_that_speaks_of_millions_of_tensors(name, changes, tmp_path):
     with pytest.raises(ValueError, match='lm lacks .* and more$') as e:
         export.load(str(tmp_path / 'lm'))
     assert time.monotonic() - begun < 30 and '\n' not in str(e.value)
+
+
+def test_another_tokenizer_than_the_config_reads_by(tmp_path):
+    c = mlc.ConfigDict(dict(vocab=dict(tokenizer='')))
+    theirs, ours = tmp_path / 'there', tmp_path / 'text.model'
+    theirs.mkdir()
+    (theirs / 'tokenizer.json').write_text('{}')
+    assert other_tokenizer(c, str(theirs)) == ''            # a config without text
+    c.vocab.tokenizer = str(ours)
+    assert other_tokenizer(c, str(theirs)) == ''            # whose file is not at hand
+    ours.write_bytes(b'pieces')
+    assert other_tokenizer(c, str(theirs)) == 'tokenizer.json'
+    (theirs / 'spm_32k.model').write_bytes(b'piecez')
+    assert other_tokenizer(c, str(theirs)) == 'tokenizer.json'
+    (theirs / 'tokenizer.json').unlink()
+    assert other_tokenizer(c, str(theirs)) == 'spm_32k.model'
+    (theirs / 'spm_32k.model').write_bytes(b'pieces')       # the same file by another name
+    assert other_tokenizer(c, str(theirs)) == ''
 
 
 @pytest.mark.parametrize('files, want', [

@@ -11,7 +11,9 @@
 
 import contextlib
 import dataclasses
+import filecmp
 import functools
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +34,8 @@ from jaxsd.export.streaming import array, blocks, open_source, whole
 from jaxsd.layout import duplex
 from jaxsd.stage import flatten, unflatten
 from jaxsd.types import NOTHING
+
+log = logging.getLogger('jaxsd')
 
 TEXT_BYTES = 1 << 20        # of a card or a license that is read
 TOKENIZER = ('tokenizer.json', 'vocab.json', 'merges.txt', 'tokenizer_config.json',
@@ -106,6 +110,10 @@ def open_start(config, start: str, *, graft: Mapping | None = None, where: str =
     format, values, said_in = described(path, format)
     family = family_of(format)
     origin = origin_of(path, format)
+    if other := other_tokenizer(config, path):
+        log.warning('%s cuts text by its %s, this config by %s: unless both cut alike, ids of text '
+                    'stand for other pieces than the weights learned', path, other,
+                    config.vocab.tokenizer)
     if not graft:
         source = open_source(config, *agreeing(config, path, format), path)
         patches = {p: [whole(p, shape)] for p, shape in source.shapes.items()}
@@ -146,6 +154,18 @@ def tokenizer_files(folder: str) -> list[str]:
     found = [os.path.join(folder, name) for name in TOKENIZER]
     found = [path for path in found if os.path.isfile(path)]
     return found if found and os.path.basename(found[0]) in TOKENIZER[:2] else []
+
+
+def other_tokenizer(config, source: str) -> str:
+    """The name of a checkpoint's tokenizer if it is not the file that the config reads text by; ''
+    where it is, and where one of both has none."""
+    ours, folder = config.vocab.get('tokenizer', ''), folder_of(source)
+    if not ours or not os.path.isfile(ours):
+        return ''
+    pieces = [name for name in sorted(os.listdir(folder)) if name.endswith('.model')]
+    if any(filecmp.cmp(os.path.join(folder, name), ours, shallow=False) for name in pieces):
+        return ''
+    return next(iter([*map(os.path.basename, tokenizer_files(folder)), *pieces]), '')
 
 
 def stated_license(source: str) -> str:
