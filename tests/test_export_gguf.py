@@ -228,6 +228,45 @@ def spm(fields, text: str) -> list[int]:
             ([ids[s]] if s in ids else [ids[f'<0x{b:02X}>'] for b in s.encode()])]
 
 
+def with_chat(tmp_path):
+    """A checkpoint as fine-tuned Llamas come: a sentencepiece model of 400 pieces, added tokens."""
+    config, path = released.decoder('llama'), small.text_model(tmp_path, 'bpe')
+    config.codec = dict(name='none', frame_hz=0.0, codebooks=1, size=0)
+    config.layout = dict(name='flat.sequence', fields=('text',))
+    config.vocab = dict(name='line', text_tokens=403, markers=(), multiple=1, eos=401)
+    export.save(config, released.random_params(config, 1), str(tmp_path / 'in'), 'hf')
+    (tmp_path / 'in' / 'vocabulary.json').unlink()
+    shutil.copy(path, tmp_path / 'in' / 'tokenizer.model')
+    told = {'tokenizer_config.json': dict(
+        add_bos_token=False, chat_template='{{ messages }}', eos_token='<|im_end|>',
+        added_tokens_decoder={'401': dict(content='<|im_end|>', special=True)}),
+        'added_tokens.json': {'<|im_start|>': 400, '<|im_end|>': 401}}
+    for name, said in told.items():
+        (tmp_path / 'in' / name).write_text(json.dumps(said))
+    return tmp_path / 'in'
+
+
+def test_tokens_that_were_added_to_a_sentencepiece_model(tmp_path):
+    """They are written in files beside it; what ends a turn must not be lost."""
+    folder = with_chat(tmp_path)
+    lm = export.load(str(folder))
+    lm.save(str(tmp_path / 'out'), 'gguf')
+    fields, _ = read(tmp_path / 'out' / 'model-f16.gguf')
+    said = {k.removeprefix('tokenizer.'): v for k, v in fields.items()}
+    assert said['ggml.tokens'][400:] == ['<|im_start|>', '<|im_end|>', '[unused402]']
+    assert said['ggml.token_type'][400:] == [4, 3, 5] and said['ggml.eos_token_id'] == 401
+    assert said['chat_template'] == '{{ messages }}' and said['ggml.add_bos_token'] is False
+    lm.save(str(tmp_path / 'hf'))
+    for name in ('tokenizer.model', 'tokenizer_config.json', 'added_tokens.json'):
+        assert (tmp_path / 'hf' / name).read_bytes() == (folder / name).read_bytes()
+    for damaged, match in (('{"a": "b"}', 'added_tokens.json: added tokens cannot be read'),
+                           ('{"a": 400, "</s>": 402}', "'</s>' is written for several ids")):
+        (folder / 'added_tokens.json').write_text(damaged)
+        with pytest.raises(ConfigError, match=match) as e:
+            lm.save(str(tmp_path / 'no'), 'gguf')
+        assert '\n' not in str(e.value) and not (tmp_path / 'no').exists()
+
+
 def test_tokenizer(tmp_path):
     """Every id's token, score and kind, and text cut by llama.cpp's algorithm as we cut it."""
     config = released.decoder('llama')

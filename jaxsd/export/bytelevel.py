@@ -103,6 +103,19 @@ def words(steps: Mapping) -> str:
     return split['pattern']['Regex'] if plain and not last.get('use_regex', True) else ''
 
 
+def beside(path: str, size: int) -> tuple[dict[str, bool], str | list | None]:
+    """Which of bos and eos are put around text, where that is stated, and the chat template: of the
+    tokenizer of `size` tokens whose files lie beside `path`, as llama.cpp's converter reads them.
+    """
+    import gguf
+    try:
+        said = gguf.SpecialVocab(os.path.dirname(path), load_merges=False, n_vocab=size)
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as e:
+        raise ConfigError(f'{path}: it or a file beside it is damaged ({type(e).__name__}: {e})'
+                          ) from e
+    return dict(said.add_special_token), said.chat_template
+
+
 def add(writer, path: str, made: Tokenizer, ids: Mapping[str, int]) -> None:
     """Writes the tokenizer `made` of the file `path` to a gguf.GGUFWriter.
 

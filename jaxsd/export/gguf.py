@@ -8,7 +8,7 @@ metadata. What slows some rotary pairs more than others is a tensor of factors.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -146,7 +146,7 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, speaks: Mappi
             ids = {k: vocab.specials[k] for k in ('bos', 'eos') if k not in speaks['unstated']}
             bytelevel.add(writer, given, came, ids)
         else:
-            _tokenizer(writer, vocab)
+            _tokenizer(writer, vocab, speaks.get('tokenizer', ()))
         count = size = 0
         for name, shape, _ in tensors():
             kind = kind_of(name, shape)
@@ -193,12 +193,20 @@ def _metadata(writer, config, spelled: Mapping, context: int, dtype: str) -> Non
         writer.add_expert_used_count(spelled['num_experts_per_tok'])
 
 
-def _tokenizer(writer, vocab) -> None:
-    """Every token of the line; without a text tokenizer ids go in and come out."""
+def _tokenizer(writer, vocab, files: Sequence[str]) -> None:
+    """Every token of the line; without a text tokenizer ids go in and come out.
+
+    files: of the tokenizer that the checkpoint came with, for what they say beside its model.
+    """
     if not vocab.tokenizer:
         writer.add_tokenizer_model('none')
         return
-    made = tokens.line(vocab)
+    made, around = tokens.line(vocab), {}
+    if files:
+        made = tokens.with_added(made, files)
+        around, template = bytelevel.beside(files[0], len(made.pieces))
+        if template:
+            writer.add_chat_template(template)
     writer.add_tokenizer_model(MODELS[made.algorithm])
     writer.add_tokenizer_pre('default')
     writer.add_token_list([piece.text for piece in made.pieces])
@@ -209,8 +217,8 @@ def _tokenizer(writer, vocab) -> None:
     for i, piece in enumerate(made.pieces[:made.own]):
         if piece.kind == tokens.UNKNOWN:
             writer.add_unk_token_id(i)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
+    writer.add_add_bos_token(around.get('bos', True))
+    writer.add_add_eos_token(around.get('eos', False))
     writer.add_add_space_prefix(made.prefix)
     writer.add_remove_extra_whitespaces(made.squeeze)
     if made.charsmap and made.algorithm == 'unigram':

@@ -145,15 +145,17 @@ def origin_of(path: str, format: str) -> dict:
     """What a ledger and a card keep of a checkpoint of another program."""
     out = dict(format=format, name=os.path.basename(os.path.abspath(path)),
                license=stated_license(path))
-    files = [os.path.basename(x) for x in tokenizer_files(folder_of(path))]
+    files = [name for x in tokenizer_files(folder_of(path))
+             if (name := os.path.basename(x)) in TOKENIZER[:2]]
     return out | (dict(tokenizer=files[0]) if files and format == 'hf' else {})
 
 
 def tokenizer_files(folder: str) -> list[str]:
-    """The files of a tokenizer that is not (or not only) a sentencepiece model, if one is there."""
-    found = [os.path.join(folder, name) for name in TOKENIZER]
-    found = [path for path in found if os.path.isfile(path)]
-    return found if found and os.path.basename(found[0]) in TOKENIZER[:2] else []
+    """The files of a tokenizer, if one is there: all but a sentencepiece model, and with one what
+    lies beside it (added tokens, a chat template)."""
+    found = [path for name in TOKENIZER if os.path.isfile(path := os.path.join(folder, name))]
+    whole = found and os.path.basename(found[0]) in TOKENIZER[:2]
+    return found if whole or os.path.isfile(os.path.join(folder, 'tokenizer.model')) else []
 
 
 def other_tokenizer(config, source: str) -> str:

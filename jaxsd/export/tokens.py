@@ -7,12 +7,14 @@ Here every id gets its written form, and the whole becomes the tokenizer.json of
 """
 
 import base64
+import collections
 import json
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxsd.config import ConfigError
+from jaxsd.export.safetensors import read_json
 from jaxsd.vocab import Vocab
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -94,6 +96,35 @@ def line(vocab: Vocab) -> Line:
     norm = proto.normalizer_spec
     return Line(tuple(pieces), algorithm, norm.add_dummy_prefix, norm.remove_extra_whitespaces,
                 proto.trainer_spec.byte_fallback, norm.precompiled_charsmap, len(own))
+
+
+def with_added(made: Line, files: Sequence[str]) -> Line:
+    """`made` with the tokens that the files of a Hugging Face tokenizer add behind a sentencepiece
+    model, which are written nowhere else. Special ones are control tokens.
+
+    Raises ConfigError naming the file for one that is damaged or writes two ids alike.
+    """
+    pieces = list(made.pieces)
+    read = {'added_tokens.json': lambda said: [(i, t, False) for t, i in said.items()],
+            'tokenizer_config.json': lambda said: [
+                (int(i), t['content'], t.get('special'))
+                for i, t in (said.get('added_tokens_decoder') or {}).items()],
+            'tokenizer.json': lambda said: [(t['id'], t['content'], t.get('special'))
+                                            for t in said.get('added_tokens') or ()]}
+    for name, tokens in read.items():
+        for path in files:
+            if os.path.basename(path) != name:
+                continue
+            try:
+                for i, text, special in tokens(read_json(path)):
+                    if made.own <= i < len(pieces) and made.pieces[i].kind == UNUSED:
+                        pieces[i] = Piece(str(text), -1000.0, CONTROL if special else USER_DEFINED)
+            except (AttributeError, KeyError, TypeError, ValueError) as e:
+                raise ConfigError(f'{path}: added tokens cannot be read ({e})') from e
+    if len({piece.text for piece in pieces}) < len(pieces):
+        twice, = collections.Counter(piece.text for piece in pieces).most_common(1)
+        raise ConfigError(f'{os.path.dirname(files[0])}: {twice[0]!r} is written for several ids')
+    return made._replace(pieces=tuple(pieces))
 
 
 def merges(pieces: Sequence[Piece]) -> list[str]:
