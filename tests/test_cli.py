@@ -331,7 +331,7 @@ def test_no_manifest(refused, corpus, tmp_path):
     (['--split', 'tset'], "has no split 'tset' (it has: test, train, voice)"),
     (['--index', '100000'], '--index 100000: source aligned has records 0..'),
     (['--index', '-1'], '--index -1: source aligned has records 0..'),
-    (['--png', '/nowhere/at/all.png'], '/nowhere/at')])
+    (['--png', '/dev/null/all.png'], '/dev/null')])
 def test_what_to_show(refused, corpus, more, says):
     refused(['show', *flags(corpus), *more], says)
 

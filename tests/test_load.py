@@ -384,7 +384,7 @@ def test_a_file_without_config_is_the_released_model():
     ours.vocab.predicted = ('mine',)
     theirs, mine = facts(config_of(said)), facts(ours)
     for key in (*said, 'vocab.rows', 'frontend.name', 'backbone.name'):
-        if key != 'backbone.remat':
+        if key != 'backbone.remat' and not key.startswith('file.'):
             assert theirs[key] == mine[key], key
 
 

@@ -72,7 +72,8 @@ def described(source: str, format: str = '') -> tuple[str, dict, str]:
     folder = folder_of(source)
     path, about = (os.path.join(folder, n) for n in ('config.json', 'provenance.json'))
     made = read_json(about) if os.path.isfile(about) else {}
-    if 'jaxsd' in made and made.get('format') not in tuple(FAMILIES):
+    # What kyutai's low-rank terms are, kyutai.read says itself: they can be imported.
+    if 'jaxsd' in made and made.get('format') not in (*FAMILIES, 'kyutai-lora'):
         raise ValueError(f'{folder} is an export in the format {made.get("format")}, for other '
                          f'programs: what can be read back is {", ".join(FAMILIES)}')
     if os.path.lexists(path):
