@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import time
 from importlib import metadata
 
@@ -84,7 +85,7 @@ def _open_run(workdir: str, config, first: dict | None, made: dict) -> bool:
         raise ConfigError(f'--workdir {workdir} is not empty and no run of ours (it holds '
                           f'{min(there)}); name another directory')
     stored = read_run(workdir)
-    by = ' '.join(['--config', stored.get('file', ''), *stored.get('overrides', ())])
+    by = shlex.join(['--config', stored.get('file', ''), *stored.get('overrides', ())])
     same_run(workdir, config, f'give {by} or ' if 'file' in stored else '')
     if first:
         ledger(workdir, first)

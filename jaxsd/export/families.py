@@ -58,7 +58,7 @@ FAMILIES = {
 def family_of(format: str) -> Family:
     """The family called `format`. Raises ConfigError with the names that there are."""
     if format not in FAMILIES:
-        raise unknown('--format', format, FAMILIES)
+        raise unknown('format', format, FAMILIES)
     return FAMILIES[format]
 
 
@@ -72,7 +72,8 @@ def described(source: str, format: str = '') -> tuple[str, dict, str]:
     folder = folder_of(source)
     path, about = (os.path.join(folder, n) for n in ('config.json', 'provenance.json'))
     made = read_json(about) if os.path.isfile(about) else {}
-    if 'jaxsd' in made and made.get('format') not in tuple(FAMILIES):
+    if ('jaxsd' in made and made.get('format') not in tuple(FAMILIES)
+            and not os.path.lexists(path)):     # low-rank terms have one, which says what they are
         raise ValueError(f'{folder} is an export in the format {made.get("format")}, for other '
                          f'programs: what can be read back is {", ".join(FAMILIES)}')
     if os.path.lexists(path):

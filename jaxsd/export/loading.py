@@ -237,8 +237,10 @@ class Loaded:
     def save(self, path: str, format: str | None = None, **options) -> dict:
         """Writes the checkpoint to the new folder `path`, in the format that it came in or another.
 
-        options: what that format lets its user choose. Returns {'bytes', 'tensors', 'files'};
-        raises as `export.save` does.
+        options: what that format lets its user choose. dtype, of 'hf', 'kyutai' and 'kyutai-hf':
+        'f32' (the default) or 'bf16', of all tensors; of 'gguf': 'f32', 'f16' (the default) or
+        'q8_0', of the matrices; the others have none. Returns {'bytes', 'tensors', 'files'}; raises
+        as `export.save` does.
         """
         return write.save(self.config, self.params, path, format or self.format,
                           history=self.history, **options)

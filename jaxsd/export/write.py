@@ -60,16 +60,16 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
     notes, history = notes or {}, history or {}
     formats = (*FAMILIES, *runtimes.RUNTIMES)
     if format not in formats:
-        raise unknown('--format', format, formats)
+        raise unknown('format', format, formats)
     if format in runtimes.RUNTIMES:
         return _for_runtime(config, flatten(params), out, format, lora_scale, notes, history,
                             shard_bytes, options)
     family = FAMILIES[format]
     dtype = options.pop('dtype', 'f32')
     if options:
-        raise unknown(f'--format {format}', next(iter(options)), ('dtype',))
+        raise unknown(f'format {format!r}', next(iter(options)), ('dtype',))
     if dtype not in tuple(DTYPES):
-        raise unknown('--dtype', dtype, DTYPES)
+        raise unknown('dtype', dtype, DTYPES)
     have = facts(config)
     family.check(have)
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
