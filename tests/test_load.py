@@ -52,6 +52,39 @@ def test_a_run_directory_and_a_missing_one_are_named(tmp_path):
         export.load(str(tmp_path))
 
 
+def test_pickled_weights_and_the_folder_above_are_named(tmp_path):
+    """What to do is said, also where the file itself is named; a file of training is not meant."""
+    for name in ('pytorch_model-00001-of-00002.bin', 'training_args.bin', 'a.bin'):
+        (tmp_path / 'in').mkdir(exist_ok=True)
+        (tmp_path / 'in' / name).write_bytes(b'never read')
+    said = (r"pytorch_model-00001-of-00002.bin is pickled, which is never read, .* AutoModelForCau"
+            rf"salLM.from_pretrained\('{tmp_path}/in'\).save_pretrained\(NEW, safe_serialization=")
+    for format in ('', 'hf'):
+        with pytest.raises(ValueError, match=said):
+            export.load(str(tmp_path / 'in'), format=format)
+    shutil.copy(released.GOLDEN / 'llama' / 'config.json', tmp_path / 'in')
+    for path in (tmp_path / 'in', tmp_path / 'in' / 'pytorch_model-00001-of-00002.bin'):
+        with pytest.raises(ValueError, match=said):
+            export.load(str(path))
+    shutil.copytree(released.GOLDEN / 'llama', tmp_path / 'models' / 'llama')
+    (tmp_path / 'models' / 'empty').mkdir()
+    for format in ('', 'hf'):
+        with pytest.raises(ValueError, match='; name a checkpoint in it, such as .*models/llama$'):
+            export.load(tmp_path / 'models', format=format)
+
+
+def test_a_format_that_the_folder_is_not_of(llama):
+    for format, name, of in (('kyutai', 'llama', "'hf'.*: its model_type is 'llama'"),
+                             ('kyutai-hf', 'llama', "'hf'"), ('hf', 'kyutai', "'kyutai'")):
+        with pytest.raises(ValueError, match=f"config.json is of format {of}") as e:
+            export.load(str(released.GOLDEN / name), format=format)
+        assert f'not {format!r}' in str(e.value)
+    # Before what the config says of it, which is of no use for another format.
+    with pytest.raises(ValueError, match="config.json is of format 'hf', not 'kyutai'"):
+        export.import_params(released.decoder('llama'), str(released.GOLDEN / 'llama'), 'kyutai')
+    same(export.load(f'hf:{released.GOLDEN}/llama').params, llama.params)
+
+
 # What the peers say ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', ['mistral', 'qwen2'])

@@ -63,8 +63,8 @@ def stream(config, source: str, format: str) -> Iterator[tuple[str, np.ndarray]]
 def agreeing(config, source: str, format: str):
     """(family, facts) of the checkpoint `source` of `format`, if they are those of `config`."""
     family, have = family_of(format), facts(config)
-    family.check(have)
     _, values, path = described(source, format)
+    family.check(have)
     said = family.read(values, path)
     if wrong := disagreements(have, family.cut(have, said)):
         raise ConfigError(f'the config is not that of {path}: {"; ".join(wrong)}; '
@@ -310,12 +310,13 @@ def load(path: str, *, format: str = '', mesh: Mapping | None = None,
          dtype: str = 'float32') -> Loaded:
     """The checkpoint in folder (or file) `path`, whatever program it belongs to.
 
-    The model is built from the checkpoint's own config.json. format: what to read it as; by
-    default what it says it is. mesh: how parameters spread over the devices, such as
-    dict(fsdp=4); by default all lie on the first. dtype: of the activations; weights are float32.
-    Raises ValueError in one line for whatever is damaged, missing or of no known kind.
+    The model is built from the checkpoint's own config.json. format: what to read it as, which
+    'hf:PATH' says too; by default what it says it is. mesh: how parameters spread over the devices,
+    such as dict(fsdp=4); by default all lie on the first. dtype: of the activations; weights are
+    float32. Raises ValueError in one line for whatever is damaged, missing or of no known kind.
     """
-    format, family, said, config, speaks = _bare(path, format)
+    stated, path = split_start(os.fspath(path))
+    format, family, said, config, speaks = _bare(path, format or stated)
     config.frontend.dtype = dtype
     config.mesh = dict(mesh or {})
     source = open_source(config, family, said, path)
