@@ -502,7 +502,7 @@ def _main(argv: list[str]) -> int:
         reason = _foreign(e) + (' '.join(str(e).split()) or type(e).__name__)
         if isinstance(config, ConfigDict):
             reason += configs.sought(config, reason, made_in)
-        print(f'jaxsd {argv[0] if argv else ""}: {reason[:1000]}', file=sys.stderr)
+        print(f'jaxsd {argv[0] if argv else ""}: {reason[:2000]}', file=sys.stderr)
         return _end(e)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

@@ -188,7 +188,7 @@ def _agree(have: Mapping, source: str, lora: Mapping) -> tuple[int, Mapping]:
     rank = j.number('lora_rank', 128, high=1 << 16)
     scale = j.number('lora_scaling', 2.0, low=0, high=1 << 16, kind=float)
     said = kyutai.read({k: v for k, v in values.items() if k != 'lora'}, path)
-    wrong = disagreements(have, kyutai.cut(have, said))
+    wrong = [*disagreements(have, kyutai.cut(have, said)).values()]
     if scale != lora['scale']:
         wrong.append(f"lora.scale is {lora['scale']}, the checkpoint has {scale}")
     if rank not in (lora['rank'], PACKED * lora['rank']):

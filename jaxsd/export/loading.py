@@ -60,15 +60,18 @@ def stream(config, source: str, format: str) -> Iterator[tuple[str, np.ndarray]]
         yield path, held
 
 
-def agreeing(config, source: str, format: str):
-    """(family, facts) of the checkpoint `source` of `format`, if they are those of `config`."""
+def agreeing(config, source: str, format: str, place: str = ''):
+    """(family, facts) of the checkpoint `source` of `format`, if they are those of `config`.
+
+    place: of the graft in the config that can declare a difference, where there is one.
+    """
     family, have = family_of(format), facts(config)
     _, values, path = described(source, format)
     family.check(have)
     said = family.read(values, path)
     if wrong := disagreements(have, family.cut(have, said)):
-        raise ConfigError(f'the config is not that of {path}: {"; ".join(wrong)}; '
-                          "where it is meant to differ, declare how in the stage's graft")
+        raise ConfigError(f'the config is not that of {path}: '
+                          + surgery.declaring(wrong, {}, place))
     return family, said
 
 
@@ -96,24 +99,26 @@ class Start:
         return surgery.begin(self.patches, arrays, self.graft, self.config, key, where)
 
 
-def open_start(config, start: str, *, graft: Mapping | None = None, where: str = '') -> Start:
+def open_start(config, start: str, *, graft: Mapping | None = None, where: str = '',
+               place: str = '') -> Start:
     """The checkpoint that `start` names, 'FORMAT:PATH' or a path, held against `config`.
 
     Without a `graft` it must be a checkpoint of this very config; with one, see `surgery`. Only
-    headers are read. Raises ConfigError and ValueError in one line that says what does not fit.
+    headers are read. Raises ConfigError and ValueError in one line that says what does not fit,
+    beginning with `where`, and what to declare in the graft, which lies at `place` of a config.
     """
     format, path = split_start(start)
     format, values, said_in = described(path, format)
     family = family_of(format)
     origin = origin_of(path, format)
     if not graft:
-        source = open_source(config, *agreeing(config, path, format), path)
+        source = open_source(config, *agreeing(config, path, format, place), path)
         patches = {p: [whole(p, shape)] for p, shape in source.shapes.items()}
         return Start(config, {}, source, patches, origin)
     said = family.read(values, said_in)
     with _told(said_in):
         theirs = config_of(said, like=config)
-    patches = surgery.check(config, theirs, said, graft, where or f'start {start}')
+    patches = surgery.check(config, theirs, said, graft, where or f'start {start}', place)
     return Start(config, graft, open_source(theirs, family, said, path), patches, origin)
 
 

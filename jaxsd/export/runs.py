@@ -95,7 +95,8 @@ def import_run(config, source: str, workdir: str, format: str, *,
         origins = (*begun.origins, origin_of(source, format))
     else:
         found = open_start(of_stage(config, chosen), f'{format}:{source}', graft=chosen.graft,
-                           where=f'stage {chosen.name}')
+                           where=f'stage {chosen.name}',
+                           place=stages.place(config, chosen, 'graft'))
         params, origins = found.params(where, jax.random.key(config.seed)), (found.origin,)
     fresh = state.fresh_state(config, chosen, target, by_path, unflatten(params))
     try:
