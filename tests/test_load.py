@@ -289,10 +289,16 @@ def test_how_moshi_samples_goes_back(tmp_path):
     shutil.copytree(released.GOLDEN / 'kyutai', tmp_path / 'in')
     path = tmp_path / 'in' / 'config.json'
     said = dict(model_type='hibiki', lm_gen_config={'temp': .7, 'top_k': 9}, model_id={'sig': 'x'})
-    path.write_text(json.dumps(json.loads(path.read_text()) | said | dict(mimi_name='gone')))
-    export.load(str(tmp_path / 'in')).save(str(tmp_path / 'out'))
-    spelled = json.loads((tmp_path / 'out' / 'config.json').read_text())
-    assert {k: spelled[k] for k in said} == said and 'mimi_name' not in spelled
+    path.write_text(json.dumps(json.loads(path.read_text()) | said | dict(
+        mimi_name='gone', tokenizer_name='text.model')))
+    for name, content in (('none', ''), ('out', 'pieces')):
+        if content:
+            (tmp_path / 'in' / 'text.model').write_text(content)
+        export.load(str(tmp_path / 'in')).save(str(tmp_path / name))
+        spelled = json.loads((tmp_path / name / 'config.json').read_text())
+        assert {k: spelled[k] for k in said} == said and 'mimi_name' not in spelled
+        assert ('tokenizer_name' in spelled) == bool(content)
+    assert (tmp_path / 'out' / spelled['tokenizer_name']).read_text() == 'pieces'
 
 
 def test_how_to_generate_goes_to_other_runtimes(tmp_path):

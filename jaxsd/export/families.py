@@ -24,6 +24,7 @@ class Family(NamedTuple):
     out what a smaller config has no place for. generation: its generation_config.json, if not the
     usual one. along: tensors of other parts that travel along, by key. bundled: what the checkpoint
     in a folder (or file) brings besides the model: keys of its config.json with values, tensors.
+    tokenizer: the key of config.json that names the file of a text tokenizer that goes along.
     """
 
     check: Callable[[Mapping], None]
@@ -38,6 +39,7 @@ class Family(NamedTuple):
     generation: Callable[[Mapping], dict] | None = None
     along: Callable[[Mapping], Mapping[str, Entry]] = lambda have: {}
     bundled: Callable[[str], tuple[dict, Mapping[str, Entry]]] = lambda source: ({}, {})
+    tokenizer: str = ''
 
 
 FAMILIES = {
@@ -46,7 +48,7 @@ FAMILIES = {
                  lambda values: values.get('model_type') in tuple(decoders.SILENT)),
     'kyutai': Family(kyutai.check, kyutai.rules_of, kyutai.spell, kyutai.read, kyutai.dialect,
                      False, kyutai.RELEASED, lambda values: {'dim', 'n_q', 'dep_q'} <= set(values),
-                     kyutai.cut, bundled=kyutai.bundled),
+                     kyutai.cut, bundled=kyutai.bundled, tokenizer='tokenizer_name'),
     'kyutai-hf': Family(kyutai_hf.check, kyutai_hf.rules_of, kyutai_hf.spell, kyutai_hf.read,
                         lambda key, have: (key,), True, None,
                         lambda values: values.get('model_type') == 'moshi',

@@ -34,6 +34,8 @@ from jaxsd.stage import flatten
 log = logging.getLogger('jaxsd')
 
 SHARD_BYTES = 4 << 30
+SENTENCES = 'tokenizer.model'       # what the text's sentencepiece model is called
+FILES = 16          # names of so many are told
 DTYPES = {'f32': 'float32', 'bf16': 'bfloat16'}     # of the tensors of a family
 STATED = ('bos_token_id', 'eos_token_id', 'pad_token_id')       # ids in a config.json
 
@@ -85,6 +87,8 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
         if history.get('speaks', {}).get('format') == format and not along:
             stated, along = history.get('bundled', ({}, {}))
             spelled |= stated
+        if family.tokenizer and config.vocab.get('tokenizer'):
+            spelled[family.tokenizer] = SENTENCES
         generation = (family.generation(have) if family.generation else
                       {**_generation(config, {}), '_from_model_config': True})
         if (speaks := _speaks(config, history)).get('format') == format:
@@ -249,7 +253,7 @@ def _beside(folder: str, config, format: str, about: str, numbers: int, notes, h
            'sources': history.get('sources', []), 'stages': history.get('stages', [])})
     if vocab.tokenizer:
         try:
-            shutil.copyfile(vocab.tokenizer, os.path.join(folder, 'tokenizer.model'))
+            shutil.copyfile(vocab.tokenizer, os.path.join(folder, SENTENCES))
         except OSError as e:
             raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
     if format == 'hf':
@@ -314,8 +318,9 @@ CARDS = {   # format: (library, what the folder is), for the formats that are fa
            'it has one, with `AutoTokenizer`. Markers and units are recognized where text spells '
            'them, so take them out of text that strangers write'),
     'kyutai': ('moshi', 'the `LMModel` of the `moshi` package: load it with '
-               '`moshi.models.loaders.get_moshi_lm("model.safetensors", lm_kwargs)`, lm_kwargs '
-               'being config.json'),
+               '`moshi.models.loaders.CheckpointInfo.from_hf_repo("", weights, mimi, tokenizer, '
+               '"config.json").get_moshi()`, the three being `pathlib.Path`s of model.safetensors, '
+               'a Mimi and the text tokenizer, and the last two being opened only when asked for'),
     'kyutai-hf': ('transformers', 'a `MoshiForConditionalGeneration`: load it with '
                   '`transformers.MoshiForConditionalGeneration.from_pretrained(folder)`, and put '
                   'the codec named below in its `audio_encoder` unless its tensors are in the '
