@@ -193,7 +193,7 @@ def test_streams_meet_by_name(tmp_path):
     (conversing(), dict(rows=NORMAL),
      r'nothing for head/blocks/.* and \d more; declare what is to begin fresh in graft.fresh'),
     (conversing(theta=9e9), dict(rows=NORMAL, fresh=FRESH),
-     'backbone.theta is 9000000000.0, the checkpoint has 500.0; if .* .backbone.theta.,'),
+     r'backbone.theta is 9000000000.0, the checkpoint has 500.0; if .*backbone.theta.,\)} says so'),
     (conversing(), dict(rows=NORMAL, fresh=(*FRESH, 'head/.*')),
      'no place for head/out/kernel of the checkpoint; declare .* graft.unused'),
     (spoken('qwen2', head=dict(name='flat')), dict(rows=dict(name='men')), "'men'"),
