@@ -1074,12 +1074,16 @@ def run_config(name):
 def test_a_run_from_a_checkpoint_and_back(name, folder, tmp_path, caplog):
     config, format = run_config(name), CASES[name][1]
     run, out = str(tmp_path / 'run'), str(tmp_path / 'out')
-    export.import_run(config, str(folder[name]), run, format, stage_name='first')
+    begun = export.import_run(config, str(folder[name]), run, format, stage_name='first')
+    assert begun == dict(stage='first', trains=False)       # here, where the dataset is not
     assert 'no dataset' in caplog.text or 'nowhere' in caplog.text
     made = export.export_run(config, run, out, format, stage_name='first')
     assert ((tmp_path / 'out' / 'model.safetensors').read_bytes()
             == (folder[name] / 'model.safetensors').read_bytes())
     assert made['tensors'] == len(load_file(folder[name] / 'model.safetensors'))
+    told = export.told(made)
+    assert f' in {len(os.listdir(out))} files (README.md, config.json, ' in told
+    assert told.startswith(f'{made["tensors"]} tensors of ') and told.endswith('), no tokenizer')
     card = (tmp_path / 'out' / 'README.md').read_text()
     assert fingerprint(config) in card and '| stage | first |' in card and '| step | 0 |' in card
     with pytest.raises(ConfigError, match='already has checkpoints of stage first'):

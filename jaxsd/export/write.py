@@ -118,6 +118,14 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
     return _once(write, tensors)
 
 
+def told(made: Mapping) -> str:
+    """What `save` wrote, in words: how much, which files, whose tokenizer."""
+    texts = [name for name in made['files'] if name.startswith('token')]
+    return (f'{made["tensors"]:,} tensors of {made["bytes"]:,} bytes in {len(made["files"])} files '
+            f'({", ".join(made["files"][:FILES])}{", ..." * (len(made["files"]) > FILES)}), '
+            + (f'with the text tokenizer {" and ".join(texts)}' if texts else 'no tokenizer'))
+
+
 def _for_runtime(config, flat, out, format, lora_scale, notes, history, shard_bytes, options
                  ) -> dict:
     """`save` for a format of `runtimes`: its own files, and what every export carries."""
