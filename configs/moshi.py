@@ -78,6 +78,9 @@ def get_config(arg=None):
     if arg.course not in ('short', 'paper'):
         raise ValueError(f'course is short or paper, got {arg.course!r}')
     if arg.demo or arg.tiny:
+        if arg.mine and arg.course == 'paper':
+            raise ValueError('course=paper of the demo predicts both speakers and mine only one: '
+                             'leave one of the two out')
         published = c.stages
         demo(c)
         if arg.course == 'paper':

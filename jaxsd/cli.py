@@ -300,17 +300,22 @@ def _export(args, config):
     _devices()
     from jaxsd import export
     options = {} if args.dtype is None else dict(dtype=args.dtype)
-    export.export_run(config, args.workdir, args.out, args.format, stage_name=args.stage,
-                      **options)
-    print(f'{args.out}: written in the format {args.format}')
+    made = export.export_run(config, args.workdir, args.out, args.format, stage_name=args.stage,
+                             **options)
+    if made:        # the first process
+        print(f'{args.out}: written in the format {args.format}: {export.told(made)}')
 
 
 def _import(args, config):
     _devices()
     from jaxsd import export
-    export.import_run(config, args.source, args.workdir, args.format, stage_name=args.stage,
-                      made=args.made)
-    print(f'{args.workdir}: a run made from {args.source}')
+    made = export.import_run(config, args.source, args.workdir, args.format,
+                             stage_name=args.stage, made=args.made)
+    words = ['jaxsd', 'train', '--config', args.made['file'], *args.made['overrides'],
+             '--workdir', args.workdir, '--stage', made['stage']]
+    print(f'{args.workdir}: a run made from {args.source}, whose weights stand for stage '
+          f'{made["stage"]} at step 0'
+          + (f'; next: {" ".join(map(configs.typed, words))}' if made['trains'] else ''))
 
 
 def _bench(args, config):
@@ -502,7 +507,7 @@ def _main(argv: list[str]) -> int:
         reason = _foreign(e) + (' '.join(str(e).split()) or type(e).__name__)
         if isinstance(config, ConfigDict):
             reason += configs.sought(config, reason, made_in)
-        print(f'jaxsd {argv[0] if argv else ""}: {reason[:1000]}', file=sys.stderr)
+        print(f'jaxsd {argv[0] if argv else ""}: {reason[:2000]}', file=sys.stderr)
         return _end(e)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import sys
 import types
 import typing
@@ -56,6 +57,13 @@ def parse_arg(arg: str | None, **defaults) -> mlc.ConfigDict:
                 raise ConfigError(f'config argument {key} takes {kind.__name__}, got {value!r}'
                                   ) from None
     return out
+
+
+def typed(argument: str) -> str:
+    """One argument as it is typed into a shell: in double quotes where it has single ones."""
+    if "'" not in argument or '!' in argument:      # which bash takes for its history there
+        return shlex.quote(argument)
+    return '"' + re.sub(r'(["$`\\])', r'\\\1', argument) + '"'
 
 
 def unknown(path: str, key: str, legal) -> ConfigError:

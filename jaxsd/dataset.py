@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import zipfile
 import zlib
 
@@ -215,7 +216,7 @@ def _read_manifest(path: str) -> dict:
     file = os.path.join(path, 'manifest.json')
     if not os.path.isfile(file):
         raise ConfigError(f'no dataset at {path}: make one with python -m data_pipelines.demo '
-                          f'--out {path}')
+                          f'--out {shlex.quote(path)}')
     try:
         if os.path.getsize(file) > _MANIFEST_BYTES:
             raise ValueError(f'it is larger than {_MANIFEST_BYTES >> 20} MiB')
@@ -285,7 +286,8 @@ def _check_codec(path: str, manifest: dict, codec):
             continue
         if key == 'sha256' and own:
             raise ConfigError(f'codec.path: {weights} is not the codec that made the {streams[0]} '
-                              f'of {path}; give --config.codec.path={os.path.join(path, own[0])}')
+                              f'of {path}; give --config.codec.path='
+                              f'{shlex.quote(os.path.join(path, own[0]))}')
         raise ConfigError(f'codec.{key} is {value!r}, but the {streams[0]} of {path} were made '
                           f'with {key} {identity[key]!r}: use the codec of the dataset or make '
                           'the dataset again')

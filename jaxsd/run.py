@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import jaxsd
-from jaxsd.config import ConfigError, fingerprint, plain, to_json, unplaced
+from jaxsd.config import ConfigError, fingerprint, plain, to_json, typed, unplaced
 
 FORMAT = 1
 CONFIG_BYTES = 1 << 24      # bounds what a damaged config.json may allocate
@@ -84,7 +84,7 @@ def _open_run(workdir: str, config, first: dict | None, made: dict) -> bool:
         raise ConfigError(f'--workdir {workdir} is not empty and no run of ours (it holds '
                           f'{min(there)}); name another directory')
     stored = read_run(workdir)
-    by = ' '.join(['--config', stored.get('file', ''), *stored.get('overrides', ())])
+    by = ' '.join(map(typed, ['--config', stored.get('file', ''), *stored.get('overrides', ())]))
     same_run(workdir, config, f'give {by} or ' if 'file' in stored else '')
     if first:
         ledger(workdir, first)

@@ -154,6 +154,11 @@ def find(config, name: str | None) -> Stage:
     raise unknown('--stage', name, [s.name for s in every])
 
 
+def place(config, stage: Stage, key: str) -> str:
+    """Where the option `key` of `stage` lies in `config`: 'stages[0].lr'."""
+    return f'stages[{[s.name for s in stages(config)].index(stage.name)}].{key}'
+
+
 def of_stage(config, stage: Stage):
     """`config` with the layout that the stage trains with: its delays are part of the weights."""
     if not stage.layout:

@@ -106,7 +106,8 @@ def test_two_processes_export_what_one_does(tmp_path):
     export.save(config, released.random_params(config, 3), str(tmp_path / 'in'), 'hf')
     both = processes(TWO, tmp_path / 'in', tmp_path / 'out')
     assert [done.returncode for done in both] == [0, 0], both[0].stderr + both[1].stderr
-    assert 'REFUSED --out:' in both[0].stdout and 'REFUSED process 0 refused' in both[1].stdout
+    assert 'REFUSED' in both[0].stdout and 'is not an empty folder' in both[0].stdout
+    assert 'REFUSED process 0 refused' in both[1].stdout
     lm = export.load(str(tmp_path / 'in'))
     export.save(lm.config, lm.params, str(tmp_path / 'alone'), lm.format, shard_bytes=100_000)
     names = sorted(os.listdir(tmp_path / 'alone'))

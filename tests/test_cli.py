@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -345,12 +346,24 @@ def test_a_directory_that_holds_another_run(refused, corpus, spirit):
                        ('generate', ['--task', 'asr', '--output', 'o']),
                        ('import', ['--format', 'hf', '--source', str(corpus)])):
         file, *overrides = flags(corpus)[1:]
-        fix = (f'give --config {" ".join([file, *overrides])}' if verb == 'train' else
+        fix = (f'give --config {shlex.join([file, *overrides])}' if verb == 'train' else
                'leave --config out')
         says = ('already has checkpoints' if verb == 'import' else
                 f'holds another run: seed: 0 there, 5 here; {fix} or name another directory')
         refused([verb, *flags(corpus), '--config.seed=5', '--workdir', spirit, *more], spirit, says)
     assert contents(spirit) == before and not os.path.exists('o')
+
+
+def test_a_command_to_paste_survives_a_shell(tmp_path):
+    graft = "--config.stages[0].graft={'rows': {'name': 'mean'}}"
+    made = dict(file='con fig.py:tiny', overrides=[graft])
+    config = configs.read(f'{ROOT}/configs/spirit_lm.py:tiny')
+    rundir.open_run(str(tmp_path / 'run'), config, made=made)
+    with pytest.raises(ValueError, match='holds another run') as e:
+        rundir.open_run(str(tmp_path / 'run'), configs.overridden(config, [('seed', '5')]),
+                        made=made)
+    pasted = str(e.value).partition('; give ')[2].removesuffix(' or name another directory')
+    assert shlex.split(pasted) == ['--config', 'con fig.py:tiny', graft]
 
 
 def test_a_run_is_read_without_its_config(spirit, tmp_path, monkeypatch, capsys):
@@ -507,7 +520,7 @@ def test_a_checkpoint_of_another_config(refused, corpus, spirit, tmp_path):
     ('export', ['--format', 'hf', '--out', '{full}'], 'is not an empty folder; name a new one'),
     ('export', ['--format', 'hf', '--out', '{out}', '--stage', 'x'], "--stage has no option 'x'"),
     ('export', ['--format', 'hf', '--out', '{out}', '--dtype', 'f16'],
-     "--dtype has no option 'f16'; did you mean 'bf16'?"),
+     "dtype has no option 'f16'; did you mean 'bf16'?"),
     ('export', ['--format', 'peft', '--out', '{out}'], "this stage has none; use format 'hf'"),
     ('import', ['--format', 'hf', '--source', '{full}/none'], 'no file or folder'),
     ('generate', ['--task', 'duplex'], '--task duplex does not fit this config: it has one stream'),

@@ -324,6 +324,13 @@ def test_a_demo_is_judged_beside_its_floor(name, corpus, tmp_path):
         assert floor is None or isinstance(floor, float) or np.isfinite(e['metrics'][floor])
 
 
+def test_a_course_for_both_speakers_is_not_mine_alone():
+    for size in ('demo', 'tiny'):
+        with pytest.raises(ValueError, match='course=paper .* predicts both speakers and mine'):
+            read('moshi', f'{size},course=paper,mine')
+    assert read('moshi', 'mine').vocab.predicted == ('mine',)
+
+
 @pytest.mark.slow
 def test_the_stages_of_a_paper_follow_one_another(corpus, tmp_path):
     """One command trains all five, each from the one before, the first with two optimizer states

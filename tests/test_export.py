@@ -66,7 +66,7 @@ def test_a_full_disk_leaves_nothing(file_limit, tmp_path):
     config, format = CASES['llama']
     out = tmp_path / 'out'
     for size in (0, 9000):      # nothing can be written; the tensors cannot
-        with file_limit(size), pytest.raises(OSError, match=f'--out: {out} cannot be written: '):
+        with file_limit(size), pytest.raises(OSError, match=f'{out} cannot be written: '):
             export.save(config, released.random_params(config, 1), str(out), format)
         assert not os.listdir(tmp_path)
 
@@ -81,15 +81,15 @@ def test_a_place_that_no_folder_can_take(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / 'empty')
     before = sorted(os.listdir(tmp_path))
     for out, match in (
-            ('.', r'--out: \. is in use'), (str(tmp_path / 'empty'), 'empty is in use'),
+            ('.', r'^\. is in use'), (str(tmp_path / 'empty'), 'empty is in use'),
             (str(tmp_path / 'link'), 'is a symbolic link; name a new folder'),
             (f'{tmp_path}/link/', 'is a symbolic link'),
             (str(tmp_path / 'dangling'), 'is a symbolic link'),
-            (str(tmp_path / 'file'), 'is not an empty folder'), ('', "--out: '' names no folder"),
+            (str(tmp_path / 'file'), 'is not an empty folder'), ('', "^'' names no folder"),
             (str(tmp_path / 'pipe'), 'is not an empty folder'),
             (str(tmp_path / 'a\0b'), 'names no folder'), ('a\nb', r"'a\\nb' names no folder"),
             ('/proc', 'is not an empty folder'),
-            (str(tmp_path / 'file' / 'below'), '--out: .*below cannot be written: '),
+            (str(tmp_path / 'file' / 'below'), 'below cannot be written: '),
             (str(tmp_path / ('n' * 255)), 'cannot be written: File name too long$')):
         with pytest.raises((ValueError, OSError), match=match) as e, fresh(out):
             pytest.fail(f'{out} was taken')
@@ -201,9 +201,9 @@ def test_numbers_between_two_of_bfloat16(tmp_path):
     assert wanted[0, :4].tolist() == [0x3f80, 0x3f82, 0x3f81, 0xbf81]
     ours = load_file(tmp_path / 'out' / 'model.safetensors')['model.embed_tokens.weight']
     np.testing.assert_array_equal(ours.view(np.uint16), wanted)
-    with pytest.raises(ConfigError, match="--dtype has no option 'q8_0'.*bf16, f32"):
+    with pytest.raises(ConfigError, match="dtype has no option 'q8_0'.*bf16, f32"):
         export.save(config, params, str(tmp_path / 'no'), format, dtype='q8_0')
-    with pytest.raises(ConfigError, match="peft has no option 'dtype'"):
+    with pytest.raises(ConfigError, match="^format 'peft' has no option 'dtype'"):
         export.save(config, params, str(tmp_path / 'no'), 'peft', dtype='bf16')
 
 
@@ -368,7 +368,7 @@ def test_terms_in_the_older_dialect(terms, tmp_path):
 
 
 def test_terms_alone_are_no_model(terms):
-    with pytest.raises(ValueError, match='low-rank terms and no model.*--format kyutai-lora') as e:
+    with pytest.raises(ValueError, match='low-rank terms and no model.*format .kyutai-lora.') as e:
         export.load(str(terms[2]))
     assert '\n' not in str(e.value)
 
@@ -1018,7 +1018,7 @@ def test_both_dialects_at_once(folder, tmp_path):
     (released.multistream(vocab=dict(predicted=BOTH)), 'kyutai-hf', 'vocab.predicted'),
     (released.multistream(window_columns=None), 'kyutai-hf', 'window_columns'),
     (released.decoder('llama'), 'kyutai-hf', "head.name is 'flat'"),
-    (released.decoder('llama'), 'pickle', '--format has no option'),
+    (released.decoder('llama'), 'pickle', '^format has no option'),
 ])
 def test_what_a_format_cannot_say(config, format, match, tmp_path):
     with pytest.raises(ConfigError, match=match):
@@ -1027,10 +1027,10 @@ def test_what_a_format_cannot_say(config, format, match, tmp_path):
 
 
 @pytest.mark.parametrize('format, options, match', [
-    ('nosuch', {}, r"^--format has no option 'nosuch' \(legal: gguf, hf, .*peft, stablehlo\)$"),
-    (['hf'], {}, r"^--format has no option \['hf'\]"),
-    ('hf', dict(dtype=['f32']), r"^--dtype has no option \['f32'\].* \(legal: bf16, f32\)$"),
-    ('hf', dict(dtype={}), r'^--dtype has no option {} \(legal: bf16, f32\)$'),
+    ('nosuch', {}, r"^format has no option 'nosuch' \(legal: gguf, hf, .*peft, stablehlo\)$"),
+    (['hf'], {}, r"^format has no option \['hf'\]"),
+    ('hf', dict(dtype=['f32']), r"^dtype has no option \['f32'\].* \(legal: bf16, f32\)$"),
+    ('hf', dict(dtype={}), r'^dtype has no option {} \(legal: bf16, f32\)$'),
 ])
 def test_options_that_are_none(format, options, match, tmp_path):
     config = released.decoder('llama')
@@ -1074,12 +1074,16 @@ def run_config(name):
 def test_a_run_from_a_checkpoint_and_back(name, folder, tmp_path, caplog):
     config, format = run_config(name), CASES[name][1]
     run, out = str(tmp_path / 'run'), str(tmp_path / 'out')
-    export.import_run(config, str(folder[name]), run, format, stage_name='first')
+    begun = export.import_run(config, str(folder[name]), run, format, stage_name='first')
+    assert begun == dict(stage='first', trains=False)       # here, where the dataset is not
     assert 'no dataset' in caplog.text or 'nowhere' in caplog.text
     made = export.export_run(config, run, out, format, stage_name='first')
     assert ((tmp_path / 'out' / 'model.safetensors').read_bytes()
             == (folder[name] / 'model.safetensors').read_bytes())
     assert made['tensors'] == len(load_file(folder[name] / 'model.safetensors'))
+    told = export.told(made)
+    assert f' in {len(os.listdir(out))} files (README.md, config.json, ' in told
+    assert told.startswith(f'{made["tensors"]} tensors of ') and told.endswith('), no tokenizer')
     card = (tmp_path / 'out' / 'README.md').read_text()
     assert fingerprint(config) in card and '| stage | first |' in card and '| step | 0 |' in card
     with pytest.raises(ConfigError, match='already has checkpoints of stage first'):

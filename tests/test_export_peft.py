@@ -78,7 +78,7 @@ def test_refused(tmp_path):
     with pytest.raises(ConfigError, match="this stage has none; use format 'hf'"):
         export.save(config, released.random_params(config, 1), str(tmp_path / 'out'), 'peft')
     config = released.multistream()
-    with pytest.raises(ConfigError, match="head.name is 'depth'"):
+    with pytest.raises(ConfigError, match="head.name is 'depth'; format 'peft' can"):
         export.save(config, released.random_params(config, 1, LORA), str(tmp_path / 'out'), 'peft',
                     lora_scale=.75)
     plan = [rules.rule('in', ('q/kernel', 'D N', 'N D'), ('k/kernel', 'D N', 'N D'))]

@@ -145,7 +145,7 @@ def test_refused(tmp_path, monkeypatch):
     params = released.random_params(config, 1)
     with pytest.raises(ConfigError, match="has no option 'dtype'"):
         export.save(config, params, str(tmp_path / 'out'), 'stablehlo', dtype='f16')
-    with pytest.raises(ConfigError, match="--dtype has no option 'f16'"):
+    with pytest.raises(ConfigError, match="^dtype has no option 'f16'"):
         export.save(config, params, str(tmp_path / 'out'), 'hf', dtype='f16')
     with pytest.raises(ValueError, match='the parameters are not those of the config: backbone'):
         export.save(released.decoder('qwen2'), params, str(tmp_path / 'out'), 'stablehlo')

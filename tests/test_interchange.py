@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import shlex
 
 import jax
 import ml_collections as mlc
@@ -55,15 +56,21 @@ def text_model(tmp_path):
     return folder, config, params
 
 
-def test_a_text_model_is_imported_trained_and_exported(corpus, text_model, tmp_path):
+def test_a_text_model_is_imported_trained_and_exported(corpus, text_model, tmp_path, capsys):
     folder, _, params = text_model
     config = system('spirit_lm', corpus, tmp_path, graft(GRAFT))
-    work, out = str(tmp_path / 'work'), str(tmp_path / 'out')
+    work, out = str(tmp_path / 'wo rk'), str(tmp_path / 'out')
     assert cli.main(['import', '--format', 'hf', '--source', str(folder), '--config', config,
                      '--workdir', work]) == 0
-    assert cli.main(['train', '--config', config, '--workdir', work]) == 0
+    said, _, paste = capsys.readouterr().out.rstrip().partition('; next: jaxsd ')
+    assert said.endswith('stand for stage pretrain at step 0')
+    assert cli.main(shlex.split(paste)) == 0
     assert cli.main(['export', '--format', 'hf', '--config', config, '--workdir', work,
                      '--out', out]) == 0
+    told = capsys.readouterr().out
+    assert f' in {len(list((tmp_path / "out").iterdir()))} files (README.md, ' in told
+    assert told.endswith('with the text tokenizer tokenizer.json and tokenizer.model and '
+                         'tokenizer_config.json\n')
     ours, lm = configs.read(config), export.load(out)
     assert model.make_vocab(lm.config).ranges == model.make_vocab(ours).ranges
     table = np.asarray(lm.params['frontend']['table'])
@@ -303,7 +310,7 @@ def test_low_rank_terms_begin_fresh_on_it(corpus, text_model, tmp_path):
 
 
 @pytest.mark.parametrize('damage, match', [
-    (lambda folder: None, "vocab.size is .*, the checkpoint has 320; .* in the stage's graft"),
+    (lambda folder: None, r"size is .*, the checkpoint has 320; .* add .*stages\[0\].graft="),
     (lambda folder: (folder / 'model-00001-of-00002.safetensors').write_bytes(b'x'),
      'not a whole safetensors file'),
     (lambda folder: (folder / 'config.json').unlink(), 'no .*config.json'),

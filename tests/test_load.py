@@ -53,6 +53,39 @@ def test_a_run_directory_and_a_missing_one_are_named(tmp_path):
         export.load(str(tmp_path))
 
 
+def test_pickled_weights_and_the_folder_above_are_named(tmp_path):
+    """What to do is said, also where the file itself is named; a file of training is not meant."""
+    for name in ('pytorch_model-00001-of-00002.bin', 'training_args.bin', 'a.bin'):
+        (tmp_path / 'in').mkdir(exist_ok=True)
+        (tmp_path / 'in' / name).write_bytes(b'never read')
+    said = (r"pytorch_model-00001-of-00002.bin is pickled, which is never read, .* AutoModelForCau"
+            rf"salLM.from_pretrained\('{tmp_path}/in'\).save_pretrained\(NEW, safe_serialization=")
+    for format in ('', 'hf'):
+        with pytest.raises(ValueError, match=said):
+            export.load(str(tmp_path / 'in'), format=format)
+    shutil.copy(released.GOLDEN / 'llama' / 'config.json', tmp_path / 'in')
+    for path in (tmp_path / 'in', tmp_path / 'in' / 'pytorch_model-00001-of-00002.bin'):
+        with pytest.raises(ValueError, match=said):
+            export.load(str(path))
+    shutil.copytree(released.GOLDEN / 'llama', tmp_path / 'models' / 'llama')
+    (tmp_path / 'models' / 'empty').mkdir()
+    for format in ('', 'hf'):
+        with pytest.raises(ValueError, match='; name a checkpoint in it, such as .*models/llama$'):
+            export.load(tmp_path / 'models', format=format)
+
+
+def test_a_format_that_the_folder_is_not_of(llama):
+    for format, name, of in (('kyutai', 'llama', "'hf'.*: its model_type is 'llama'"),
+                             ('kyutai-hf', 'llama', "'hf'"), ('hf', 'kyutai', "'kyutai'")):
+        with pytest.raises(ValueError, match=f"config.json is of format {of}") as e:
+            export.load(str(released.GOLDEN / name), format=format)
+        assert f'not {format!r}' in str(e.value)
+    # Before what the config says of it, which is of no use for another format.
+    with pytest.raises(ValueError, match="config.json is of format 'hf', not 'kyutai'"):
+        export.import_params(released.decoder('llama'), str(released.GOLDEN / 'llama'), 'kyutai')
+    same(export.load(f'hf:{released.GOLDEN}/llama').params, llama.params)
+
+
 # What the peers say ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', ['mistral', 'qwen2'])
@@ -257,10 +290,16 @@ def test_how_moshi_samples_goes_back(tmp_path):
     shutil.copytree(released.GOLDEN / 'kyutai', tmp_path / 'in')
     path = tmp_path / 'in' / 'config.json'
     said = dict(model_type='hibiki', lm_gen_config={'temp': .7, 'top_k': 9}, model_id={'sig': 'x'})
-    path.write_text(json.dumps(json.loads(path.read_text()) | said | dict(mimi_name='gone')))
-    export.load(str(tmp_path / 'in')).save(str(tmp_path / 'out'))
-    spelled = json.loads((tmp_path / 'out' / 'config.json').read_text())
-    assert {k: spelled[k] for k in said} == said and 'mimi_name' not in spelled
+    path.write_text(json.dumps(json.loads(path.read_text()) | said | dict(
+        mimi_name='gone', tokenizer_name='text.model')))
+    for name, content in (('none', ''), ('out', 'pieces')):
+        if content:
+            (tmp_path / 'in' / 'text.model').write_text(content)
+        export.load(str(tmp_path / 'in')).save(str(tmp_path / name))
+        spelled = json.loads((tmp_path / name / 'config.json').read_text())
+        assert {k: spelled[k] for k in said} == said and 'mimi_name' not in spelled
+        assert ('tokenizer_name' in spelled) == bool(content)
+    assert (tmp_path / 'out' / spelled['tokenizer_name']).read_text() == 'pieces'
 
 
 def test_how_to_generate_goes_to_other_runtimes(tmp_path):
@@ -315,7 +354,7 @@ def test_an_import_wants_the_ids_that_the_checkpoint_states(tmp_path):
     config = released.decoder('llama')
     with pytest.raises(ConfigError, match='vocab.eos is 2, the checkpoint has 7 or 8'):
         export.import_params(config, str(tmp_path / 'in'), 'hf')
-    with pytest.raises(ConfigError, match='vocab.eos is 2, .* name it in graft.unlike'):
+    with pytest.raises(ConfigError, match=r"eos is 2, .*'unlike': \('vocab.eos',\)} says so$"):
         export.open_start(config, str(tmp_path / 'in'), graft=dict(rows=dict(name='mean')))
     export.open_start(config, str(tmp_path / 'in'),
                       graft=dict(rows=dict(name='mean'), unlike=('vocab.eos',)))

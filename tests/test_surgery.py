@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a text model go on as the spoken model that it becomes, and is all that changes declared?"""
 
+import shlex
+
 import jax
 import ml_collections as mlc
 import numpy as np
 import pytest
 import released
 
+from jaxsd import config as configs
 from jaxsd import export, model
+from jaxsd import stage as stages
 from jaxsd.config import ConfigError
 from jaxsd.export import loading
 from jaxsd.stage import Stage, flatten, unflatten
@@ -189,7 +193,7 @@ def test_streams_meet_by_name(tmp_path):
     (conversing(), dict(rows=NORMAL),
      r'nothing for head/blocks/.* and \d more; declare what is to begin fresh in graft.fresh'),
     (conversing(theta=9e9), dict(rows=NORMAL, fresh=FRESH),
-     'backbone.theta is 9000000000.0, the checkpoint has 500.0; .* graft.unlike'),
+     r'backbone.theta is 9000000000.0, the checkpoint has 500.0; if .*backbone.theta.,\)} says so'),
     (conversing(), dict(rows=NORMAL, fresh=(*FRESH, 'head/.*')),
      'no place for head/out/kernel of the checkpoint; declare .* graft.unused'),
     (spoken('qwen2', head=dict(name='flat')), dict(rows=dict(name='men')), "'men'"),
@@ -203,6 +207,31 @@ def test_what_is_not_declared_is_listed(config, graft, match):
     with pytest.raises(ConfigError, match=match) as e:
         export.open_start(config, start, graft=graft, where=f'stage one starts from {start}')
     assert '\n' not in str(e.value)
+
+
+def test_what_to_declare_is_typed_out():
+    """Pasted into a shell, the end of the error declares all that it lists and nothing else."""
+    config = spoken('llama')
+    config.vocab.update(bos=5, eos=6)
+    config.backbone.theta = 9e4
+    with pytest.raises(ConfigError, match='size is 128.* if all of that is meant, add "-') as e:
+        export.open_start(config, golden('llama'), place='stages[0].graft')
+    argument, = shlex.split(str(e.value).partition(' meant, add ')[2])
+    path, _, value = argument.removeprefix('--config.').partition('=')
+    tiny = configs.read(f'{released.GOLDEN.parents[1]}/configs/spirit_lm.py:tiny')
+    given = configs.overridden(tiny, [(path, value)])
+    found = stages.stages(given)[0].graft
+    assert found['rows'] == dict(name='mean')
+    assert set(found['unlike']) == {'vocab.bos', 'vocab.eos', 'backbone.theta'}
+    begun(config, golden('llama'), **found)
+    # What is declared already stays, and no graft makes room for another width.
+    with pytest.raises(ConfigError, match=r"'sigma': 0.5}, 'unlike': .*eos', 'backbone.theta'\)}"):
+        export.open_start(config, golden('llama'), graft=dict(
+            rows=NORMAL, unlike=('vocab.bos', 'vocab.eos')))
+    config = released.decoder('llama')
+    config.backbone.layers += 1
+    with pytest.raises(ConfigError, match='; backbone.layers must be equal$'):
+        export.open_start(config, golden('llama'), place='stages[0].graft')
 
 
 def test_a_declared_difference_is_the_config_s():

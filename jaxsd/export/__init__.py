@@ -25,7 +25,7 @@ from jaxsd.export.loading import (
 )
 from jaxsd.export.runs import export_run, history, import_run, only_adapted
 from jaxsd.export.runtimes import RUNTIMES
-from jaxsd.export.write import SHARD_BYTES, about, card, fold_lora, save
+from jaxsd.export.write import SHARD_BYTES, about, card, fold_lora, save, told
 from jaxsd.stage import flatten, of_stage, unflatten
 
 FORMATS = (*FAMILIES, *RUNTIMES)
@@ -33,4 +33,4 @@ FORMATS = (*FAMILIES, *RUNTIMES)
 __all__ = ['FAMILIES', 'FORMATS', 'RUNTIMES', 'SHARD_BYTES', 'Loaded', 'about', 'card', 'described',
            'export_run', 'family_of', 'flatten', 'fold_lora', 'history', 'import_params',
            'import_run', 'is_foreign', 'load', 'of_stage', 'only_adapted', 'open_start', 'save',
-           'stated_license', 'stream', 'unflatten']
+           'stated_license', 'stream', 'told', 'unflatten']

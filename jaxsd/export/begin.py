@@ -85,7 +85,8 @@ def foreign(config, stage: Stage, workdir: str) -> Start | None:
             or checkpoint.steps(stage.start) or not is_foreign(stage.start)):
         return None
     return open_start(of_stage(config, stage), stage.start, graft=stage.graft,
-                      where=f'stage {stage.name} starts from {stage.start}')
+                      where=f'stage {stage.name} starts from {stage.start}',
+                      place=stages.place(config, stage, 'graft'))
 
 
 def start_folder(config, stage: Stage, workdir: str) -> str | None:

@@ -28,9 +28,12 @@ SCALINGS = {        # the peer's numbers in our words
                'original_max_position_embeddings': 'original_columns'}}
 
 
-def check(have: Mapping) -> None:
-    """ConfigError unless one of the decoders above can be what `have` describes."""
-    family = "format 'hf'"
+def check(have: Mapping, format: str = 'hf') -> None:
+    """ConfigError unless one of the decoders above can be what `have` describes.
+
+    format: the one that was asked for, where it writes a decoder in other files.
+    """
+    family = f'format {format!r}'
     need(have, {'frontend.name': ('summed',), 'frontend.heard': ((),),
                  'frontend.encoder': (None,), 'head.name': ('flat', 'tied'),
                  'backbone.name': ('decoder',)}, family)

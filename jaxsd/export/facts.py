@@ -119,20 +119,20 @@ def _streams(said: Mapping, ids: Mapping) -> tuple[dict, dict, dict]:
                      f'{spoken} of them spoken, with delays {list(late)}')
 
 
-def disagreements(ours: Mapping, theirs: Mapping) -> list[str]:
-    """Sentences for the facts on which the config and the checkpoint differ.
+def disagreements(ours: Mapping, theirs: Mapping) -> dict[str, str]:
+    """The facts on which the config and the checkpoint differ, each with a sentence about it.
 
     A fact of theirs that is a frozenset stands for any of its values; one called `file.` is about
     how its files hold the numbers, and ours may hold them otherwise.
     """
-    out = []
+    out = {}
     for key, value in theirs.items():
         if key.startswith('file.'):
             continue
         values = sorted(value) if isinstance(value, frozenset) else [value]
         if ours.get(key) not in values:
-            out.append(f'{key} is {ours.get(key)!r}, the checkpoint has '
-                       f'{" or ".join(map(repr, values))}')
+            out[key] = (f'{key} is {ours.get(key)!r}, the checkpoint has '
+                        f'{" or ".join(map(repr, values))}')
     return out
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from jaxsd.config import unknown
 from jaxsd.export import decoders, kyutai, kyutai_hf
 from jaxsd.export.facts import Plan
-from jaxsd.export.safetensors import Entry, folder_of, read_json
+from jaxsd.export.safetensors import Entry, folder_of, read_json, within
 
 
 class Family(NamedTuple):
@@ -24,6 +24,7 @@ class Family(NamedTuple):
     out what a smaller config has no place for. generation: its generation_config.json, if not the
     usual one. along: tensors of other parts that travel along, by key. bundled: what the checkpoint
     in a folder (or file) brings besides the model: keys of its config.json with values, tensors.
+    tokenizer: the key of config.json that names the file of a text tokenizer that goes along.
     """
 
     check: Callable[[Mapping], None]
@@ -38,6 +39,7 @@ class Family(NamedTuple):
     generation: Callable[[Mapping], dict] | None = None
     along: Callable[[Mapping], Mapping[str, Entry]] = lambda have: {}
     bundled: Callable[[str], tuple[dict, Mapping[str, Entry]]] = lambda source: ({}, {})
+    tokenizer: str = ''
 
 
 FAMILIES = {
@@ -46,7 +48,7 @@ FAMILIES = {
                  lambda values: values.get('model_type') in tuple(decoders.SILENT)),
     'kyutai': Family(kyutai.check, kyutai.rules_of, kyutai.spell, kyutai.read, kyutai.dialect,
                      False, kyutai.RELEASED, lambda values: {'dim', 'n_q', 'dep_q'} <= set(values),
-                     kyutai.cut, bundled=kyutai.bundled),
+                     kyutai.cut, bundled=kyutai.bundled, tokenizer='tokenizer_name'),
     'kyutai-hf': Family(kyutai_hf.check, kyutai_hf.rules_of, kyutai_hf.spell, kyutai_hf.read,
                         lambda key, have: (key,), True, None,
                         lambda values: values.get('model_type') == 'moshi',
@@ -58,7 +60,7 @@ FAMILIES = {
 def family_of(format: str) -> Family:
     """The family called `format`. Raises ConfigError with the names that there are."""
     if format not in FAMILIES:
-        raise unknown('--format', format, FAMILIES)
+        raise unknown('format', format, FAMILIES)
     return FAMILIES[format]
 
 
@@ -66,8 +68,8 @@ def described(source: str, format: str = '') -> tuple[str, dict, str]:
     """(format, config.json, its path) of the checkpoint in folder (or file) `source`.
 
     Without a `format` it is the one that claims the config.json; a file without one is of the
-    family that has a released default. Raises ValueError for a folder that no family knows, and for
-    an export of ours that other programs run.
+    family that has a released default. Raises ValueError for a folder that no family knows, for one
+    of another format than `format`, and for an export of ours that other programs run.
     """
     folder = folder_of(source)
     path, about = (os.path.join(folder, n) for n in ('config.json', 'provenance.json'))
@@ -78,15 +80,19 @@ def described(source: str, format: str = '') -> tuple[str, dict, str]:
                          f'programs: what can be read back is {", ".join(FAMILIES)}')
     if os.path.lexists(path):
         values = read_json(path)
-        format = format or next((k for k, f in FAMILIES.items() if f.claims(values)), '')
+        claimed = next((k for k, f in FAMILIES.items() if f.claims(values)), '')
+        kind = values.get('model_type') or values.get('architectures')
+        if format in FAMILIES and claimed and not FAMILIES[format].claims(values):
+            raise ValueError(f'{path} is of format {claimed!r}, not {format!r}'
+                             + (f': its model_type is {kind!r}' if kind else ''))
+        format = format or claimed
         if not format:
-            kind = values.get('model_type') or values.get('architectures')
             raise ValueError(f'{path}: no format that can be read here has model_type {kind!r} '
                              f'(formats: {", ".join(FAMILIES)})')
         return format, values, path
     released = [k for k, f in FAMILIES.items() if f.without_config is not None]
     format = format or next(iter(released))
     if format not in released:
-        raise ValueError(f'no {path}')
+        raise ValueError(f'no {path}{within(folder)}')
     return format, family_of(format).without_config, f'{source} (which has no config.json)'
 

@@ -25,15 +25,15 @@ def fresh(out: str) -> Iterator[str]:
     not touch: another process may still be writing it.
     """
     if not out or not out.isprintable():
-        raise ValueError(f'--out: {out!r} names no folder')
+        raise ValueError(f'{out!r} names no folder')
     path = os.path.abspath(out)         # which a slash at the end does not make follow a link
     if os.path.islink(path):
-        raise ValueError(f'--out: {out} is a symbolic link; name a new folder')
+        raise ValueError(f'{out} is a symbolic link; name a new folder')
     if os.path.lexists(path):
         if not os.path.isdir(path) or os.listdir(path):
-            raise ValueError(f'--out: {out} is not an empty folder; name a new one')
+            raise ValueError(f'{out} is not an empty folder; name a new one')
         if path == os.getcwd() or os.path.ismount(path):
-            raise ValueError(f'--out: {out} is in use, as the current folder or a mount; name a '
+            raise ValueError(f'{out} is in use, as the current folder or a mount; name a '
                              'folder inside it')
     parent, name = os.path.split(path)
     prefix = f'.{name}.'
@@ -43,7 +43,7 @@ def fresh(out: str) -> Iterator[str]:
         os.makedirs(parent, exist_ok=True)
         partial = tempfile.mkdtemp(PARTIAL, prefix, parent)
     except OSError as e:
-        raise OSError(f'--out: {out} cannot be written: {e.strerror}') from None
+        raise OSError(f'{out} cannot be written: {e.strerror}') from None
     try:
         yield partial
         os.chmod(partial, 0o755)
@@ -52,5 +52,5 @@ def fresh(out: str) -> Iterator[str]:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(e, OSError | safetensors.Error):
             reason = getattr(e, 'strerror', None) or e
-            raise OSError(f'--out: {out} cannot be written: {reason}') from None
+            raise OSError(f'{out} cannot be written: {reason}') from None
         raise

@@ -43,7 +43,7 @@ SPELLED = {     # what `write` turns into metadata, or what has one legal value 
 
 def check(have: Mapping) -> dict:
     """The model's config.json, or ConfigError where llama.cpp would not run what it says."""
-    decoders.check(have)
+    decoders.check(have, 'gguf')
     spelled = decoders.spell(have)
     if spelled['model_type'] not in ARCHITECTURES:
         raise ConfigError(f"format 'gguf' writes {', '.join(ARCHITECTURES)}, this config is a "
@@ -104,7 +104,7 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, speaks: Mappi
     """
     del shard_bytes
     if dtype not in DTYPES:
-        raise unknown('--dtype', dtype, DTYPES)
+        raise unknown('dtype', dtype, DTYPES)
     import gguf
     have = facts(config)
     spelled = check(have)

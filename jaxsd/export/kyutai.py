@@ -33,9 +33,9 @@ WITHOUT_EFFECT = (  # on the model: names of files, and what its loader override
     'depformer_context', 'depformer_max_period')
 
 
-def check(have: Mapping) -> None:
-    """ConfigError unless a kyutai LMModel can be what `have` describes."""
-    family = "format 'kyutai'"
+def check(have: Mapping, format: str = 'kyutai') -> None:
+    """ConfigError unless a kyutai LMModel can be what `have` describes, for `format`."""
+    family = f'format {format!r}'
     need(have, {'frontend.name': ('summed',), 'frontend.heard': ((),),
                  'frontend.encoder': (None,), 'backbone.name': ('decoder',),
                  'head.name': ('depth',), 'backbone.norm_eps': tuple(NORMS.values()),
@@ -224,7 +224,8 @@ def read(values: Mapping, path: str) -> dict:
     j = Json(values, path)
     if j.flag('lora'):
         raise ValueError(f'{path}: these are low-rank terms and no model; import the model that '
-                         "they adapt, then them with --format kyutai-lora into a stage with lora")
+                         "they adapt, then them, in the format 'kyutai-lora', into a stage with "
+                         'lora')
     own = j.flag('depformer_weights_per_step')
     j.only(gating=('silu',), positional_embedding=tuple(ROTARY), depformer_pos_emb=('none',),
            norm=tuple(NORMS), causal=(True,), layer_scale=(None,), depformer_layer_scale=(None,),

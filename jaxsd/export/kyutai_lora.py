@@ -89,7 +89,7 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, lora_scale: f
     """
     del shard_bytes         # one file: terms are small
     have = facts(config)
-    kyutai.check(have)
+    kyutai.check(have, 'kyutai-lora')
     linears, pieces = _places(have, _shapes(config))
     missing = [f for linear in linears for f, _, _ in linear.parts if f'{f}/lora_a' not in flat]
     if missing:
@@ -127,7 +127,7 @@ def read(config, source: str, base: Mapping, lora: Mapping) -> dict:
     scale, ValueError naming file and key for damage.
     """
     have = facts(config)
-    kyutai.check(have)
+    kyutai.check(have, 'kyutai-lora')
     rank, have['checkpoint'] = _agree(have, source, lora)
     shapes = _shapes(config)
     linears, pieces = _places(have, shapes)
@@ -180,7 +180,7 @@ def _agree(have: Mapping, source: str, lora: Mapping) -> tuple[int, Mapping]:
     folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
     path = os.path.join(folder, 'config.json')
     if not os.path.lexists(path):
-        raise ValueError(f'--source: no {path}, which says what the terms are multiplied by')
+        raise ValueError(f'no {path}, which says what the terms are multiplied by')
     values = safetensors.read_json(path)
     j = Json(values, path)
     if not j.flag('lora'):
@@ -188,7 +188,7 @@ def _agree(have: Mapping, source: str, lora: Mapping) -> tuple[int, Mapping]:
     rank = j.number('lora_rank', 128, high=1 << 16)
     scale = j.number('lora_scaling', 2.0, low=0, high=1 << 16, kind=float)
     said = kyutai.read({k: v for k, v in values.items() if k != 'lora'}, path)
-    wrong = disagreements(have, kyutai.cut(have, said))
+    wrong = [*disagreements(have, kyutai.cut(have, said)).values()]
     if scale != lora['scale']:
         wrong.append(f"lora.scale is {lora['scale']}, the checkpoint has {scale}")
     if rank not in (lora['rank'], PACKED * lora['rank']):

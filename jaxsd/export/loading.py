@@ -64,15 +64,18 @@ def stream(config, source: str, format: str) -> Iterator[tuple[str, np.ndarray]]
         yield path, held
 
 
-def agreeing(config, source: str, format: str):
-    """(family, facts) of the checkpoint `source` of `format`, if they are those of `config`."""
+def agreeing(config, source: str, format: str, place: str = ''):
+    """(family, facts) of the checkpoint `source` of `format`, if they are those of `config`.
+
+    place: of the graft in the config that can declare a difference, where there is one.
+    """
     family, have = family_of(format), facts(config)
-    family.check(have)
     _, values, path = described(source, format)
+    family.check(have)
     said = family.read(values, path)
     if wrong := disagreements(have, family.cut(have, said)):
-        raise ConfigError(f'the config is not that of {path}: {"; ".join(wrong)}; '
-                          "where it is meant to differ, declare how in the stage's graft")
+        raise ConfigError(f'the config is not that of {path}: '
+                          + surgery.declaring(wrong, {}, place))
     return family, said
 
 
@@ -100,11 +103,13 @@ class Start:
         return surgery.begin(self.patches, arrays, self.graft, self.config, key, where)
 
 
-def open_start(config, start: str, *, graft: Mapping | None = None, where: str = '') -> Start:
+def open_start(config, start: str, *, graft: Mapping | None = None, where: str = '',
+               place: str = '') -> Start:
     """The checkpoint that `start` names, 'FORMAT:PATH' or a path, held against `config`.
 
     Without a `graft` it must be a checkpoint of this very config; with one, see `surgery`. Only
-    headers are read. Raises ConfigError and ValueError in one line that says what does not fit.
+    headers are read. Raises ConfigError and ValueError in one line that says what does not fit,
+    beginning with `where`, and what to declare in the graft, which lies at `place` of a config.
     """
     format, path = split_start(start)
     format, values, said_in = described(path, format)
@@ -115,13 +120,13 @@ def open_start(config, start: str, *, graft: Mapping | None = None, where: str =
                     'stand for other pieces than the weights learned', path, other,
                     config.vocab.tokenizer)
     if not graft:
-        source = open_source(config, *agreeing(config, path, format), path)
+        source = open_source(config, *agreeing(config, path, format, place), path)
         patches = {p: [whole(p, shape)] for p, shape in source.shapes.items()}
         return Start(config, {}, source, patches, origin)
     said = family.read(values, said_in)
     with _told(said_in):
         theirs = config_of(said, like=config)
-    patches = surgery.check(config, theirs, said, graft, where or f'start {start}')
+    patches = surgery.check(config, theirs, said, graft, where or f'start {start}', place)
     return Start(config, graft, open_source(theirs, family, said, path), patches, origin)
 
 
@@ -259,8 +264,10 @@ class Loaded:
     def save(self, path: str, format: str | None = None, **options) -> dict:
         """Writes the checkpoint to the new folder `path`, in the format that it came in or another.
 
-        options: what that format lets its user choose. Returns {'bytes', 'tensors', 'files'};
-        raises as `export.save` does.
+        options: what that format lets its user choose. dtype, of 'hf', 'kyutai' and 'kyutai-hf':
+        'f32' (the default) or 'bf16', of all tensors; of 'gguf': 'f32', 'f16' (the default) or
+        'q8_0', of the matrices; the others have none. Returns {'bytes', 'tensors', 'files'}; raises
+        as `export.save` does.
         """
         return write.save(self.config, self.params, path, format or self.format,
                           history=self.history, **options)
@@ -330,12 +337,13 @@ def load(path: str, *, format: str = '', mesh: Mapping | None = None,
          dtype: str = 'float32') -> Loaded:
     """The checkpoint in folder (or file) `path`, whatever program it belongs to.
 
-    The model is built from the checkpoint's own config.json. format: what to read it as; by
-    default what it says it is. mesh: how parameters spread over the devices, such as
-    dict(fsdp=4); by default all lie on the first. dtype: of the activations; weights are float32.
-    Raises ValueError in one line for whatever is damaged, missing or of no known kind.
+    The model is built from the checkpoint's own config.json. format: what to read it as, which
+    'hf:PATH' says too; by default what it says it is. mesh: how parameters spread over the devices,
+    such as dict(fsdp=4); by default all lie on the first. dtype: of the activations; weights are
+    float32. Raises ValueError in one line for whatever is damaged, missing or of no known kind.
     """
-    format, family, said, config, speaks = _bare(path, format)
+    stated, path = split_start(os.fspath(path))
+    format, family, said, config, speaks = _bare(path, format or stated)
     config.frontend.dtype = dtype
     config.mesh = dict(mesh or {})
     source = open_source(config, family, said, path)

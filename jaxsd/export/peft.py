@@ -67,7 +67,7 @@ def write(folder: str, config, flat: Mapping, *, shard_bytes: int, lora_scale: f
         raise ConfigError("format 'peft' writes low-rank terms, and this stage has none; "
                           "use format 'hf'")
     have = facts(config)
-    decoders.check(have)
+    decoders.check(have, 'peft')
     plan = rules_of(decoders.rules_of(have).rules, adapted)
     pairs = {path: np.asarray(x) for path, x in flat.items()
              if path.endswith(('/lora_a', '/lora_b'))}

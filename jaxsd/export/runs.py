@@ -66,13 +66,14 @@ def only_adapted(stage, params, format: str) -> list[str]:
 
 
 def import_run(config, source: str, workdir: str, format: str, *,
-               stage_name: str | None = None, made: dict | None = None) -> None:
+               stage_name: str | None = None, made: dict | None = None) -> dict:
     """Makes `workdir` a run whose stage (default: the last) stands at step 0 with these weights.
 
     Every verb accepts it; `train` goes on from there. The stage's `graft` says what may differ. A
     format of low-rank terms fills those of a stage that has them, and the other weights are those
     that the stage starts from. Where the config's dataset is not at hand, only training in this
     workdir is refused; naming the checkpoint as a stage's `start` is not. made: as in `open_run`.
+    Returns {'stage': its name, 'trains': whether training can go on here}.
     """
     chosen = stages.find(config, stage_name)
     reads = runtimes.RUNTIMES[format].read if format in runtimes.RUNTIMES else None
@@ -95,7 +96,8 @@ def import_run(config, source: str, workdir: str, format: str, *,
         origins = (*begun.origins, origin_of(source, format))
     else:
         found = open_start(of_stage(config, chosen), f'{format}:{source}', graft=chosen.graft,
-                           where=f'stage {chosen.name}')
+                           where=f'stage {chosen.name}',
+                           place=stages.place(config, chosen, 'graft'))
         params, origins = found.params(where, jax.random.key(config.seed)), (found.origin,)
     fresh = state.fresh_state(config, chosen, target, by_path, unflatten(params))
     try:
@@ -103,7 +105,7 @@ def import_run(config, source: str, workdir: str, format: str, *,
     except ValueError as e:
         log.warning('training cannot go on in %s until it is imported with the dataset at hand: %s',
                     workdir, e)
-        marks = {}
+        marks = None
     # The ledger comes first: nobody may train from random weights where an import was cut short.
     rundir.open_run(workdir, config, dict(
         event='import', stage=chosen.name, step=0, origins=origins, **(
@@ -111,7 +113,8 @@ def import_run(config, source: str, workdir: str, format: str, *,
         source=os.path.abspath(source), fingerprint=fingerprint(config)), made)
     with (rundir.held(workdir), checkpoint.Checkpoints(
             workdir, chosen.name, config=config, keep=chosen.keep) as saved):
-        saved.save(0, fresh, data_state=dict(next_step=0, fingerprint=marks), wait=True)
+        saved.save(0, fresh, data_state=dict(next_step=0, fingerprint=marks or {}), wait=True)
+    return dict(stage=chosen.name, trains=marks is not None)
 
 
 def _placed(config, stage):

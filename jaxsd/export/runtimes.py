@@ -63,8 +63,8 @@ def checked(format: str, options) -> Runtime:
     runtime = RUNTIMES[format]
     for key in options:
         if key not in options_of(format):
-            raise unknown(f'--format {format}', key, options_of(format))
+            raise unknown(f'format {format!r}', key, options_of(format))
     if runtime.package and importlib.util.find_spec(runtime.package) is None:
-        raise ConfigError(f'--format {format} needs the package {runtime.package}: '
+        raise ConfigError(f'format {format!r} needs the package {runtime.package}: '
                           f'{runtime.install}')
     return runtime

@@ -20,6 +20,8 @@ Error = safetensors.SafetensorError
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 DTYPES = ('F64', 'F32', 'F16', 'BF16')
 JSON_BYTES = 64 << 20
+PICKLED = ('.bin', '.pt', '.pth', '.ckpt')
+FOLDERS = 256               # below one, that are searched for a checkpoint to name
 
 
 def shown(key: str) -> str:
@@ -79,6 +81,26 @@ def folder_of(source: str) -> str:
     return source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
 
 
+def _never(name: str, folder: str) -> str:
+    return (f'{shown(name)} is pickled, which is never read, as reading it may run code: convert '
+            f'it in transformers, with AutoModelForCausalLM.from_pretrained({folder!r})'
+            '.save_pretrained(NEW, safe_serialization=True)')
+
+
+def within(folder: str) -> str:
+    """What to add where `folder` lacks the files of a checkpoint: what it holds in their place."""
+    names = sorted(os.listdir(folder))
+    pickled = [n for n in names if n.endswith(PICKLED)]
+    for name in sorted(pickled, key=lambda n: not n.startswith('pytorch_model'))[:1]:
+        return f'; {_never(name, folder)}'
+    for name in names[:FOLDERS]:
+        below = os.path.join(folder, name)
+        if os.path.isdir(below) and os.access(below, os.R_OK | os.X_OK) and any(
+                n.endswith('.safetensors') or n == INDEX for n in os.listdir(below)):
+            return f'; name a checkpoint in it, such as {shown(below)}'
+    return ''
+
+
 class Entry(NamedTuple):
     """A tensor in a file, or the stretch number `part` of its rows; `shape` is the stretch's.
 
@@ -96,6 +118,8 @@ class Entry(NamedTuple):
 def _files(folder: str) -> tuple[list[str], dict[str, str] | None]:
     """The files of a checkpoint and, where there is an index, the file it states for each key."""
     if os.path.isfile(folder):
+        if folder.endswith(PICKLED):
+            raise ValueError(_never(folder, os.path.dirname(os.path.abspath(folder))))
         return [folder], None
     index = os.path.join(folder, INDEX)
     if os.path.lexists(index):
@@ -121,7 +145,9 @@ def _files(folder: str) -> tuple[list[str], dict[str, str] | None]:
     if len(names) != 1:
         found = f'{len(names)} files' if names else 'none'
         raise ValueError(f'{folder}: expected {INDEX}, {SINGLE} or one *.safetensors, '
-                         f'found {found}; a file can be named instead of the folder')
+                         f'found {found}'
+                         + ('; a file can be named instead of the folder' if names
+                            else within(folder)))
     return [os.path.join(folder, names[0])], None
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsd import model
-from jaxsd.config import ConfigError, bind, plain
+from jaxsd.config import ConfigError, bind, plain, typed
 from jaxsd.export.facts import disagreements, facts
 from jaxsd.export.streaming import Patch, some, whole
 from jaxsd.stage import flatten
@@ -29,7 +29,10 @@ from jaxsd.vocab import Vocab, initial
 
 TABLE, TEXT_TABLE = 'frontend/table', 'head/text_table'             # [ids, width]
 FLAT_OUT, TEXT_OUT = 'head/out/kernel', 'head/text_out/kernel'      # [width, ids]
-STRUCTURE = ('vocab.size', 'vocab.rows', 'rows (size, predicted)', 'head.name')
+IDS = ('vocab.size', 'vocab.rows', 'rows (size, predicted)')
+STRUCTURE = (*IDS, 'head.name')
+SHAPES = ('name', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp', 'experts', 'qkv_bias',
+          'qk_norm', 'step_weights')    # facts of a slot that its parameters' shapes follow from
 
 
 def shared_rows(ours: Vocab, theirs: Vocab, keep: int | None) -> list[tuple[int, int, int]]:
@@ -86,11 +89,33 @@ def patches(ours, theirs, keep: int | None = None) -> dict[str, list[Patch]]:
     return out
 
 
-def check(ours, theirs, said: Mapping, graft: Mapping, where: str) -> dict[str, list[Patch]]:
+def declaring(wrong: Mapping[str, str], graft: Mapping, place: str) -> str:
+    """An error's text about the `disagreements` wrong: what they are, and the graft to add to
+    `graft` (so far) that declares them all, as it is typed for the `place` of it in a config."""
+    fixed = [k for k in wrong if k not in STRUCTURE and k.partition('.')[0] in ('backbone', 'head')
+             and k.partition('.')[2] in SHAPES]
+    text = '; '.join(wrong.values())
+    if fixed:
+        text += f'; {", ".join(fixed)} must be equal'
+    if len(fixed) == len(wrong):
+        return text
+    made = plain(graft)
+    if not made.get('rows') and any(k in IDS for k in wrong):
+        made['rows'] = {'name': 'mean'}
+    unlike = (*made.get('unlike', ()), *(k for k in wrong if k not in (*fixed, *STRUCTURE)))
+    if unlike or not made:
+        made['unlike'] = unlike
+    say = f'add {typed(f"--config.{place}={made!r}")}' if place else f'graft={made!r} says so'
+    return f'{text}; if {"the rest" if fixed else "all"} of that is meant, {say}'
+
+
+def check(ours, theirs, said: Mapping, graft: Mapping, where: str, place: str = ''
+          ) -> dict[str, list[Patch]]:
     """`patches`, less what `graft` wants fresh, if everything else is matched or declared.
 
-    said: the facts that the checkpoint states. where: names stage and checkpoint in errors. Raises
-    ConfigError that lists what is not declared and says how to.
+    said: the facts that the checkpoint states. where: names stage and checkpoint in errors, place
+    the graft's own (see `declaring`). Raises ConfigError that lists what is not declared and says
+    how to.
     """
     rows = plain(graft.get('rows', {}))
     keep = rows.pop('keep', None)
@@ -106,8 +131,7 @@ def check(ours, theirs, said: Mapping, graft: Mapping, where: str) -> dict[str, 
                 and not (one_line and k.startswith(('vocab.', 'layout.'))
                          and k not in ('vocab.bos', 'vocab.eos'))}
     if wrong := disagreements(mine, compared):
-        raise ConfigError(f'{where}: {"; ".join(wrong)}; sizes must be equal; where another '
-                          'difference is meant, name it in graft.unlike')
+        raise ConfigError(f'{where}: {declaring(wrong, graft, place)}')
     shapes = [{p: tuple(leaf.shape) for p, leaf in flatten(model.abstract(c)[1]).items()}
               for c in (ours, theirs)]
     try:

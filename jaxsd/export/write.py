@@ -34,6 +34,8 @@ from jaxsd.stage import flatten
 log = logging.getLogger('jaxsd')
 
 SHARD_BYTES = 4 << 30
+SENTENCES = 'tokenizer.model'       # what the text's sentencepiece model is called
+FILES = 16          # names of so many are told
 DTYPES = {'f32': 'float32', 'bf16': 'bfloat16'}     # of the tensors of a family
 STATED = ('bos_token_id', 'eos_token_id', 'pad_token_id')       # ids in a config.json
 
@@ -60,16 +62,16 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
     notes, history = notes or {}, history or {}
     formats = (*FAMILIES, *runtimes.RUNTIMES)
     if format not in formats:
-        raise unknown('--format', format, formats)
+        raise unknown('format', format, formats)
     if format in runtimes.RUNTIMES:
         return _for_runtime(config, flatten(params), out, format, lora_scale, notes, history,
                             shard_bytes, options)
     family = FAMILIES[format]
     dtype = options.pop('dtype', 'f32')
     if options:
-        raise unknown(f'--format {format}', next(iter(options)), ('dtype',))
+        raise unknown(f'format {format!r}', next(iter(options)), ('dtype',))
     if dtype not in tuple(DTYPES):
-        raise unknown('--dtype', dtype, DTYPES)
+        raise unknown('dtype', dtype, DTYPES)
     have = facts(config)
     family.check(have)
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract(config)[1]).items()}
@@ -85,6 +87,8 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
         if history.get('speaks', {}).get('format') == format and not along:
             stated, along = history.get('bundled', ({}, {}))
             spelled |= stated
+        if family.tokenizer and config.vocab.get('tokenizer'):
+            spelled[family.tokenizer] = SENTENCES
         generation = (family.generation(have) if family.generation else
                       {**_generation(config, {}), '_from_model_config': True})
         if (speaks := _speaks(config, history)).get('format') == format:
@@ -112,6 +116,14 @@ def save(config, params, out: str, format: str, *, lora_scale: float = 0.0,
                             history)
         return {'bytes': size, 'tensors': len(shapes), 'files': files}
     return _once(write, tensors)
+
+
+def told(made: Mapping) -> str:
+    """What `save` wrote, in words: how much, which files, whose tokenizer."""
+    texts = [name for name in made['files'] if name.startswith('token')]
+    return (f'{made["tensors"]:,} tensors of {made["bytes"]:,} bytes in {len(made["files"])} files '
+            f'({", ".join(made["files"][:FILES])}{", ..." * (len(made["files"]) > FILES)}), '
+            + (f'with the text tokenizer {" and ".join(texts)}' if texts else 'no tokenizer'))
 
 
 def _for_runtime(config, flat, out, format, lora_scale, notes, history, shard_bytes, options
@@ -249,7 +261,7 @@ def _beside(folder: str, config, format: str, about: str, numbers: int, notes, h
            'sources': history.get('sources', []), 'stages': history.get('stages', [])})
     if vocab.tokenizer:
         try:
-            shutil.copyfile(vocab.tokenizer, os.path.join(folder, 'tokenizer.model'))
+            shutil.copyfile(vocab.tokenizer, os.path.join(folder, SENTENCES))
         except OSError as e:
             raise ConfigError(f'vocab.tokenizer: cannot copy {vocab.tokenizer}: {e}') from e
     if format == 'hf':
@@ -314,8 +326,9 @@ CARDS = {   # format: (library, what the folder is), for the formats that are fa
            'it has one, with `AutoTokenizer`. Markers and units are recognized where text spells '
            'them, so take them out of text that strangers write'),
     'kyutai': ('moshi', 'the `LMModel` of the `moshi` package: load it with '
-               '`moshi.models.loaders.get_moshi_lm("model.safetensors", lm_kwargs)`, lm_kwargs '
-               'being config.json'),
+               '`moshi.models.loaders.CheckpointInfo.from_hf_repo("", weights, mimi, tokenizer, '
+               '"config.json").get_moshi()`, the three being `pathlib.Path`s of model.safetensors, '
+               'a Mimi and the text tokenizer, and the last two being opened only when asked for'),
     'kyutai-hf': ('transformers', 'a `MoshiForConditionalGeneration`: load it with '
                   '`transformers.MoshiForConditionalGeneration.from_pretrained(folder)`, and put '
                   'the codec named below in its `audio_encoder` unless its tensors are in the '

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import time
 
-from jaxsd.config import ConfigError, options_of, override, resolve
+from jaxsd.config import ConfigError, options_of, override, resolve, typed
 from jaxsd.plan import estimate, targets
 from jaxsd.stage import Stage, stages
 
@@ -191,5 +191,5 @@ def _said(plan: estimate.Plan) -> str:
 
 def pasted(overrides) -> str:
     """Overrides as they are typed, without those of axes that have one device."""
-    return ' '.join(f'--config.{path}={value}' for path, value in overrides
+    return ' '.join(typed(f'--config.{path}={value}') for path, value in overrides
                     if not (path.startswith('mesh.') and value == '1' and path != 'mesh.fsdp'))

@@ -526,8 +526,10 @@ def test_what_converses_and_was_trained_here_to_peers(corpus, torch, peers, show
     rng = np.random.default_rng(1)
     codes = np.stack([rng.integers(0, row.predicted or row.size - 1, (2, 16)) for row in rows],
                      1).astype(np.int32)
-    peer = loaders.get_moshi_lm(tmp_path / 'kyutai' / 'model.safetensors', json.loads(
-        (tmp_path / 'kyutai' / 'config.json').read_text()), dtype=torch.float32).eval()
+    at = tmp_path / 'kyutai'
+    peer = loaders.CheckpointInfo.from_hf_repo(
+        '', at / 'model.safetensors', at / 'no mimi', at / 'tokenizer.model', at / 'config.json'
+        ).get_moshi(dtype=torch.float32).eval()
     out, ours = peer(torch.tensor(codes).long()), lm.scores(codes)
     assert out.text_logits.std() > .2
     show('trained here, to moshi', max(far(ours['text'], out.text_logits.numpy()[:, 0]),
