@@ -344,7 +344,8 @@ def test_terms_there_and_back(config, shared, tmp_path):
     values = json.loads((out / 'config.json').read_text())
     assert values['lora'] is True and values['lora_scaling'] == .5
     assert values['lora_rank'] == (2 if shared else 6)
-    assert made['files'] == ['README.md', 'config.json', 'lora.safetensors', 'provenance.json',
+    assert made['files'] == ['README.md', 'config.json', 'generation_config.json',
+                             'lora.safetensors', 'provenance.json',
                              'vocabulary.json']
     other = {k: v + shared for k, v in base_of(flat).items()}   # whose tables the file replaces
     back = kyutai_lora.read(config, str(out), other, TERMS)
