@@ -112,5 +112,4 @@ def demo(c, mix: str, level: str) -> None:
                      save_steps=100, log_steps=10, probe_steps=100),)
     c.evals = dict(likelihood=dict(name='likelihood', sources=('aligned', 'asr', 'tts')),
                    asr=dict(name='asr', source='asr'), tts=dict(name='tts', source='tts'),
-                   shots=dict(name='few_shot', source='asr', shots=2),
                    stories=dict(name='stories'))

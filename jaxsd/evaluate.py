@@ -210,6 +210,7 @@ def few_shot(lm: trained.LM, *, split: str, limit: int | None, source: str, shot
     transcribed by the model itself, as in the task tts, by the source `listener`. WER: against the
     words of the record's own answer; exact: all of them right, which is what counts where answers
     are labels. WER/0 shots is the same without examples, the floor the answers beside others'.
+    Packed rows keep records apart, so a small model that saw nothing else does worse with examples.
     """
     positive('evals.few_shot', shots=shots, most_tokens=most_tokens)
     v, text = lm.vocab, lm.text()

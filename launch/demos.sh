@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Trains the demo of every system, all its stages in order, measures it, measures the same model
-# untrained, and writes docs/systems.md: a few minutes to a quarter of an hour each on two cores.
+# untrained, and writes docs/systems.md: some tens of minutes each on two cores.
 # Running again resumes what was interrupted and skips what is done. SYSTEMS='twist voxtlm' runs
 # those alone, LIMIT bounds the things measured by a task.
 set -euo pipefail
