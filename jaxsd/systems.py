@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One page of every system: how it writes time down, how it is trained, what its demo can do.
 
-The page is written from the config files, from run directories made of their demos, and from
-nothing else. A figure appears only where the run is whole and of the config as it stands, otherwise
-there is a dash and the reason; one of another corpus than the one at hand is marked. Who runs the
-demos is not its business (launch/demos.sh does).
+The page is written from the config files, from run directories made of their demos, from the
+record that it keeps beside itself of runs that it has shown before, and from nothing else. A figure
+appears only where the run was whole and of the config as it stands, otherwise there is a dash and
+the reason; one of another corpus than the one at hand is marked. Who runs the demos is not its
+business (launch/demos.sh does).
 """
 
 import datetime
@@ -27,24 +28,29 @@ COLUMNS = 12            # drawn of a grid of streams; of one row, as a text, fou
 
 
 class Run(NamedTuple):
-    """A demo that was trained: its evaluation's entries and where and when it was made."""
+    """A demo that was trained: what its evaluation found, and where and when it was made."""
 
     spec: str           # the config file and its argument: demo, perhaps a shorter one
-    entries: list
+    config: str         # the fingerprint of what that said
+    figures: list       # (task, metric, trained, untrained, wrong input, items) of what is judged
     revision: str       # of the code that trained it
     measured: str       # and of the code that evaluated it
     day: str
     minutes: float      # of training: all of it but what lay between two runs
     device: str         # that trained it, and how many
-    dataset: str        # the mark of another corpus than the one at hand, or ''
+    dataset: str        # the mark of the corpus
 
 
 def write(specs: list[str], runs: str, out: str) -> None:
     """Writes the page of the config files `specs`, whose demos lie in `runs`/NAME, to `out`.
 
+    Beside it lies the record of the runs shown (`out` with the ending .json): a run that is not in
+    `runs`, made on another machine perhaps, is shown from there while its config is the same.
     Raises ConfigError for a file that is no config with a demo or has no Size and Evidence.
     """
-    cards, rows, made = [], [], []
+    cards, rows, made, kept = [], [], [], {}
+    record = os.path.splitext(out)[0] + '.json'
+    before = read_record(record)
     for spec in specs:
         doc = configs.made_by(spec, ())['doc']
         for name in ('Size', 'Evidence'):
@@ -53,12 +59,42 @@ def write(specs: list[str], runs: str, out: str) -> None:
         published, demo = configs.read(spec), configs.read(f'{spec}:demo')
         name = os.path.basename(spec).removesuffix('.py')
         run = read_run(os.path.join(runs, name), spec)
+        if isinstance(run, str) and name in before:
+            run = _as_it_stands(before[name], run)
         if isinstance(run, Run):
-            made.append(run)
+            kept[name] = run._asdict()
             demo = configs.read(run.spec)
+            if run.dataset == _corpus(demo):
+                run = run._replace(dataset='')      # what is said of a run is another one's mark
+            made.append(run)
         rows.append(_row(spec, doc, demo, run))
         cards.append(_card(spec, doc, published, demo, run))
     rundir.write_atomic(out, '\n'.join([*_head(demo, made), *rows, '', *cards]))
+    rundir.write_atomic(record, json.dumps(kept, indent=1) + '\n')
+
+
+def read_record(path: str) -> dict[str, Run]:
+    """The runs, by the names of their systems, that an earlier page has shown."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            return {name: Run(**run) for name, run in json.load(f).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise ConfigError(f'{path} is no record of runs ({e}); move it away') from None
+
+
+def _as_it_stands(run: Run, otherwise: str) -> Run | str:
+    """`run` if its config still says what it said."""
+    try:
+        return run if configs.fingerprint(configs.read(run.spec)) == run.config else otherwise
+    except ConfigError:
+        return otherwise
+
+
+def _corpus(config) -> str:
+    """The mark of the corpus at hand, as the last stage of `config` reads it."""
+    return data.fingerprint(config, plain(config.stages)[-1], model.make_vocab(config))['dataset']
 
 
 def told(doc: str, name: str) -> str:
@@ -83,11 +119,9 @@ def read_run(workdir: str, spec: str) -> Run | str:
         return f'not shown: {e}'
     last = stages.stages(config)[-1]
     begun = [e for e in ledger if e.get('event') in ('start', 'resume') and 'dataset' in e]
-    marks = data.fingerprint(config, plain(config.stages)[-1], model.make_vocab(config))
     corpora = {e['dataset'] for e in begun}
     if len(corpora) > 1:
         return f'not shown: its stages read several corpora, {", ".join(sorted(corpora))}'
-    other = '' if corpora == {marks['dataset']} else corpora.pop()
     shown = [e for e in entries if e.get('split') == 'test' and e.get('judged') and
              (e['stage'] == evaluate.UNTRAINED or
               (e['stage'], e['step']) == (last.name, last.steps))]
@@ -99,14 +133,15 @@ def read_run(workdir: str, spec: str) -> Run | str:
     seconds = sum(x for cause, x in goodput.account(ledger).items() if cause != 'idle')
     devices = ' and '.join(dict.fromkeys(
         f'{e["devices"]} × {e["device_kind"]}' for e in begun))
-    return Run(file, shown, trained, measured, day, seconds / 60, devices, other)
+    return Run(file, configs.fingerprint(config), _figures(shown), trained, measured, day,
+               seconds / 60, devices, corpora.pop())
 
 
-def figures(run: Run) -> list[tuple]:
+def _figures(entries: list[dict]) -> list[tuple]:
     """(task, metric, trained, untrained, wrong input, items) of every task that is judged."""
-    untrained = {e['task']: e for e in run.entries if e['stage'] == evaluate.UNTRAINED}
+    untrained = {e['task']: e for e in entries if e['stage'] == evaluate.UNTRAINED}
     out = []
-    for e in run.entries:
+    for e in entries:
         if e['stage'] != evaluate.UNTRAINED:
             metric, floor = e['judged']
             before = untrained.get(e['task'], {}).get('metrics', {}).get(metric)
@@ -148,7 +183,8 @@ def _head(config, made: list[Run]) -> list[str]:
     return [
         '# Systems', '',
         'Written by `jaxsd systems` from the config files and the run directories of their demos, '
-        'which `launch/demos.sh` trains and evaluates: one command for all of it.', '',
+        'which `launch/demos.sh` trains and evaluates: one command for all of it. systems.json '
+        'keeps what was measured.', '',
         f'{when}. Corpus: `{manifest["command"]}`, synthesized speech of a closed vocabulary, '
         f'{hours:.1f} h to train on; figures are of its split `test`, sentences and wordings '
         'never heard in training.', '',
@@ -175,7 +211,7 @@ def _row(spec: str, doc: str, demo, run) -> str:
     return '\n'.join(
         f'| {link if i == 0 else ""} | {task}: {metric} | {_number(x)} | {_number(before)} | '
         f'{_number(beside)} | {f"{run.minutes:.0f}" if i == 0 else ""} |'
-        for i, (task, metric, x, before, beside, _) in enumerate(figures(run)))
+        for i, (task, metric, x, before, beside, _) in enumerate(run.figures))
 
 
 def _anchor(name: str) -> str:
@@ -199,7 +235,7 @@ def _card(spec: str, doc: str, published, demo, run) -> str:
         lines += ['| demo: task | metric | trained | untrained | wrong input | items |',
                   '|---|---|---:|---:|---:|---:|']
         lines += [f'| {task} | {metric} | {_number(x)} | {_number(before)} | {_number(beside)} | '
-                  f'{items} |' for task, metric, x, before, beside, items in figures(run)]
+                  f'{items} |' for task, metric, x, before, beside, items in run.figures]
         where = f', on corpus {run.dataset}' if run.dataset else ''
         lines += ['', f'`{run.spec}`, trained at {run.revision}{where}, {run.day}, in '
                   f'{run.minutes:.0f} minutes on {run.device}; measured at {run.measured}.', '']

@@ -4,6 +4,7 @@
 import json
 import pathlib
 import re
+import shutil
 
 import pytest
 
@@ -25,7 +26,7 @@ def here(corpus, tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(folder, arg='demo', *, step=500, dataset=None):
+def run(folder, arg='demo', *, step=500, dataset=None, right=87.25):
     """A run directory as training and evaluation leave it, of three minutes."""
     spec = f'{SPEC}:{arg}'
     c, work = configs.read(spec), str(folder / 'runs' / 'twist')
@@ -40,7 +41,7 @@ def run(folder, arg='demo', *, step=500, dataset=None):
              spent=dict(data_s=0, save_s=4, probe_s=6))))) + '\n')
     first = dict(split='test', items=7, judged=['right %', 50], revision='def456')
     evaluate.record(work, [
-        dict(task='matched', stage='speech', step=step, metrics={'right %': 87.25, 'nats': 2.0},
+        dict(task='matched', stage='speech', step=step, metrics={'right %': right, 'nats': 2.0},
              **first),
         dict(task='matched', stage='untrained', step=0, metrics={'right %': 51.0}, **first),
         dict(task='likelihood', split='test', stage='speech', step=step, items=1, metrics={})])
@@ -91,6 +92,24 @@ def test_another_corpus_is_marked(here):
     assert 'trained at abc123, on corpus 0a1b, 2001-09-09' in text
 
 
+def test_a_run_shown_before_is_shown_again(here):
+    """It may have been trained elsewhere; the page keeps it while its config says the same."""
+    run(here, dataset='0a1b')
+    text = page(here)
+    shutil.rmtree(here / 'runs')
+    assert page(here) == text == page(here)
+    run(here, right=99.5)                               # a newer one takes its place
+    assert '| matched | right % | 99.5 |' in page(here)
+    record = here / 'page.json'
+    kept = json.loads(record.read_text())
+    shutil.rmtree(here / 'runs')
+    record.write_text(json.dumps({'twist': kept['twist'] | dict(config='another')}))
+    assert '99.5' not in page(here) and json.loads(record.read_text()) == {}
+    record.write_text('[1]')
+    with pytest.raises(ConfigError, match='page.json is no record of runs .*; move it away'):
+        systems.write([SPEC], 'runs', 'page.md')
+
+
 def test_a_changed_config_has_no_figures(here):
     run(here, 'demo,cold')      # a demo by other arguments is one
     assert '87.2' in page(here) and ':demo,cold`' in page(here)
@@ -98,6 +117,7 @@ def test_a_changed_config_has_no_figures(here):
     stored['config']['seed'] = 1
     stored['fingerprint'] = configs.fingerprint(stored['config'])
     (here / 'runs' / 'twist' / 'config.json').write_text(json.dumps(stored))
+    (here / 'page.json').unlink()       # it remembers the run that was
     assert 'holds another run: seed: 1 there, 0 here' in page(here)
 
 
