@@ -12,6 +12,9 @@ RUNS ?= runs
 TORCH ?= torch==2.13.0
 # Files of tests side by side: most of their time is one thread's, compiling. 2 GB of memory each.
 BESIDE ?= -n logical --maxprocesses 4 --dist loadfile
+# A test that hangs for a quarter of an hour says where and ends all, as one that kills its process
+# does: xdist would run that again and again.
+HUNG ?= --max-worker-restart 0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 .PHONY: help env quickstart demos plans test test-all test-peers test-plans test-slurm test-browser \
 	lint clean
@@ -47,7 +50,7 @@ demos: env
 	@PYTHON='$(VENV)/bin/python' RUNS='$(RUNS)/demos' bash launch/demos.sh
 
 test: env
-	'$(VENV)/bin/python' -m pytest $(BESIDE)
+	'$(VENV)/bin/python' -m pytest $(BESIDE) $(HUNG)
 
 test-all: env
 	'$(VENV)/bin/python' -m pytest $(BESIDE) -m 'not peers and not plans and not slurm and not browser'

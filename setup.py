@@ -18,7 +18,7 @@ EXTRAS = {
     'onnx': 'onnx>=1.20.1  onnx-ir>=0.2.1  onnxruntime>=1.24.1'.split(),   # and jax2onnx by hand
     'audio': AUDIO,                 # codecs, and reading and writing sound
     'demo': DEMO,                   # the synthesised corpus (eSpeak NG is GPL-3.0) and its judge
-    'test': DEMO + STABLEHLO + GGUF + ('pytest>=8  pytest-xdist>=3.6,<4  hypothesis>=6.100  '
+    'test': DEMO + STABLEHLO + GGUF + ('pytest>=9  pytest-xdist>=3.6,<4  hypothesis>=6.100  '
                                            'jsonschema>=4.21,<5  ruff>=0.9').split(),
     'mimi': AUDIO + 'torch>=2.4  transformers>=4.57'.split(),
     'cuda13': ['jax[cuda13]>=0.10.2,<0.12'],

@@ -5,7 +5,6 @@ import collections
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -404,10 +403,9 @@ def test_nothing_is_made_where_something_else_lies(tmp_path):
         assert done.returncode == 2 and what in done.stderr and 'Traceback' not in done.stderr
 
 
-def test_a_full_disk_is_one_line_and_no_dataset(tmp_path):
-    full = 200_000
-    done = run(tmp_path / 'x', '--jobs', '1', preexec_fn=lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (full, full)))
+def test_a_full_disk_is_one_line_and_no_dataset(file_limit, tmp_path):
+    with file_limit(200_000):
+        done = run(tmp_path / 'x', '--jobs', '1')
     assert done.returncode == 1
     assert done.stderr.endswith(f'demo: {tmp_path}/x cannot be written: File too large\n')
     assert 'Traceback' not in done.stderr and not (tmp_path / 'x').exists()
