@@ -10,7 +10,7 @@ QUESTION = dict(
              'or phones?',
     base='configs/spirit_lm.py:demo',
     arms=(('sentence', 'level=utterance'), ('word', 'level=word'), ('phone', 'level=phone')),
-    budget=dict(tokens=614_400),
+    budget=dict(tokens=409_600),
     seeds=(0, 1, 2),
     metrics=(('stories', 'right %/S->T', 'higher'), ('stories', 'right %/T->S', 'higher'),
              ('stories', 'nats/S->T', 'shown'), ('stories', 'nats/T->S', 'shown')),

@@ -13,7 +13,7 @@ QUESTION = dict(
     question='Do codebooks need a depth transformer, or do delays do?',
     base=('configs/musicgen.py:demo', '--config.stages[0].warmup_steps=20'),
     arms=(('flat', DELAYS), ('depth', f'--config.head={DEPTH!r}', DELAYS)),
-    budget=dict(flops=8e12),
+    budget=dict(flops=5e12),
     seeds=(0, 1),
     metrics=(('likelihood', 'sound/loss/audio', 'lower'),
              ('likelihood', 'sound/nats/audio 0', 'shown'),

@@ -8,7 +8,7 @@ QUESTION = dict(
     question='Does interleaving speech and text join the modalities better than pairs of both?',
     base='configs/spirit_lm.py:demo',
     arms=(('interleaved', 'mix=interleaved'), ('pairs', 'mix=pairs'), ('unimodal', 'mix=unimodal')),
-    budget=dict(tokens=614_400),                # 150 steps of the demo
+    budget=dict(tokens=409_600),                # 100 steps of the demo
     seeds=(0, 1, 2),
     metrics=(('stories', 'nats/S->T', 'lower'), ('stories', 'nats/T->S', 'lower'),
              ('stories', 'right %/S->T', 'shown'), ('stories', 'right %/T->S', 'shown')),

@@ -18,7 +18,7 @@ QUESTION = dict(
           ('before', '--config.layout.text_delay_columns=-4'),
           ('with', '--config.layout.text_delay_columns=0'),
           ('after', '--config.layout.text_delay_columns=4')),
-    budget=dict(audio_hours=6.0),
+    budget=dict(audio_hours=4.0),
     seeds=(0, 1, 2),
     metrics=(('likelihood', 'dialogue/nats/mine 0', 'lower'),
              ('likelihood', 'dialogue/nats/mine 1', 'shown'),

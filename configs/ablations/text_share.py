@@ -19,7 +19,7 @@ QUESTION = dict(
     base=('configs/spirit_lm.py:demo', f'--config.stages={STAGES!r}',
           "--config.evals.likelihood.sources=('text', 'speech')"),
     arms=(('none', share(0.0)), ('tenth', share(0.1)), ('third', share(0.33))),
-    budget=dict(tokens=614_400),
+    budget=dict(tokens=409_600),
     seeds=(0, 1, 2),
     metrics=(('likelihood', 'text/loss/tokens', 'lower'),
              ('likelihood', 'speech/loss/tokens', 'shown')),
