@@ -35,16 +35,14 @@ class Browser:
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
 
-        def fds():
-            os.dup2(theirs_in, 1000)
-            os.dup2(theirs_out, 1001)
-            os.dup2(1000, 3)
-            os.dup2(1001, 4)
+        # Chromium reads from 3 and writes to 4; python would have to fork to put them there.
+        move = 'exec 1000<&"$0" 1001>&"$1" 3<&1000 4>&1001; shift; exec "$@"'
         self.process = subprocess.Popen(
-            [path, '--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-pipe',
+            ['bash', '-c', move, str(theirs_in), str(theirs_out), path, '--headless=new',
+             '--no-sandbox', '--disable-gpu', '--remote-debugging-pipe',
              '--autoplay-policy=no-user-gesture-required', '--mute-audio',
              f'--user-data-dir={folder}', 'about:blank'],
-            preexec_fn=fds, close_fds=False, stderr=subprocess.DEVNULL)
+            pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
         self._last, self._rest = 0, b''
 
     def call(self, method, session=None, **params):
