@@ -416,13 +416,28 @@ def _outlive_nobody():
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _workers(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
+    return concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'),
+                                                  _outlive_nobody)
+
+
+def _alone(function, *arguments):
+    """The result of a call in a process of its own. (One pool whose workers end after each call,
+    max_tasks_per_child, can wait forever: https://github.com/python/cpython/issues/115634.)"""
+    with _workers(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def _each(title: str, jobs: int, calls: list, *, fresh: bool = False) -> list:
-    """Results of `calls` (function, arguments) in their order, from `jobs` processes."""
+    """Results of `calls` (function, arguments) in their order, from `jobs` processes at a time.
+
+    fresh: each call has a process of its own.
+    """
     from tqdm import tqdm
-    with concurrent.futures.ProcessPoolExecutor(
-            min(jobs, len(calls)), multiprocessing.get_context('spawn'), _outlive_nobody,
-            max_tasks_per_child=1 if fresh else None) as pool:
-        futures = [pool.submit(function, *arguments) for function, arguments in calls]
+    jobs = min(jobs, len(calls))
+    with concurrent.futures.ThreadPoolExecutor(jobs) if fresh else _workers(jobs) as pool:
+        futures = [pool.submit(_alone, function, *arguments) if fresh else
+                   pool.submit(function, *arguments) for function, arguments in calls]
         try:
             for future in tqdm(concurrent.futures.as_completed(futures), title, len(futures),
                                mininterval=0.5):
