@@ -11,6 +11,7 @@ means something only next to its floors, and is never an open-vocabulary word er
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -148,9 +149,9 @@ def recognize(wavs: Sequence[np.ndarray], sentences: Sequence[str], *,
             _start(folder)
             heard = map(_hear, enumerate(wavs))
         else:
-            pool = stack.enter_context(multiprocessing.get_context('spawn').Pool(
-                processes, _start, (folder,)))
-            heard = pool.imap(_hear, enumerate(wavs), chunksize=2)
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(
+                processes, multiprocessing.get_context('spawn'), _start, (folder,)))
+            heard = pool.map(_hear, enumerate(wavs), chunksize=2)
         return list(tqdm(heard, progress, total=len(wavs), disable=not progress, unit='clip'))
 
 
