@@ -94,7 +94,7 @@ def test_interleaving_joins_the_modalities(tmp_path):
 
 
 HOURS = '2'
-TALK = dict(name='duplex', steps=240, batch=8, lr=3e-3, schedule='cosine', warmup_steps=20,
+TALK = dict(name='duplex', steps=720, batch=8, lr=3e-3, schedule='cosine', warmup_steps=20,
             final_lr=0.05, weight_decay=0.05, data=dict(dialogue=1.0), save_steps=240, log_steps=20)
 
 
@@ -105,7 +105,8 @@ def test_overlaps_teach_who_is_to_be_heard_out(tmp_path):
     every second turn is broken into and into others somebody murmurs. Both models are measured on
     the same held-out dialogues of that one, whose callers are played. An interruption succeeds if
     the model stops within a second and answers; a murmur is right to be talked over. Who has heard
-    no overlap falls silent at any sound of the caller: it gives way to all of them alike.
+    no overlap falls silent at any sound of the caller, and often has no answer. (After a third of
+    the steps neither answers well, and only the murmurs tell them apart.)
     """
     clean, talk = tmp_path / 'clean', tmp_path / 'talk'
     run('data_pipelines.demo', '--out', str(clean), '--hours', HOURS, '--keep-wav')
@@ -131,9 +132,5 @@ def test_overlaps_teach_who_is_to_be_heard_out(tmp_path):
                      if 'interruption' in k or 'murmur' in k})
     for kind in ('interruption', 'murmur'):
         assert all(x.get(f'events/{kind}', 0) >= 20 for x in found.values()), kind
-    far = {name: abs(x['stop ms/interruption'] - x['stop ms/interruption/true'])
-           for name, x in found.items()}
-    assert far['overlaps'] < far['none'], far
-    right = {name: (x['success %/interruption'] + x['went on %/murmur']) / 2
-             for name, x in found.items()}
-    assert right['overlaps'] > right['none'], right
+    for metric in ('success %/interruption', 'went on %/murmur'):
+        assert found['overlaps'][metric] > found['none'][metric], metric
