@@ -33,6 +33,7 @@ RATE_HZ = augment.RATE_HZ
 FLOOR = 5 / 32768       # standard deviation of silence: that of the demo corpus
 LEVEL = 0.01            # an utterance begins and ends where it is this loud, relative to its peak
 TURN_S = 0.2            # shorter overlaps interrupt nobody, shorter silences separate nothing
+DRAWS = 1000            # of a turn's begin, after which it is as early as may be
 SHORT_S = 1.0           # utterances below are backchannels
 TURNS = (4, 10)         # of a dialogue, the last one not among them
 FADE_S = 0.01
@@ -102,10 +103,14 @@ def plan(longs: Sequence[Sequence[int]], shorts: Sequence[Sequence[int]], *, cou
                     and start + length > end):
                 out[-1], kind, fto = before._replace(end=end), 'interruption', None
             else:
-                fto = -length - long
-                while before.end + fto < max(free, before.end - min(length, long) // 2):
-                    fto = int(round(rng.normal(*manners.fto_s) * frame_hz))
-                start = before.end + fto
+                earliest = max(free, before.end - min(length, long) // 2)
+                for _ in range(DRAWS):
+                    start = before.end + int(round(rng.normal(*manners.fto_s) * frame_hz))
+                    if start >= earliest:
+                        break
+                else:
+                    start = earliest
+                fto = start - before.end
                 kind = 'interruption' if -fto >= least else 'smooth'
         out.append(Placed(channel, index, start, start + length, kind, fto))
         if rng.random() < manners.pause:

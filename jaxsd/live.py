@@ -187,12 +187,15 @@ class Lobby:
             self._free.append(slot)
 
     def hear(self, slot: int, codes: np.ndarray) -> np.ndarray | None:
-        """What is said to one frame, once everybody's has been heard; see `Room.step`."""
+        """What is said to one frame, once everybody's has been heard; see `Room.step`. Raises
+        RuntimeError when nothing is stepped any more."""
         with self._lock:
             self._waiting[slot] = codes
             self._lock.notify_all()
             self._lock.wait_for(lambda: slot in self._answers or self._over)
-            return self._answers.pop(slot, None)
+            if slot not in self._answers:
+                raise RuntimeError('the model has stopped')
+            return self._answers.pop(slot)
 
     def serve(self) -> None:
         """Steps the room whenever somebody waits, until `close`."""

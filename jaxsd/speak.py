@@ -484,7 +484,7 @@ def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
     reach, held = round(live.REACH_S * rate), round((live.FADE_S + live.SHIFT_S) * rate)
     theirs, mine = [np.zeros(reach, np.float32)], []
     lines: list[str] = []
-    samples = 0
+    samples, stopped = 0, None
 
     def pieces():
         nonlocal samples
@@ -510,14 +510,22 @@ def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
         mine[:], theirs[:] = ([x[n:]] for x in both)
     try:
         with soundfile.SoundFile(new, 'w', rate, 2, 'PCM_16', format='WAV') as written:
-            found = live.stream(lm, codec, pieces(), dict(mine=sampler), seed, say)
+            try:
+                found = live.stream(lm, codec, pieces(), dict(mine=sampler), seed, say)
+            except KeyboardInterrupt as e:
+                if wav is not None:
+                    raise
+                stopped = e     # how a conversation ends: what was said until then is kept
         if samples <= late * frame:
-            raise ValueError('--input - ended before anything could be answered')
+            raise stopped or ValueError('--input - ended before anything could be answered')
         if not out.endswith('.txt'):
             os.replace(new, out)
     finally:
         if os.path.exists(new):
             os.unlink(new)
     rundir.write_atomic(f'{stem}.txt', ''.join(f'{line}\n' for line in lines))
+    if stopped:
+        log.info('%s: written, up to the interruption', out)
+        raise stopped
     log.info('%s: written; first audio after %.0f ms, real-time factor %.2f over %.1f s', out,
              found['first_audio_ms'], found['real_time_factor'], found['frames'] / hz)

@@ -118,6 +118,9 @@ class _Page(http.server.BaseHTTPRequestHandler):
         try:
             try:
                 over = self._converse(slot, talk, wav)
+            except RuntimeError as e:
+                log.error('%s: start the page again', e)
+                over = dict(error=f'{e}: the page has to be started again')
             finally:
                 lobby.leave(slot)       # before the last line, after which they may come again
             self._line(over)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 MERGE_S = 0.2           # shorter silences do not end a unit; shorter overlaps interrupt nobody
+FILLED_S = 0.5          # shorter silences are no stop of who is interrupted (v1.5: the model)
 TAKEOVER_S = 1.0        # from here on, or of more words, what is said takes the floor
 TAKEOVER_WORDS = 3
 BIN_S = 0.2             # of the histograms of backchannels
@@ -232,7 +233,8 @@ class Coped(NamedTuple):
     """What I did about one event of the other's. Latencies are seconds, None where there is none.
 
     kind: pause, turn, interruption or murmur. takeover: I took the floor. latency_s: from their end
-    to my first word. stop_s: how long I went on while they interrupted.
+    to my first sound. stop_s: how long I went on while they interrupted, silences
+    under 0.5 s counted as speech.
     """
 
     kind: str
@@ -281,7 +283,7 @@ def coped(active_2T: np.ndarray, theirs: Sequence[tuple[float, float]], frame_hz
             continue
         inside = [u for u in their_units if start <= u.start < end]
         for before, after in zip(inside, inside[1:], strict=False):
-            parts = [(a, b) for a, b in own if before.end <= a < after.start]
+            parts = [(a, b) for a, b in own if before.start < a < after.start and b > before.end]
             out.append(Coped('pause', takes(parts, said(parts), frame_hz)))
         # What begins early counts if it goes on when they have ended.
         parts = [(a, b) for a, b in own if start <= a < until and b > end]
@@ -290,8 +292,19 @@ def coped(active_2T: np.ndarray, theirs: Sequence[tuple[float, float]], frame_hz
         took = takes(parts, said(parts), frame_hz)
         out.append(Coped('interruption' if speaking else 'turn', took,
                          max(0.0, (parts[0][0] - end) / frame_hz) if took else None,
-                         (min(speaking[1], end) - start) / frame_hz if speaking else None))
+                         (min(_stopped(own, speaking, FILLED_S * frame_hz), end) - start)
+                         / frame_hz if speaking else None))
     return out
+
+
+def _stopped(spans: Sequence[tuple[int, int]], speaking: tuple[int, int], filled: float) -> int:
+    """The frame in which the one of `spans` that is `speaking` ends, with those that follow each
+    other after fewer than `filled` frames."""
+    last = speaking[1]
+    for a, b in spans:
+        if last <= a < last + filled - 1e-9:
+            last = b
+    return last
 
 
 def backchannels(active_2T: np.ndarray, frame_hz: float, words: Sequence | None = None

@@ -89,6 +89,15 @@ def test_gaps_and_overlaps_are_of_the_distribution_that_was_asked_for():
         assert stats.kstest(spread, stats.norm(mean + 0.1, deviation).cdf).pvalue < 1e-6
 
 
+def test_a_begin_that_cannot_be_is_as_early_as_may_be():
+    """Half a second before the other's end, of turns that are shorter than a second; it ends."""
+    manners = MANNERS._replace(fto_s=(-0.5, 0.0), interruption=0.0, pause=0.0, backchannel=0.0)
+    for placed in plans(20, manners, longs=(5, 9)):
+        for one, two in zip(placed, placed[1:], strict=False):
+            least = min(one.end - one.start, two.end - two.start) // 2
+            assert -least <= two.fto == two.start - one.end
+
+
 def test_how_often_each_happens():
     every = [p for placed in plans(2000) for p in placed]
     turn = [p for p in every if p.kind in ('opening', 'smooth', 'interruption')]

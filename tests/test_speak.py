@@ -147,13 +147,27 @@ def test_raw_sound_on_standard_input(streams_lm, sounds, tmp_path, monkeypatch):
     monkeypatch.setattr('sys.stdin', io.TextIOWrapper(Pipe(wav.astype('<i2').tobytes())))
     piped = run(streams_lm, 'duplex', tmp_path / 'piped.wav', '-', seed=1)
     assert piped.read_bytes() == whole.read_bytes()
+
+    class Ended(Pipe):
+        def read1(self, n=-1):
+            if self.tell() > wav.nbytes // 2:
+                raise KeyboardInterrupt         # Ctrl-C, which ends a recording too
+            return super().read1(n)
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(Ended(wav.astype('<i2').tobytes())))
+    with pytest.raises(KeyboardInterrupt):
+        run(streams_lm, 'duplex', tmp_path / 'ended.wav', '-', seed=1)
+    half, every = (soundfile.read(x)[0] for x in (tmp_path / 'ended.wav', whole))
+    assert len(every) / 3 < len(half) < len(every)
+    np.testing.assert_array_equal(half, every[:len(half)])
+    assert (tmp_path / 'whole.txt').read_text().startswith((tmp_path / 'ended.txt').read_text())
     monkeypatch.setattr('sys.stdin', io.TextIOWrapper(Pipe((sounds / 'mono.wav').read_bytes())))
     with pytest.raises(ValueError, match='takes raw samples'):
         run(streams_lm, 'duplex', tmp_path / 'no.wav', '-')
     monkeypatch.setattr('sys.stdin', io.TextIOWrapper(Pipe(b'')))
     with pytest.raises(ValueError, match='ended before anything'):
         run(streams_lm, 'duplex', tmp_path / 'no.wav', '-')
-    assert sorted(os.listdir(tmp_path)) == ['piped.txt', 'piped.wav', 'whole.txt', 'whole.wav']
+    assert sorted(os.listdir(tmp_path)) == ['ended.txt', 'ended.wav', 'piped.txt', 'piped.wav',
+                                            'whole.txt', 'whole.wav']
 
 
 @pytest.mark.parametrize(('name', 'stage'), [

@@ -130,6 +130,22 @@ def test_a_dropped_connection_frees_its_slot(system, server):
     assert asked(server, body=recording(wav))[0] == 200
 
 
+def test_a_model_that_stopped_is_no_answer(system, monkeypatch):
+    """Whoever talks then and later hears of it."""
+    lm, rvq, wav = system
+    with talk.Server(lm, rvq, ('127.0.0.1', 0), slots=2, samplers={}) as broken:
+        def step(heard):
+            raise SystemExit('as a thread ends')
+        monkeypatch.setattr(broken.lobby._room, 'step', step)
+        threading.Thread(target=broken.serve_forever, daemon=True).start()
+        for _ in range(2):
+            status, lines = asked(broken, body=recording(wav))
+            assert status == 200 and len(lines) == 2
+            assert lines[1] == dict(
+                error='the model has stopped: the page has to be started again')
+        broken.shutdown()
+
+
 @pytest.mark.parametrize(('body', 'headers', 'status', 'said'), [
     (b'', {}, 411, 'no recording came'),
     (b'x' * 3000, {}, 400, 'the recording cannot be read as audio'),

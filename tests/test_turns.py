@@ -142,6 +142,9 @@ def test_a_pause_is_theirs():
     hasty = coped('.......aaaaaaaaaaaaaaaaaaaaaaaa', theirs, [(0, 1.7)])
     assert hasty[0] == Coped('pause', True)
     assert hasty[1] == Coped('turn', True, 0.0)
+    early = coped('....aaaaaaaaaaa................', theirs, [(0, 1.7)])    # before they paused
+    assert early[0] == Coped('pause', True)
+    assert coped('..aaa.............', theirs, [(0, 1.7)])[0] == Coped('pause', False)
 
 
 def test_they_interrupt():
@@ -157,6 +160,11 @@ def test_they_interrupt():
     assert slow[0].takeover and slow[0].stop_s == pytest.approx(1.0)
     assert [x[0].gave_way for x in (found, deaf, mute, slow)] == [True, False, False, False]
     assert not coped('.' * 26 + 'a' * 12, theirs, [(0.8, 2.4)])[0].gave_way     # no interruption
+    # To catch one's breath is not to stop: 0.4 s of silence are filled, 0.5 s are not.
+    for silent, went_on_s in ((4, 1.6), (5, 0.4)):
+        breath = coped('a' * 12 + '.' * silent + 'a' * 24, theirs, [(0.8, 2.4)])
+        assert breath[0].stop_s == pytest.approx(went_on_s)
+        assert breath[0].gave_way == (silent == 5)
 
 
 def test_they_murmur():
