@@ -233,8 +233,8 @@ class Coped(NamedTuple):
     """What I did about one event of the other's. Latencies are seconds, None where there is none.
 
     kind: pause, turn, interruption or murmur. takeover: I took the floor. latency_s: from their end
-    to my first sound. stop_s: how long I went on while they interrupted, silences
-    under 0.5 s counted as speech.
+    to my first sound. stop_s: how long I went on while they interrupted, breaths
+    under 0.5 s included.
     """
 
     kind: str
@@ -292,19 +292,19 @@ def coped(active_2T: np.ndarray, theirs: Sequence[tuple[float, float]], frame_hz
         took = takes(parts, said(parts), frame_hz)
         out.append(Coped('interruption' if speaking else 'turn', took,
                          max(0.0, (parts[0][0] - end) / frame_hz) if took else None,
-                         (min(_stopped(own, speaking, FILLED_S * frame_hz), end) - start)
-                         / frame_hz if speaking else None))
+                         (min(_stopped(own, speaking, frame_hz), end) - start) / frame_hz
+                         if speaking else None))
     return out
 
 
-def _stopped(spans: Sequence[tuple[int, int]], speaking: tuple[int, int], filled: float) -> int:
-    """The frame in which the one of `spans` that is `speaking` ends, with those that follow each
-    other after fewer than `filled` frames."""
-    last = speaking[1]
+def _stopped(spans: Sequence[tuple[int, int]], speaking: tuple[int, int], hz: float) -> int:
+    """The frame in which that one of `spans` ends, `speaking`, or what goes on after a breath:
+    the next ones, up to a silence of 0.5 s, unless they are a murmur."""
+    begin, last = None, speaking[1]
     for a, b in spans:
-        if last <= a < last + filled - 1e-9:
-            last = b
-    return last
+        if last <= a and (a - last) / hz < FILLED_S - 1e-9:
+            begin, last = a if begin is None else begin, b
+    return speaking[1] if begin is None or not takes([(begin, last)], None, hz) else last
 
 
 def backchannels(active_2T: np.ndarray, frame_hz: float, words: Sequence | None = None

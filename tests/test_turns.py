@@ -165,6 +165,8 @@ def test_they_interrupt():
         breath = coped('a' * 12 + '.' * silent + 'a' * 24, theirs, [(0.8, 2.4)])
         assert breath[0].stop_s == pytest.approx(went_on_s)
         assert breath[0].gave_way == (silent == 5)
+    murmur = coped('a' * 12 + '....aaa..........aaaaaaaaaaa', theirs, [(0.8, 2.4)])
+    assert murmur[0].stop_s == pytest.approx(0.4) and murmur[0].gave_way
 
 
 def test_they_murmur():

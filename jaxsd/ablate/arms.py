@@ -134,6 +134,7 @@ def arms_of(question: Question, workdir: str = '', overrides=()) -> list[Arm]:
                 if legal is not None and metric not in legal:
                     raise unknown(f'task {task}', metric, legal)
             v = model.make_vocab(config)
+            _buildable(config)
             every = stages.stages(config)
             for stage in every:
                 data.check(config, dataclasses.asdict(stage), v)
@@ -153,6 +154,14 @@ def arms_of(question: Question, workdir: str = '', overrides=()) -> list[Arm]:
                               + str(e).removeprefix(f'arm {name}: ')) from None
         out.append(arm)
     return out
+
+
+def _buildable(config) -> None:
+    """Raises ConfigError for a model that cannot be."""
+    try:
+        model.abstract(config)
+    except (ValueError, TypeError, ArithmeticError) as e:
+        raise ConfigError(' '.join(str(e).split())[:500]) from None
 
 
 def _decided(path: str, who: str) -> None:
@@ -180,7 +189,7 @@ def described(question: Question, arms: list[Arm]) -> str:
         out.append(f'arm {arm.name}: '
                    + ', '.join(f'{n} steps of {s}' for n, s in zip(arm.steps, names, strict=True))
                    + f', {about}{spent:,.6g} {question.unit}; '
-                   + ('the same records in the same order as the base' if arm.same_order else
+                   + ("the base's records, of every source in its order" if arm.same_order else
                       'other records than the base, or in another order'))
         out += [f'  {k}: {_clip(a)} -> {_clip(b)}' for k, (a, b) in arm.differences.items()] or [
             '  as the base']

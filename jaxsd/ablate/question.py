@@ -93,19 +93,22 @@ def read(path: str, budget: float | None = None) -> Question:
         raise unknown(f'{path}: budget', unit, UNITS)
     amount = amount if budget is None else budget
     budgets = tuple(amount) if isinstance(amount, tuple | list) else (amount,)
-    if not budgets or len(set(budgets)) < len(budgets) or not all(
+    if not budgets or not all(
             isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
-            for x in budgets):
+            for x in budgets) or len(set(budgets)) < len(budgets):
         raise ConfigError(f'{path}: budget.{unit} is a number above 0, got {amount!r}')
     many = len(budgets) > 1
     arms = [(f'{name}.{x:g}'.replace('+', '') if many else name, changes, float(x))
             for x in budgets for name, changes in arms]
     names = [name for name, _, _ in arms]
     seeds = asked['seeds']
-    if not isinstance(seeds, tuple | list) or len(set(seeds)) < len(seeds) or not all(
-            isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 1 << 32 for s in seeds):
+    if not isinstance(seeds, tuple | list) or not all(
+            isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 1 << 32
+            for s in seeds) or len(set(seeds)) < len(seeds):
         raise ConfigError(f'{path}: seeds are different whole numbers, as in (0, 1, 2), got '
                           f'{seeds!r}')
+    if not isinstance(asked['metrics'], tuple | list):
+        raise ConfigError(f'{path}: metrics are a tuple, got {asked["metrics"]!r}')
     for metric in asked['metrics']:
         if not (isinstance(metric, tuple | list) and len(metric) == 3 and all(
                 isinstance(x, str) for x in metric) and metric[2] in ('higher', 'lower', 'shown')):
@@ -127,8 +130,8 @@ def read(path: str, budget: float | None = None) -> Question:
     if chains and not asked.get('source'):
         raise ConfigError(f'{path}: expected needs a source: who says so')
     law = asked.get('law')
-    if law is not None and (unit != 'flops' or tuple(law) not in {tuple(m[:2]) for m in
-                                                                  asked['metrics']}):
+    if law is not None and (unit != 'flops' or not isinstance(law, tuple | list) or list(law) not in
+                            [list(m[:2]) for m in asked['metrics']]):
         raise ConfigError(f'{path}: law is (task, metric) of one of the metrics, over a budget of '
                           f'flops, got {law!r}')
     items = asked.get('items')

@@ -125,7 +125,7 @@ def _differences(found: dict) -> str:
     table = table_of(('option', 'base', *(esc(arm['name']) for arm in arms)), rows,
                    words=range(len(arms) + 2))
     orders = [arm['name'] for arm in arms if arm.get('same_order') is False]
-    told = ('All arms read the same records in the same order.' if not orders else
+    told = ('All arms read the same records, of every source in the same order.' if not orders else
             f'{", ".join(orders)}: other records than the base, or in another order.')
     details = f'<details><summary>{len(keys)} options</summary>{table}{more}</details>'
     return f'{head}<p>{esc(told)}</p>' + (table if len(keys) <= 12 else details)
