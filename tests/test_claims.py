@@ -103,10 +103,9 @@ def test_overlaps_teach_who_is_to_be_heard_out(tmp_path):
 
     Two corpora of simulated dialogues, of the same voices, gaps, hours and number of steps; in one
     every second turn is broken into and into others somebody murmurs. Both models are measured on
-    the same held-out dialogues of that one, whose callers are played. An interruption succeeds if
-    the model stops within a second and answers; a murmur is right to be talked over. Who has heard
-    no overlap falls silent at any sound of the caller, and often has no answer. (After a third of
-    the steps neither answers well, and only the murmurs tell them apart.)
+    the held-out dialogues of that one, whose callers are played. Who is interrupted should have
+    an answer when the caller has ended (Full-Duplex-Bench's measure), and go on while one murmurs.
+    Who has heard no overlap falls silent at any sound of the caller, and often has none.
     """
     clean, talk = tmp_path / 'clean', tmp_path / 'talk'
     run('data_pipelines.demo', '--out', str(clean), '--hours', HOURS, '--keep-wav')
@@ -132,5 +131,5 @@ def test_overlaps_teach_who_is_to_be_heard_out(tmp_path):
                      if 'interruption' in k or 'murmur' in k})
     for kind in ('interruption', 'murmur'):
         assert all(x.get(f'events/{kind}', 0) >= 20 for x in found.values()), kind
-    for metric in ('success %/interruption', 'went on %/murmur'):
+    for metric in ('takeover %/interruption', 'went on %/murmur'):
         assert found['overlaps'][metric] > found['none'][metric], metric
