@@ -152,6 +152,10 @@ def stream(lm: trained.LM, codec: Codec, pieces, samplers: dict, seed: int,
                 real_time_factor=work_s / max(heard * frame_s, 1e-9))
 
 
+class Stopped(Exception):
+    """Nobody is heard any more."""
+
+
 class Lobby:
     """Who talks in which slot of a room: several listeners, one dispatch for all who wait.
 
@@ -188,13 +192,13 @@ class Lobby:
 
     def hear(self, slot: int, codes: np.ndarray) -> np.ndarray | None:
         """What is said to one frame, once everybody's has been heard; see `Room.step`. Raises
-        RuntimeError when nothing is stepped any more."""
+        Stopped when nothing is stepped any more."""
         with self._lock:
             self._waiting[slot] = codes
             self._lock.notify_all()
             self._lock.wait_for(lambda: slot in self._answers or self._over)
             if slot not in self._answers:
-                raise RuntimeError('the model has stopped')
+                raise Stopped('the model has stopped')
             return self._answers.pop(slot)
 
     def serve(self) -> None:

@@ -48,9 +48,11 @@ def write(specs: list[str], runs: str, out: str) -> None:
     `runs`, made on another machine perhaps, is shown from there while its config is the same.
     Raises ConfigError for a file that is no config with a demo or has no Size and Evidence.
     """
-    cards, rows, made, kept = [], [], [], {}
+    cards, rows, made = [], [], []
     record = os.path.splitext(out)[0] + '.json'
     before = read_record(record)
+    named = {os.path.basename(spec).removesuffix('.py') for spec in specs}
+    kept = {name: run._asdict() for name, run in before.items() if name not in named}
     for spec in specs:
         doc = configs.made_by(spec, ())['doc']
         for name in ('Size', 'Evidence'):
@@ -70,7 +72,7 @@ def write(specs: list[str], runs: str, out: str) -> None:
         rows.append(_row(spec, doc, demo, run))
         cards.append(_card(spec, doc, published, demo, run))
     rundir.write_atomic(out, '\n'.join([*_head(demo, made), *rows, '', *cards]))
-    rundir.write_atomic(record, json.dumps(kept, indent=1) + '\n')
+    rundir.write_atomic(record, json.dumps(kept, indent=1, sort_keys=True) + '\n')
 
 
 def read_record(path: str) -> dict[str, Run]:

@@ -118,7 +118,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
         try:
             try:
                 over = self._converse(slot, talk, wav)
-            except RuntimeError as e:
+            except live.Stopped as e:
                 log.error('%s: start the page again', e)
                 over = dict(error=f'{e}: the page has to be started again')
             finally:

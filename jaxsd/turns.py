@@ -233,8 +233,8 @@ class Coped(NamedTuple):
     """What I did about one event of the other's. Latencies are seconds, None where there is none.
 
     kind: pause, turn, interruption or murmur. takeover: I took the floor. latency_s: from their end
-    to my first sound. stop_s: how long I went on while they interrupted, breaths
-    under 0.5 s included.
+    to my first sound. stop_s: how long I went on while they interrupted,
+    breaths under 0.5 s included.
     """
 
     kind: str
@@ -298,8 +298,8 @@ def coped(active_2T: np.ndarray, theirs: Sequence[tuple[float, float]], frame_hz
 
 
 def _stopped(spans: Sequence[tuple[int, int]], speaking: tuple[int, int], hz: float) -> int:
-    """The frame in which that one of `spans` ends, `speaking`, or what goes on after a breath:
-    the next ones, up to a silence of 0.5 s, unless they are a murmur."""
+    """The frame in which `speaking`, one of my `spans`, is over: its end, or
+    where more than a murmur follows after silences under 0.5 s, the end of that."""
     begin, last = None, speaking[1]
     for a, b in spans:
         if last <= a and (a - last) / hz < FILLED_S - 1e-9:

@@ -103,8 +103,10 @@ def test_a_run_shown_before_is_shown_again(here):
     record = here / 'page.json'
     kept = json.loads(record.read_text())
     shutil.rmtree(here / 'runs')
-    record.write_text(json.dumps({'twist': kept['twist'] | dict(config='another')}))
-    assert '99.5' not in page(here) and json.loads(record.read_text()) == {}
+    record.write_text(json.dumps({'twist': kept['twist'] | dict(config='another'),
+                                  'elsewhere': kept['twist']}))
+    assert '99.5' not in page(here)
+    assert json.loads(record.read_text()) == {'elsewhere': kept['twist']}   # not of this page
     record.write_text('[1]')
     with pytest.raises(ConfigError, match='page.json is no record of runs .*; move it away'):
         systems.write([SPEC], 'runs', 'page.md')

@@ -3,8 +3,8 @@
 
 `ablate --dry-run` (with --config.data.path and codec of your own) says how many steps each budget
 buys each size; `jaxsd plan --config configs/spirit_lm.py --topology v5p:8x8x8` with the changes of
-an arm says what they take. An arm that needs several hosts is trained by `jaxsd train` with those
-changes, its seed and its steps into WORKDIR/ARM/SEED, where `ablate` finds it done and measures it.
+an arm says what they take. `ablate` itself trains an arm in one process; one that needs several
+hosts is trained by `jaxsd train` with those changes.
 """
 
 
