@@ -235,8 +235,10 @@ class _Source:
                              'beside the grid, which rows cannot hold')
         return record, grid
 
-    def rows(self, drawn: list[tuple[Record, Grid]], *, rows: int) -> list[tuple[dict, dict]]:
-        """`drawn` packed into `rows` rows: per row, its arrays and its account."""
+    def rows(self, drawn: list[tuple[Record, Grid]], *, rows: int
+             ) -> list[tuple[dict, dict, list[int]]]:
+        """`drawn` packed into `rows` rows: per row, its arrays, its account and which of `drawn`
+        its segments are."""
         widths = [grid.tokens.shape[1] for _, grid in drawn]
         out = []
         for placed in packing.best_fit(widths, rows=rows, columns=self.columns):
@@ -249,7 +251,8 @@ class _Source:
                 'tokens': int((row['tokens'] >= 0).sum()),
                 'audio_s': sum(self._audio_s(*drawn[i]) * n / widths[i] for i, n in placed),
                 'records': len(placed),
-                'cropped_columns': sum(widths[i] for i, _ in placed) - kept}))
+                'cropped_columns': sum(widths[i] for i, _ in placed) - kept},
+                [i for i, n in placed if n]))
         return out
 
     def _audio_s(self, record: Record, grid: Grid) -> float:
@@ -324,7 +327,7 @@ class _Rows:
                 if len(self._groups) > _GROUPS_KEPT:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(number)
-            return self._groups[number][row]
+            return self._groups[number][row][:2]
 
 
 # ------------------------------------------------------------------------------------- batching
@@ -460,8 +463,9 @@ def _some_records(source: _Source) -> None:
 
 def one_pass(config, source: str, vocab: Vocab, *, batch: int, split: str = 'test', layout=None,
              limit: int | None = None, process_index: int = 0, process_count: int = 1
-             ) -> Iterator[tuple[Batch, Account]]:
-    """Every record of `source` in `split` once (the first `limit`), packed, as (arrays, account).
+             ) -> Iterator[tuple[Batch, Account, list[list[int]]]]:
+    """Every record of `source` in `split` once (the first `limit`), packed, as (arrays, account,
+    which): which[row][n] counts in stored order the record that is segment n + 1 of the row.
 
     The last batch is filled with empty rows. Drawn the same way at every call. `layout` takes the
     place of every other one, so that one set of records can be scored in several ways.
@@ -474,19 +478,19 @@ def one_pass(config, source: str, vocab: Vocab, *, batch: int, split: str = 'tes
     numbers = source.numbers[:limit]
     empty = packing.lay([], streams=len(vocab.rows), columns=source.columns,
                         extras=source.extras)
-    waiting: list[tuple[str, dict, dict]] = []
+    waiting: list[tuple[str, dict, dict, list[int]]] = []
     for first in range(0, len(numbers), 256):
         drawn = [source.draw(i, int(config['seed']), 'one pass')
                  for i in range(first, min(first + 256, len(numbers)))]
-        packed = [(source.name, *row) for row in source.rows(drawn, rows=len(drawn))
-                  if row[1]['records']]
-        waiting += packed
+        waiting += [(source.name, arrays, used, [first + i for i in which])
+                    for arrays, used, which in source.rows(drawn, rows=len(drawn))
+                    if used['records']]
         last = first + 256 >= len(numbers)
         while len(waiting) >= batch or (last and waiting):
             whole, waiting = waiting[:batch], waiting[batch:]
             none = dict.fromkeys(whole[0][2], 0)
-            whole += [(source.name, empty, none)] * (batch - len(whole))
-            yield _collate(whole[part])
+            whole = (whole + [(source.name, empty, none, [])] * (batch - len(whole)))[part]
+            yield *_collate([row[:3] for row in whole]), [row[3] for row in whole]
 
 
 def _with_layout(config, source: str, layout):

@@ -9,6 +9,7 @@ WORKDIR/evaluation.json, one entry per task, split and stage; the untrained mode
 own. Those of a task that is `probed` also go to metrics.jsonl, while training.
 """
 
+import functools
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ import time
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -37,31 +39,59 @@ log = logging.getLogger('jaxsd')
 # Likelihood.
 
 def _totals(config, stage: stages.Stage, place: sharding.Place = sharding.anywhere):
-    """A jitted (params, batch) -> (terms, metrics) of sums and weights, of every column.
+    """A jitted (params, batch, segments) -> (whole, each), of every column.
 
-    A head that trains on a random share of the columns scores all of them here.
+    whole: {name: (sum, weight)}. each: the same of every segment of every row, [rows, segments],
+    where the number of segments is not 0; but for what the backbone adds of whole batches. A head
+    that trains on a random share of the columns scores all of them here.
     """
     graph, objective = likelier.whole(config, stage), model.objective_of(config)
 
-    @jax.jit
-    def totals(params, batch):
+    def named(logp, hit, batch, beside):
+        terms, metrics = objective(logp, hit, batch, beside)
+        return {**{f'loss/{k}': x for k, x in terms.items()}, **metrics}
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def totals(params, batch, segments=0):
         logp, hit, beside = nnx.merge(graph, params).forward(batch, jax.random.key(0), place)
-        return objective(logp, hit, batch, beside)
+        whole = named(logp, hit, batch, beside)
+        by_row = {k: x for k, x in beside.items() if k == 'frames'}
+
+        def of_row(number, row):
+            logp, hit, cells, beside = jax.tree.map(lambda x: x[None], row)
+            at = (cells['segment'] == number)[:, None]
+            found = named(logp, hit, cells | {'weights': cells['weights'] * at}, beside)
+            return {k: x for k, x in found.items() if k != 'loss/balance'}
+        if not segments:
+            return whole, {}
+        each = jax.lax.map(
+            lambda n: jax.vmap(functools.partial(of_row, n))((logp, hit, batch, by_row)),
+            jnp.arange(1, segments + 1))
+        return whole, jax.tree.map(jnp.transpose, each)
     return totals
 
 
-def _likelihood(config, params, vocab, source, *, split, limit, batch, totals):
+def _likelihood(config, params, vocab, source, *, split, limit, batch, totals, apart=False):
+    """(metrics, per item, how many records); with `apart`, what each record adds to a metric."""
     sums: dict = {}
     weight_of = {}
+    of_record: dict[str, dict[int, tuple]] = {}
     records = 0
-    for arrays, used in data.one_pass(config, source, vocab, batch=batch, split=split,
-                                      limit=limit):
+    for arrays, used, which in data.one_pass(config, source, vocab, batch=batch, split=split,
+                                             limit=limit):
         records += sum(account['records'] for account in used.values())
-        terms, metrics = jax.device_get(totals(params, arrays))
-        for name, (s, w) in {**{f'loss/{k}': x for k, x in terms.items()}, **metrics}.items():
+        most = max(map(len, which)) if apart else 0
+        whole, each = jax.device_get(totals(params, arrays, most and 1 << (most - 1).bit_length()))
+        for name, (s, w) in whole.items():
             sums[name] = sums.get(name, 0.0) + float(s)
             weight_of[name] = weight_of.get(name, 0.0) + float(w)
-    return {n: s / weight_of[n] for n, s in sums.items() if weight_of[n] > 0}, records
+        for name, (s, w) in each.items():
+            of_record.setdefault(name, {}).update(
+                {record: (s[i, n], w[i, n]) for i, row in enumerate(which)
+                 for n, record in enumerate(row)})
+    per_item = {name: shares(*zip(*(found.get(i, (0, 0)) for i in range(max(found) + 1)),
+                                  strict=True)) for name, found in of_record.items()}
+    return {n: s / weight_of[n] for n, s in sums.items() if weight_of[n] > 0}, per_item, records
 
 
 def likelihood(lm: trained.LM, *, split: str, limit: int | None, sources: tuple[str, ...],
@@ -69,13 +99,16 @@ def likelihood(lm: trained.LM, *, split: str, limit: int | None, sources: tuple[
     """Nats per token and accuracy of every range of the line, per source; whole records, packed."""
     positive('evals.likelihood', batch=batch, sources=len(sources))
     totals = _totals(lm.config, lm.stage)
-    metrics, items = {}, 0
+    metrics, per_item, items = {}, {}, 0
     for source in sources:
-        found, records = _likelihood(lm.config, lm.params, lm.vocab, source, split=split,
-                                     limit=limit, batch=batch, totals=totals)
+        found, each, records = _likelihood(lm.config, lm.params, lm.vocab, source, split=split,
+                                           limit=limit, batch=batch, totals=totals, apart=True)
         items += records
         metrics |= {f'{source}/{name}': x for name, x in found.items()}
-    return dict(metrics=metrics, items=items, note='teacher-forced; nats per scored token')
+        per_item |= {f'{source}/{name}': x for name, x in each.items()
+                     if f'{source}/{name}' in metrics}
+    return dict(metrics=metrics, items=items, per_item=per_item,
+                note='teacher-forced; nats per scored token')
 
 
 def probe(config, stage: stages.Stage):
@@ -116,8 +149,8 @@ def probe(config, stage: stages.Stage):
     def held_out(step, params):
         out = {}
         for source in sources:
-            found, _ = _likelihood(config, params, vocab, source, split='test', limit=64,
-                                   batch=batch, totals=totals)
+            found, _, _ = _likelihood(config, params, vocab, source, split='test', limit=64,
+                                      batch=batch, totals=totals)
             out |= {f'{source}/{k}': x for k, x in found.items() if k.startswith('loss/')}
         lm = trained.LM(config, stage, vocab, graph, params, step, '')
         for name, t in tasks.items():

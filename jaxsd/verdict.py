@@ -15,8 +15,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5 % for 1, 2, ... degrees of freedom; the last serves for more."""
 
 RULE = (f'An interval of 95 % joins two kinds of luck. Items are drawn again {DRAWS:,} times, the '
-        'same ones for all arms; the task likelihood tells of no single items, so its intervals '
-        "are of seeds alone. Seeds are replicates, by Student's t on their mean. Their half "
+        "same ones for all arms. Seeds are replicates, by Student's t on their mean. Their half "
         'widths are added as squares. Arms are compared seed by seed, by the interval of their '
         'difference: an ordering is confirmed where it lies wholly on the expected side of zero, '
         'contradicted where it lies wholly on the other, and else not decided at this budget. '

@@ -338,17 +338,21 @@ def test_one_pass_is_every_record_once_for_any_process_count(root):
     setup = only(root, 'numbers', dict(select=('story',)))
     options = dict(batch=4, layout=NUMBERED, split='test')
     whole = list(data.one_pass(setup[0], 'numbers', setup[2], **options))
-    seen = collections.Counter(int(tokens[0]) for arrays, _ in whole for i in range(4)
-                               for tokens in segments({k: x[i] for k, x in arrays.items()}))
-    assert seen == collections.Counter(range(3000, 3037))
-    assert total(whole)['numbers']['records'] == 37
-    assert all(arrays['tokens'].shape == (4, 1, COLUMNS) for arrays, _ in whole)
+    seen = [(int(tokens[0]), record) for arrays, _, which in whole for i in range(4)
+            for tokens, record in zip(segments({k: x[i] for k, x in arrays.items()}), which[i],
+                                      strict=True)]
+    stored = [3000 + int(r.id[1:]) for r in data.examples(setup[0], 'test', 'numbers')]
+    assert sorted(stored) == list(range(3000, 3037))
+    assert sorted(seen, key=lambda pair: pair[1]) == [(n, i) for i, n in enumerate(stored)]
+    assert total(w[:2] for w in whole)['numbers']['records'] == 37
+    assert all(arrays['tokens'].shape == (4, 1, COLUMNS) for arrays, *_ in whole)
     parts = [list(data.one_pass(setup[0], 'numbers', setup[2], **options, process_index=i,
                                 process_count=2)) for i in range(2)]
-    for step, (arrays, _) in enumerate(whole):
+    for step, (arrays, _, which) in enumerate(whole):
         same(arrays, {k: np.concatenate([p[step][0][k] for p in parts]) for k in arrays})
+        assert which == parts[0][step][2] + parts[1][step][2]
     few = data.one_pass(setup[0], 'numbers', setup[2], **options, limit=5)
-    assert total(few)['numbers']['records'] == 5
+    assert total(w[:2] for w in few)['numbers']['records'] == 5
 
 
 def test_examples_come_back_as_they_were_written(root):

@@ -74,7 +74,7 @@ def test_features_are_packed_with_their_columns(corpus):
     assert (arrays['segment'][heard] > 0).all()
     grid = data.grid(c, 'voice', v)
     assert grid.extra['feats'].shape == (grid.tokens.shape[1], 640)
-    empty, _ = next(data.one_pass(c, 'text_qa', v, batch=2, split='train', limit=2))
+    empty, *_ = next(data.one_pass(c, 'text_qa', v, batch=2, split='train', limit=2))
     assert empty['feats'].shape == (2, c.columns, 640) and not empty['slot'].any()
 
 

@@ -84,21 +84,21 @@ def _jitted(graph):
 def test_likelihood_is_that_of_every_record_alone(request, system, source):
     """Packing, chunks, a head's random share of columns: nothing of it may show in the numbers."""
     lm, limit = request.getfixturevalue(system), 5
-    found = evaluate.likelihood(lm, split='train', limit=limit, sources=(source,),
-                                batch=2)['metrics']
-    sums, weights, examples = {}, {}, 0
+    result = evaluate.likelihood(lm, split='train', limit=limit, sources=(source,), batch=2)
+    found, kept = result['metrics'], result['per_item']
+    sums, weights, examples = {}, {}, []
 
-    def add(name, value, weight):
-        sums[name] = sums.get(name, 0.0) + value
-        weights[name] = weights.get(name, 0.0) + weight
+    def add(name, value, weight):       # of the record that is being looked at
+        for total, x in ((sums, value), (weights, weight)):
+            total.setdefault(name, np.zeros(limit))[examples[-1]] += x
     objective = lm.config.objective.terms
-    for arrays, _ in data.one_pass(lm.config, source, lm.vocab, batch=2, split='train',
-                                   limit=limit):
+    for arrays, _, which in data.one_pass(lm.config, source, lm.vocab, batch=2, split='train',
+                                          limit=limit):
         for i, segment in enumerate(arrays['segment']):
             for s in range(1, segment.max() + 1):
                 at = np.flatnonzero(segment == s)
                 tokens, weight = arrays['tokens'][i][:, at], arrays['weights'][i][:, at]
-                examples += 1
+                examples.append(which[i][s - 1])
                 for row, logp, ids, w in zip(lm.vocab.rows, alone(lm, tokens), tokens, weight,
                                              strict=True):
                     for t in np.flatnonzero(w):
@@ -110,11 +110,14 @@ def test_likelihood_is_that_of_every_record_alone(request, system, source):
                         name = lm.vocab.name(int(ids[t]))[0]
                         add(f'nats/{name}', nats, 1)
                         add(f'accuracy/{name}', float(logp[t - 1].argmax() == local), 1)
-    assert examples == limit
-    wanted = {f'{source}/{k}': sums[k] / weights[k] for k in sums}
-    assert found.keys() == wanted.keys()
+    assert sorted(examples) == list(range(limit))
+    wanted = {f'{source}/{k}': sums[k].sum() / weights[k].sum() for k in sums}
+    assert found.keys() == wanted.keys() == kept.keys()
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=2e-4, err_msg=name)
+        alike = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4, err_msg=name)
+        alike(kept[name]['sum'], sums[name.partition('/')[2]])
+        alike(kept[name]['of'], weights[name.partition('/')[2]])
 
 
 def test_a_probe_is_the_likelihood_of_the_first_records(flat_lm):

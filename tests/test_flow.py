@@ -258,11 +258,11 @@ def test_latents_of_a_corpus(corpus):
     for stage in c.stages:
         there = data.extras(c, stage)
         assert there == (dict(means=64, frames=64, framed=0) if stage['name'] == 'flow' else {})
-    arrays, used = next(data.one_pass(c, 'refined', v, batch=2, split='train', limit=4))
+    arrays, used, _ = next(data.one_pass(c, 'refined', v, batch=2, split='train', limit=4))
     assert arrays['means'].shape == (2, c.columns, 64) and used['refined']['audio_s'] > 0
     error = np.square(arrays['means'] - arrays['frames']).sum()
     assert 0 < error < 0.6 * np.square(arrays['frames']).sum()
-    arrays, _ = next(data.one_pass(c, 'asr', v, batch=2, split='train', limit=2))
+    arrays, *_ = next(data.one_pass(c, 'asr', v, batch=2, split='train', limit=2))
     assert 'frames' not in arrays
 
 

@@ -338,7 +338,7 @@ def test_sound_is_packed_with_its_columns(corpus):
     c.data.path, c.codec.path = str(corpus), str(corpus / 'units.safetensors')
     c.vocab.tokenizer = str(corpus / 'text.model')
     v = model.make_vocab(c)
-    arrays, used = next(data.one_pass(c, 'told', v, batch=4, split='train', limit=4))
+    arrays, used, _ = next(data.one_pass(c, 'told', v, batch=4, split='train', limit=4))
     assert arrays['frames'].shape == (4, 256, 640) and arrays['feats'].shape == (4, 256, 640)
     mark = arrays['tokens'][:, 0] == v.specials['frame']
     np.testing.assert_array_equal(mark, arrays['framed'] > 0)
