@@ -56,6 +56,30 @@ def interval(values: list[float], draws: np.ndarray | None) -> tuple[float, floa
             mean + math.hypot(max(0.0, high - mean), luck))
 
 
+Found = list[tuple[float, dict | None]]
+"""Per seed, the value of a metric and what `evaluate.shares` kept of its items, if anything."""
+
+
+def estimate(found: Found, *, percent: bool = False) -> dict:
+    """mean, low, high, seeds and by_seed of one arm: see RULE.
+
+    percent: a mean over items that lie in 0..100 does so, too, and so does its interval.
+    """
+    values, per_item = [x for x, _ in found], [p for _, p in found]
+    mean, low, high = interval(values, redrawn(per_item))
+    if percent and low is not None and all(p and 'of' not in p for p in per_item) and all(
+            0 <= x <= 100 for p in per_item for x in p['sum']):
+        low, high = max(0.0, low), min(100.0, high)
+    return dict(mean=mean, low=low, high=high, seeds=len(found), by_seed=values)
+
+
+def difference(a: Found, b: Found) -> tuple[float, float | None, float | None]:
+    """(mean, low, high) of a minus b, seed by seed, items drawn alike for both: see RULE."""
+    draws = [redrawn([p for _, p in found]) for found in (a, b)]
+    return interval([x - y for (x, _), (y, _) in zip(a, b, strict=True)],
+                    None if draws[0] is None or draws[1] is None else draws[0] - draws[1])
+
+
 def of_difference(low: float | None, high: float | None, *, seeds: int, better: str) -> str:
     """Of a difference 'expected better minus worse' with this interval."""
     if low is None or high is None or seeds < 2:

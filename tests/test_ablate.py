@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -88,6 +89,40 @@ def test_arms_that_differ_in_name_alone_get_the_same_numbers(straight):
     assert '(page-naming.png)' in page
     assert (work / 'page-naming.png').read_bytes().startswith(b'\x89PNG')
     assert '## Does a name matter?' in page and '| one | 1 of 1 | 6 |' in page and argv[2] in page
+
+
+def test_the_directory_of_an_ablation_is_its_own(straight, corpus, asked, tmp_path, capsys):
+    work, argv = straight
+    before = {p: p.stat().st_mtime for p in work.rglob('*') if p.is_file()}
+
+    def refused(path, folder, *more):
+        assert cli.main(['ablate', '--sweep', path, '--workdir', str(folder), *on(corpus), *more]
+                        ) == 1
+        return capsys.readouterr().err
+    renamed = tmp_path / 'renaming.py'
+    renamed.write_text(f'QUESTION = {ASKED!r}\n')
+    assert 'holds the ablation naming; name another directory' in refused(str(renamed), work)
+    assert 'the question has changed: ' in refused(asked(seeds=(5, 6), arms=(
+        ('one', '--config.stages[0].lr=1e-5'), ('other',))), work)
+    assert 'stages[0].steps' in refused(asked(), work, '--budget', '4096')
+    assert '--only 2: there are runs 0..1' in refused(asked(), work, '--only', '2')
+    assert 'write the number of a run' in refused(asked(), work, '--only', 'NO_SUCH_VARIABLE')
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'mine.txt').write_text('')
+    assert 'is not empty and no ablation' in refused(asked(), tmp_path / 'full')
+    assert before == {p: p.stat().st_mtime for p in work.rglob('*') if p.is_file()}
+
+
+def test_one_run_of_a_sweep_is_the_same_run(straight, tmp_path, capsys):
+    """Jobs of an array train one run each; the verb without --only then has only to add up."""
+    work = tmp_path / 'work'
+    argv = [*straight[1][:4], str(work), *straight[1][5:]]
+    assert cli.main([*argv, '--only', '1']) == 0
+    assert [p.parent.parent.name for p in work.glob('*/*/arm.json')] == ['other']
+    stamp = (work / 'other' / '5' / 'ledger.jsonl').stat().st_mtime
+    assert cli.main(argv) == 0
+    assert answer(work) == answer(straight[0])
+    assert (work / 'other' / '5' / 'ledger.jsonl').stat().st_mtime == stamp
 
 
 def test_what_items_add_gives_the_metric(straight):
@@ -178,6 +213,9 @@ def test_arms_that_differ_in_layout_read_the_same_records_in_the_same_order(aske
     (dict(seeds=(1, 1)), 'seeds are different whole numbers'), (dict(seeds=None), 'lacks seeds'),
     (dict(expected=('one > two',)), "expected has no option 'two'"),
     (dict(law=('asr', 'WER %')), 'law is (task, metric) of one of the metrics, over a budget of'),
+    (dict(question='Names matter.'), 'ends in a question mark'),
+    (dict(expected=('one > one',)), "expected names an arm twice: 'one > one'"),
+    (dict(items=True), 'items is a whole number above 0, got True'),
     (dict(source=''), 'expected needs a source'), (dict(items=0), 'items is a whole number')])
 def test_a_bad_question_ends_in_one_line_before_anything_runs(asked, corpus, tmp_path, capsys,
                                                               changes, says):
@@ -253,13 +291,20 @@ def test_jobs_are_those_of_the_launchers(asked, corpus, tmp_path, capsys):
     _, old, new, _ = words[words.index('sed') + 1].split('|')
     text = (ROOT / 'launch' / 'gke.yaml').read_text()
     assert text.count(old) == 1
-    assert {'HOSTS=1', f'CONFIG={path}', 'NAME=naming-other-5'} <= set(words)
+    assert {'HOSTS=1', f'CONFIG={path}', 'NAME=naming-other-1'} <= set(words)
     text = text.replace(old, new)
     for name, value in (w.split('=', 1) for w in words if re.match('[A-Z]+=', w)):
         text = text.replace(f'${{{name}}}', value)
     command = re.search(r'command: (\[.*\])', text)[1]
     assert yaml.safe_load(command)[3:] == ['ablate', *on(corpus), '--only', '1', '--sweep', path,
                                            '--workdir', str(work)]
+    lines = ablate.jobs('gke', ablate.read(asked(arms=(('a_b',), ('a-b',), ('c' * 80,)))), 'w', [
+        ablate.Run(types.SimpleNamespace(name=n), 0, '') for n in ('a_b', 'a-b', 'c' * 80)], [])
+    names = [re.search('NAME=([a-z0-9-]+) ', line)[1] for line in lines]
+    assert len(set(names)) == 3 and max(map(len, names)) < 50
+    timed = asked(budget=dict(wall_s=5.0))
+    with pytest.raises(ConfigError, match='every job would measure for itself'):
+        ablate.jobs('slurm', ablate.read(timed), 'w', [], [])
     assert not work.exists()
 
 
@@ -304,6 +349,34 @@ def test_items_are_drawn_alike_for_all_arms():
     x = np.random.default_rng(1).normal(5, 2, 100)
     a, b = verdict.redrawn([evaluate.shares(x)]), verdict.redrawn([evaluate.shares(x + 1)])
     assert np.ptp(b - a) < 1e-6 < np.ptp(a)
+
+
+def test_a_difference_is_better_minus_worse_of_the_same_seeds():
+    rng = np.random.default_rng(3)
+    worse = rng.normal(60, 9, (3, 200)) + np.array([[0.], [20.], [-20.]])      # seeds differ much
+    better = worse + 2 + rng.normal(0, .1, worse.shape)
+    a, b = ([(x.mean(), evaluate.shares(x)) for x in found] for found in (better, worse))
+    mean, low, high = verdict.difference(a, b)
+    assert mean == pytest.approx(2, abs=.05) and 1.9 < low < 2 < high < 2.1
+    swapped = verdict.difference(b, a)
+    assert swapped == pytest.approx((-mean, -high, -low), abs=1e-9)
+    assert verdict.of_difference(low, high, seeds=3, better='higher') == 'confirmed'
+    # Seeds are no longer beside themselves, or items: what is common to both no longer cancels.
+    _, low, high = verdict.difference(a, [b[2], b[0], b[1]])
+    assert low < 0 < high
+    turned = [(x.mean(), evaluate.shares(x)) for x in worse[:, ::-1]]
+    _, low, high = verdict.difference(a, turned)
+    assert high - low > 1
+    assert verdict.difference(a[:1], [(1.0, None)]) == (a[0][0] - 1, None, None)
+
+
+def test_a_share_of_items_stays_between_0_and_100():
+    found = [(90.0, evaluate.shares([100.] * 9 + [0.])), (99.0, evaluate.shares([99.] * 10))]
+    free, cut = verdict.estimate(found), verdict.estimate(found, percent=True)
+    assert free['high'] > 100 == cut['high'] and cut['low'] == free['low'] == max(0, free['low'])
+    rates = [(x, evaluate.shares([x], [1])) for x in (90., 130.)]   # words inserted: above 100
+    assert verdict.estimate(rates, percent=True) == verdict.estimate(rates)
+    assert cut['by_seed'] == [90.0, 99.0] and cut['seeds'] == 2
 
 
 @pytest.mark.parametrize('low, high, better, says', [

@@ -200,23 +200,19 @@ def results(question: Question, arms: list[Arm], runs: list[Run], failures: dict
                         value, kept[task]['per_item'].get(metric))
         told[one.arm.name].append(state)
 
-    def of(names, label):
-        """Per arm of `names`, (value, per item) for the seeds that all of them have."""
+    def of(*names, label) -> list[verdict.Found]:
+        """What was found for each arm of `names` with the seeds that all of them have."""
         found = [measured.get((name, label), {}) for name in names]
         seeds = sorted(set.intersection(*map(set, found)))
-        return seeds, [[f[s] for s in seeds] for f in found]
+        return [[f[s] for s in seeds] for f in found]
 
     out_arms = []
     for arm in arms:
         estimates = {}
         for task, metric, _ in question.metrics:
-            seeds, (found,) = of([arm.name], f'{task} {metric}')
+            found, = of(arm.name, label=f'{task} {metric}')
             if found:
-                mean, low, high = verdict.interval(
-                    [x for x, _ in found], verdict.redrawn([p for _, p in found]))
-                estimates[f'{task} {metric}'] = dict(mean=mean, low=low, high=high,
-                                                     seeds=len(seeds),
-                                                     by_seed=[x for x, _ in found])
+                estimates[f'{task} {metric}'] = verdict.estimate(found, percent='%' in metric)
         out_arms.append(dict(
             name=arm.name, config=arm.spec, overrides=[f'--config.{p}={v}' for p, v in
                                                        arm.overrides],
@@ -231,17 +227,25 @@ def results(question: Question, arms: list[Arm], runs: list[Run], failures: dict
     comparisons = []
     for better, worse in (p for c in question.expected for p in zip(c, c[1:], strict=False)):
         for task, metric, direction in (m for m in question.metrics if m[2] != 'shown'):
-            seeds, (a, b) = of([better, worse], f'{task} {metric}')
-            entry = dict(better=better, worse=worse, metric=f'{task} {metric}', seeds=len(seeds),
-                         difference=None, low=None, high=None, verdict='not decided')
-            if seeds:
-                draws = [verdict.redrawn([p for _, p in x]) for x in (a, b)]
-                mean, low, high = verdict.interval(
-                    [x - y for (x, _), (y, _) in zip(a, b, strict=True)],
-                    None if None in [d if d is None else 0 for d in draws] else draws[0] - draws[1])
-                entry |= dict(difference=mean, low=low, high=high, verdict=verdict.of_difference(
-                    low, high, seeds=len(seeds), better=direction))
-            comparisons.append(entry)
+            a, b = of(better, worse, label=f'{task} {metric}')
+            mean, low, high = verdict.difference(a, b) if a else (None, None, None)
+            comparisons.append(dict(
+                better=better, worse=worse, metric=f'{task} {metric}', seeds=len(a),
+                difference=mean, low=low, high=high,
+                verdict=verdict.of_difference(low, high, seeds=len(a), better=direction)))
+    against_best = []
+    for task, metric, direction in (m for m in question.metrics if m[2] != 'shown'):
+        label = f'{task} {metric}'
+        best = (max if direction == 'higher' else min)(
+            (a for a in out_arms if label in a['estimates']),
+            key=lambda a: a['estimates'][label]['mean'], default=None)
+        for arm in out_arms:
+            if best and label in arm['estimates'] and arm is not best:
+                a, b = of(arm['name'], best['name'], label=label)
+                if a:
+                    mean, low, high = verdict.difference(a, b)
+                    against_best.append(dict(arm=arm['name'], metric=label, best=best['name'],
+                                             mean=mean, low=low, high=high))
     ended = [e['time_s'] for ledger in seen for e in ledger[-1:]]
     return dict(
         name=question.name, path=question.path, question=question.question,
@@ -251,7 +255,7 @@ def results(question: Question, arms: list[Arm], runs: list[Run], failures: dict
                     said=amounts(question.budgets)),
         seeds=list(question.seeds), items=question.items, rule=verdict.RULE,
         metrics=[dict(label=f'{t} {m}', better=b) for t, m, b in question.metrics],
-        arms=out_arms, comparisons=comparisons,
+        arms=out_arms, comparisons=comparisons, against_best=against_best,
         law=verdict.law([(a['budget'], a['parameters'], sum(s['steps'] * s['batch'] * s['columns']
                                                     for s in a['stages']),
                   a['estimates'][' '.join(question.law)]['mean']) for a in out_arms
@@ -265,7 +269,10 @@ def results(question: Question, arms: list[Arm], runs: list[Run], failures: dict
 
 def jobs(how: str, question: Question, workdir: str, runs: list[Run], flags) -> list[str]:
     """Shell lines that run everything as a Slurm array, or as one JobSet per run; `flags` of the
-    verb are handed on."""
+    verb are handed on. Raises ConfigError for a budget that each job would measure for itself."""
+    if question.unit == 'wall_s':
+        raise ConfigError(f'--launch {how}: every job would measure for itself how many steps '
+                          'wall_s buys, and arms would get unequal budgets; name another budget')
     if how == 'slurm':
         verb = shlex.join(['launch/slurm.sbatch', 'ablate', '--sweep', question.path, '--workdir',
                            workdir, *flags])
@@ -274,7 +281,8 @@ def jobs(how: str, question: Question, workdir: str, runs: list[Run], flags) -> 
                 f'sbatch --ntasks-per-node=1 --dependency=afterany:$job {verb}']
     out = []
     for i, one in enumerate(runs):
-        name = re.sub(r'[^a-z0-9]+', '-', f'{question.name}-{one.arm.name}-{one.seed}'.lower())
+        name = re.sub(r'[^a-z0-9]+', '-', f'{question.name}-{one.arm.name}'.lower())[:40]
+        name = f'{name.strip("-")}-{i}'     # short enough for names of pods, and like no other
         words = ', '.join(json.dumps(w) for w in ['ablate', *flags, '--only', str(i), '--sweep'])
         swap = f's|train, --config,|{words},|'
         out.append(f'HOSTS=1 SLICES=1 NAME={name} CONFIG={shlex.quote(question.path)} '

@@ -46,6 +46,9 @@ def tables(found: dict) -> list[tuple[list[str], list[list[str]]]]:
             [f'{c["better"]} > {c["worse"]}', c['metric'],
              _with_interval(c | dict(mean=c['difference'])), c['verdict']]
             for c in found['comparisons']]))
+    elif rows := [[x['arm'], x['metric'], x['best'], _with_interval(x)]
+                  for x in found['against_best']]:
+        out.append((['arm', 'metric', 'best arm', 'difference to it'], rows))
     return out
 
 

@@ -78,8 +78,9 @@ def read(path: str, budget: float | None = None) -> Question:
             raise unknown(path, key, KEYS)
     if missing := [k for k in NEEDED if not asked.get(k)]:
         raise ConfigError(f'{path} lacks {", ".join(missing)}')
-    if not isinstance(asked['question'], str):
-        raise ConfigError(f'{path}: question is a sentence, got {asked["question"]!r}')
+    if not isinstance(asked['question'], str) or not asked['question'].endswith('?'):
+        raise ConfigError(f'{path}: question is a sentence that ends in a question mark, got '
+                          f'{asked["question"]!r}')
     arms = _leaves(asked['arms'], path)
     names = [name for name, _ in arms]
     if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -121,6 +122,8 @@ def read(path: str, budget: float | None = None) -> Question:
     for chain in chains:
         if len(chain) < 2:
             raise ConfigError(f"{path}: expected is 'better > worse', got {' > '.join(chain)!r}")
+        if len(set(chain)) < len(chain):
+            raise ConfigError(f'{path}: expected names an arm twice: {" > ".join(chain)!r}')
         for name in chain:
             if name not in names:
                 raise unknown(f'{path}: expected', name, names)
@@ -135,7 +138,7 @@ def read(path: str, budget: float | None = None) -> Question:
         raise ConfigError(f'{path}: law is (task, metric) of one of the metrics, over a budget of '
                           f'flops, got {law!r}')
     items = asked.get('items')
-    if items is not None and (not isinstance(items, int) or items < 1):
+    if items is not None and (isinstance(items, bool) or not isinstance(items, int) or items < 1):
         raise ConfigError(f'{path}: items is a whole number above 0, got {items!r}')
     return Question(
         name=os.path.basename(path).removesuffix('.py'), path=path, question=asked['question'],

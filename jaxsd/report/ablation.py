@@ -19,7 +19,7 @@ def read_ablation(folder: pathlib.Path) -> dict:
              **{k: as_dicts(arm.get(k)) for k in ('runs', 'stages')}} for arm in as_dicts(
                  found.get('arms')) if isinstance(arm.get('name'), str)]
     return found | dict(arms=arms, **{k: as_dicts(found.get(k)) for k in (
-        'metrics', 'comparisons')}) if arms else {}
+        'metrics', 'comparisons', 'against_best')}) if arms else {}
 
 
 def _own(folder: pathlib.Path, run: dict) -> pathlib.Path | None:
@@ -96,6 +96,11 @@ def answer(folder: pathlib.Path, found: dict) -> str:
             [(esc(f'{c.get("better")} > {c.get("worse")}'), esc(c.get('metric')),
               _between(c, 'difference'), esc(c.get('verdict'))) for c in found['comparisons']],
             words=(0, 1, 3)))
+    else:
+        rows = [(*(esc(x.get(k)) for k in ('arm', 'metric', 'best')), _between(x))
+                for x in found['against_best']]
+        out.append('<h4>Against the best</h4>' + table_of(
+            ('arm', 'by', 'best arm', 'difference to it'), rows, words=(0, 1, 2)) if rows else '')
     failed = [f'{arm["name"]}, seed {r.get("seed")} {r.get("state")}' for arm in arms
               for r in arm['runs'] if str(r.get('state', '')).startswith('failed')]
     out += [f'<p class="soft">Arm {esc(x)}</p>' for x in failed]
