@@ -85,6 +85,9 @@ def test_arms_that_differ_in_name_alone_get_the_same_numbers(straight):
     before = {p: p.stat().st_mtime for p in work.glob('*/*/ledger.jsonl')}
     assert cli.main([*argv, '--doc', str(work / 'page.md')]) == 0
     assert before == {p: p.stat().st_mtime for p in work.glob('*/*/ledger.jsonl')}
+    drawn, = work.glob('one/*/grids/*.png')
+    assert drawn.read_bytes().startswith(b'\x89PNG')
+    assert (work / 'report.html').read_text().count('alt="Drawn grid: ') == 2
     page = (work / 'page.md').read_text()
     assert '(page-naming.png)' in page
     assert (work / 'page-naming.png').read_bytes().startswith(b'\x89PNG')

@@ -76,7 +76,8 @@ def run(tmp_path):
             'dialogue': dict(audio_s=9000., tokens=250_000, records=123)}))))
     (folder / 'evaluation.json').write_text(json.dumps([
         dict(task='asr', split='test', metrics={'wer': .0214, 'exact': .91}, items=64, step=400,
-             stage='learn', note='Closed vocabulary.'),
+             stage='learn', note='Closed vocabulary.', per_item={
+                 'exact': dict(sum=[1.] * 58 + [0.] * 6), 'wer': dict(sum=['x'], of=3)}),
         dict(task='asr', split='voice', metrics={'wer': .0731, 'exact': .8}, items=64, step=400,
              stage='learn', note='Closed vocabulary.'),
         dict(task='duplex', split='test', metrics={'answered': .84}, items=40, step=400,
@@ -166,6 +167,17 @@ def test_a_complete_run_is_shown(run, tmp_path):
     assert page.tags.count('audio') == 3
     assert 'x.safetensors' not in page.words            # checkpoints are not exports
     assert page.tags.count('svg') == 2 * 9 + 1          # per stage nine drawings, and a histogram
+
+
+def test_items_that_were_kept_are_drawn_again(run, tmp_path):
+    """Against the normal approximation of a share; what is damaged is shown as it was measured."""
+    text = ' '.join(page_of(run, out=tmp_path / 'x.html').text)
+    low, high = map(float, re.search(r'0\.91\s+([\d.]+) to ([\d.]+)', text).groups())
+    half = 1.96 * math.sqrt(58 / 64 * 6 / 64 / 64)
+    assert low == pytest.approx(58 / 64 - half, abs=.02)
+    assert high == pytest.approx(min(1, 58 / 64 + half), abs=.02)
+    assert '0.0214' in text and not re.search(r'0\.0214\s+[\d.]+ to', text)
+    assert '95 % of what 2,000 samples' in text
 
 
 def test_what_was_heard_and_the_true_recording_stand_beside_a_clip(run, tmp_path):

@@ -36,13 +36,15 @@ from typing import NamedTuple
 import jax
 
 from jaxsd import config as configs
-from jaxsd import evaluate, model, train, verdict
+from jaxsd import data, evaluate, model, train, verdict
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.ablate.answer import document, table
 from jaxsd.ablate.arms import Arm, arms_of, described, per_step
 from jaxsd.ablate.question import Question, amounts, read
 from jaxsd.config import ConfigError, fingerprint, plain
+from jaxsd.layout import show
+from jaxsd.vocab import Text
 
 __all__ = ['arms_of', 'described', 'document', 'jobs', 'read', 'read_results', 'run', 'runs_of',
            'table']
@@ -107,11 +109,22 @@ def _one(question: Question, run: Run) -> None:
     config, overrides = run.arm.seeded(run.seed)
     train.run(config, run.folder, probe_of=lambda stage: evaluate.probe(config, stage),
               made=configs.made_by(run.arm.spec, overrides))
+    if run.seed == question.seeds[0]:       # the one that the report shows
+        _draw(config, run.folder)
     found = evaluate.run(config, run.folder, limit=question.items,
                          tasks=tuple(dict.fromkeys(t for t, _, _ in question.metrics)))
     rundir.write_atomic(os.path.join(run.folder, 'arm.json'), json.dumps(dict(
         mark=_mark(question, config), measured={
             e['task']: {k: e.get(k, {}) for k in ('metrics', 'per_item')} for e in found})) + '\n')
+
+
+def _draw(config, folder: str) -> None:
+    """A picture of what the arm reads, for the report."""
+    v = model.make_vocab(config)
+    source = sorted(stages.stages(config)[-1].data)[0]
+    piece = Text(v.tokenizer).piece if v.tokenizer else None
+    show.picture(data.grid(config, source, v), v, os.path.join(folder, 'grids', f'{source}.png'),
+                 columns=(0, 48), pieces=piece)
 
 
 def run(question: Question, arms: list[Arm], workdir: str, *, only: int | None = None) -> dict:

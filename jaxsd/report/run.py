@@ -12,7 +12,7 @@ import statistics
 
 import numpy as np
 
-from jaxsd import draw, goodput
+from jaxsd import draw, goodput, verdict
 from jaxsd.report.elements import (
     curve,
     data_uri,
@@ -32,6 +32,7 @@ from jaxsd.report.files import read_json
 
 GRIDS, GRID_BYTES = 8, 3 << 20
 CLIPS, CLIP_S = 16, 30.0
+ITEMS_DRAWN = 5_000         # samples of more items than these would take seconds and gigabytes
 FAILURE_EVERY_S, NOTICED_S = 3 * 3600.0, 10.0       # of the forecast: how often, how soon seen
 
 
@@ -167,6 +168,23 @@ def _learning(stage: str, rows: list[dict]) -> str:
     return head + out + rest
 
 
+def _measured(entry: dict, name: str) -> str:
+    """A metric of a task, and where it lies when its items are drawn again, if they were kept."""
+    value = inner(entry, 'metrics', name)
+    kept = inner(entry, 'per_item', name)
+    if not finite(value) or not isinstance(kept, dict):
+        return number(value)
+    try:
+        if len(kept['sum']) > ITEMS_DRAWN:
+            return number(value)
+        found = verdict.estimate([(value, kept)], percent='%' in name)
+        low, high = float(found['low']), float(found['high'])
+    except (KeyError, TypeError, ValueError):       # of another shape
+        return number(value)
+    return (f'{number(value)} <small>{number(low)} to {number(high)}</small>'
+            if finite(low) and finite(high) else number(value))
+
+
 def _evaluation(run: dict) -> str:
     out = ['<h3>Evaluation</h3>']
     if not run['evaluation']:
@@ -181,13 +199,13 @@ def _evaluation(run: dict) -> str:
             names += [k for k in (metrics if isinstance(metrics, dict) else ()) if k not in names]
         heads = ['split', 'stage', 'step', 'items', *map(esc, names)]
         rows = [[esc(e.get('split') or '–'), esc(e.get('stage') or '–'), number(e.get('step')),
-                 number(e.get('items')), *(number(inner(e, 'metrics', n)) for n in names)]
+                 number(e.get('items')), *(_measured(e, n) for n in names)]
                 for e in entries]
         if len(names) > 6 and len(entries) <= 3:    # tall reads better than wide
             labels = [' '.join(filter(None, (str(e.get('split') or ''), str(e.get('stage') or ''))))
                       for e in entries]
             heads = ['', *map(esc, labels)]
-            rows = [[esc(n), *(number(inner(e, 'metrics', n)) for e in entries)] for n in names]
+            rows = [[esc(n), *(_measured(e, n) for e in entries)] for n in names]
             rows.append(['items', *(number(e.get('items')) for e in entries)])
             rows.append(['step', *(number(e.get('step')) for e in entries)])
         out.append(f'<h4>{esc(task)}</h4>'
@@ -195,6 +213,9 @@ def _evaluation(run: dict) -> str:
         notes = dict.fromkeys(str(e['note']) for e in entries if e.get('note'))
         out += [f'<p class="small soft">{esc(note)}</p>' for note in notes]
         out += [_histogram(e) for e in entries if isinstance(e.get('histogram'), dict)]
+    if any(isinstance(e.get('per_item'), dict) and e['per_item'] for e in run['evaluation']):
+        out.append(f'<p class="small soft">Small: 95 % of what {verdict.DRAWS:,} samples of the '
+                   'same items give; another seed may differ by more.</p>')
     return ''.join(out)
 
 
