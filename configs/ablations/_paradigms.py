@@ -60,7 +60,7 @@ def get_config(arg=None):
         c.head = dict(name='group', width=128, layers=2, heads=4, mlp=352)
     c.objective = dict(name='weighted_ce', terms=TERMS.get(arg.layout, dict(tokens=('tokens',))))
     c.data = dict(path=parts.DEMO, sources=dict(dialogue=dict(select=('dialogue',))))
-    c.stages = (parts.demo_stage('converse', 150, dict(dialogue=1.0), batch=4, warmup_steps=20),)
+    c.stages = (parts.demo_stage('converse', 150, dict(dialogue=1.0), batch=2, warmup_steps=20),)
     c.mesh = dict(fsdp=-1)
     c.evals = dict(
         likelihood=dict(name='likelihood', sources=('dialogue',)),

@@ -11,8 +11,8 @@ QUESTION = dict(
     base='configs/ablations/_paradigms.py',
     arms=tuple((name, f'layout={name}') for name in (
         'chain', 'interleaved', 'parallel', 'grouped', 'chunks', 'multistream')),
-    budget=dict(flops=8e12),
-    seeds=(0, 1),
+    budget=dict(flops=5e12),
+    seeds=(0, 1, 2),
     metrics=(('pairings', 'right %', 'higher'), ('pairings', 'columns to sound', 'shown')),
     items=300,
     limits='A demo model, trained for minutes on a closed vocabulary; guessing is right in 50 %. '
