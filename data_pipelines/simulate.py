@@ -212,6 +212,9 @@ def build(source: str, out: str, *, hours: float, manners: Manners, seed: int = 
         if len(able) < 2 and split == 'train':
             raise ValueError(f'--source {source}: split {split} has utterances of {len(able)} '
                              'voices; two are needed')
+        if mine and mine not in able and split == 'train':
+            raise ValueError(f'--mine {mine}: split {split} has no long utterance of such a voice; '
+                             f'there are {", ".join(able[:20])}')
         left_s, i = (hours * 3600 * heard_s / total_s if len(able) > 1 else 0.0), 0
         while left_s > 0:
             rng = np.random.default_rng((seed, i, len(rows)))

@@ -8,10 +8,12 @@ whose connection breaks, gives it back.
 """
 
 import base64
+import errno
 import http.server
 import importlib.resources
 import json
 import logging
+import socket
 import tempfile
 import threading
 import time
@@ -26,6 +28,7 @@ from jaxsd.config import ConfigError, bind
 log = logging.getLogger('jaxsd')
 
 MOST_BYTES = 64 << 20       # of a recording: ten minutes of two channels at 48 kHz in 16 bits
+LINGER_S = 5.0              # for which what was refused is still read
 IDLE_S = 30.0               # after which a connection that says nothing is closed
 LOCAL = ('127.0.0.1', 'localhost', '::1')
 HEADERS = {'Content-Security-Policy': "default-src 'self'; style-src 'unsafe-inline'; "
@@ -68,6 +71,19 @@ class _Page(http.server.BaseHTTPRequestHandler):
         except _Refused as e:
             self.close_connection = True        # what was posted may not have been read
             self._send(e.args[0], 'application/json', json.dumps(dict(error=e.args[1])).encode())
+            self._hear_out()
+
+    def _hear_out(self) -> None:
+        """Reads what is still being posted: closed at once, the connection would break before the
+        answer is read."""
+        until = time.monotonic() + LINGER_S
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(LINGER_S)
+            while time.monotonic() < until and self.connection.recv(1 << 16):
+                pass
+        except OSError:
+            pass
 
     def do_GET(self):
         self._answer(self._page)
@@ -173,6 +189,7 @@ class Server(http.server.ThreadingHTTPServer):
                  samplers: dict, seed: int = 0):
         self.codec, self.local = codec, address[0] in LOCAL
         self.frame = round(codec.identity['sample_rate_hz'] / codec.identity['frame_hz'])
+        self.address_family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
         self.lobby = None       # an address in use closes the server before there is one
         super().__init__(address, _Page)
         try:
@@ -204,9 +221,11 @@ def run(config, workdir: str, *, stage_name, host: str, port: int, slots: int, t
         server = Server(lm, codec, (host, port), slots=slots, samplers=dict(mine=sampler),
                         seed=seed)
     except OSError as e:
-        raise ConfigError(f'--port {port} on {host}: {e.strerror or e}') from None
-    log.info('talk at http://%s:%d/ (up to %d at once; Ctrl-C ends it)', host,
-             server.server_address[1], slots)
+        flag = f'--port {port} on {host}' if e.errno in (errno.EADDRINUSE, errno.EACCES) else (
+            f'--host {host}')
+        raise ConfigError(f'{flag}: {e.strerror or e}') from None
+    log.info('talk at http://%s:%d/ (up to %d at once; Ctrl-C ends it)',
+             f'[{host}]' if ':' in host else host, server.server_address[1], slots)
     with server:
         try:
             server.serve_forever()

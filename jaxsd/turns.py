@@ -193,7 +193,6 @@ def kinds(active_2T: np.ndarray, frame_hz: float, words: Sequence | None = None
     interruption  it begins in the other's turn and outlasts it
     backchannel   it lies in the other's turn and takes no floor (see `takes`)
     attempt       it lies in the other's turn and is longer, and the other goes on
-    resumed       the same speaker again, after the other's backchannel or attempt
 
     words: for each channel, the frames in which words begin, where they are known.
     """
@@ -204,9 +203,7 @@ def kinds(active_2T: np.ndarray, frame_hz: float, words: Sequence | None = None
             kind = 'attempt' if takes([(t.start, t.end)], said, frame_hz) else 'backchannel'
         elif holder is None:
             kind = 'opening'
-        elif holder.channel == t.channel:
-            kind = 'resumed'
-        else:
+        else:       # of the other's: a turn of one's own goes on until the other takes the floor
             kind = ('interruption' if (holder.end - t.start) / frame_hz >= MERGE_S - 1e-9
                     else 'smooth')
         if kind not in ('attempt', 'backchannel'):
@@ -324,8 +321,9 @@ def timing_distance(mine: Sequence[int], human: Sequence[int], frames: int, fram
     without any of mine."""
     if not len(mine) or not len(human):
         return 1.0
-    edges = np.arange(0, frames / frame_hz + BIN_S, BIN_S)
-    p, q = (np.histogram(np.asarray(x) / frame_hz, edges)[0].astype(float) for x in (mine, human))
+    size = 1 + int(frames / (frame_hz * BIN_S))
+    p, q = (np.bincount((np.asarray(x) / (frame_hz * BIN_S) + 1e-9).astype(int), minlength=size)
+            for x in (mine, human))
     p, q = p / p.sum(), q / q.sum()
     m = (p + q) / 2
 

@@ -11,7 +11,7 @@ from test_evaluate import made
 
 from jaxsd import data, dialogue, evaluate, generate, turns
 from jaxsd.config import ConfigError
-from jaxsd.types import NOTHING
+from jaxsd.types import NOTHING, Record, Turn
 
 SOURCES = dict(moshi='dialogue', dgslm='dialogue', omniflatten='three', syncllm='duplex')
 
@@ -66,6 +66,79 @@ def test_codes_of_silence_find_the_turns(moshi):
             right += (active == turns.during(spans, len(active), 12.5)).sum()
             total += len(active)
     assert right / total > 0.93
+
+
+def test_figures_against_dialogues_known_by_heart():
+    """Every figure that is measured of a model, worked out by hand; a frame is 0.1 s."""
+    told = [    # mine, theirs, spans of their turns, what they say, frames of my words
+        # They are answered after 0.3 s, murmur, then interrupt: I stop after 0.5 s, wait, answer.
+        ('.............' + 'a' * 37 + '.' * 18 + 'a' * 12, 'b' * 10 + '.' * 10 + 'bbb' + '.' * 22
+         + 'b' * 20, [(0, 1), (2, 2.3), (4.5, 6.5)], ['so?', 'uh huh', 'but'], [13, 30, 68]),
+        # I murmur while they speak, they pause and go on, and I never answer.
+        ('.aa', 'b' * 4 + '.' * 4 + 'b' * 9, [(0, 1.7)], ['well...'], [1]),
+        # Two answers, after 0.5 and 0.9 s; I go on while interrupted, and stop at a murmur.
+        ('.' * 15 + 'a' * 55 + '.' * 29 + 'a' * 11, 'b' * 10 + '.' * 35 + 'b' * 12 + '.' * 23
+         + 'b' * 10 + '.' * 18 + 'b' * 5, [(0, 1), (4.5, 5.7), (8, 9), (10.8, 11.3)],
+         ['so?', 'but', 'so?', 'uh huh'], [15, 40, 60, 100])]
+    actives = [np.array([[c != '.' for c in line.ljust(150, '.')] for line in (mine, theirs)])
+               for mine, theirs, *_ in told]
+    records = [Record(str(i), 'd', 'en', 15.0, turns=tuple(
+        Turn(1, a, b, text) for text, (a, b) in zip(texts, spans, strict=True)))
+        for i, (_, _, spans, texts, _) in enumerate(told)]
+    found = dialogue._figures(actives, [t[2] for t in told], [t[4] for t in told], records, 10.0,
+                              ('uh huh',))
+    mine = 37 + 12 + 2 + 55 + 11
+    assert found['silence %'] == pytest.approx(100 * (1 - mine / 450))
+    wanted = {
+        'events/turn': 4, 'takeover %/turn': 75.0, 'latency ms/turn': 500.0,    # of 300, 500, 900
+        'events/pause': 1, 'takeover %/pause': 0.0,
+        'events/interruption': 2, 'takeover %/interruption': 100.0,
+        'success %/interruption': 50.0, 'stop ms/interruption': 850.0,          # of 500, 1200
+        'latency ms/interruption': 150.0,                                       # of 300, 0
+        'events/murmur': 2, 'went on %/murmur': 50.0,
+        'backchannels/min': 1 / 45 * 60}
+    assert {k: found[k] for k in wanted} == pytest.approx(wanted)
+    assert found['ipus/min'] == pytest.approx((2 + 3 + 1 + 2 + 2 + 4) / 45 * 60)
+    assert not {n for n in found if n.startswith('stop ms/turn')}
+
+
+def test_words_are_of_the_turn_they_are_heard_in():
+    active = np.array([[c != '.' for c in line] for line in (
+        '..aaaaa..........aaaaa...', '.........bbbbb...........')])
+    said = dialogue.Said(np.zeros((1, 25), int), [(0, 'one'), (6, 'two'), (7, 'no'), (14, 'nor'),
+                                                  (15, 'three'), (21, 'four'), (22, 'end')])
+    assert dialogue._by_turn([said], [active], 10.0) == [['one', 'two'], ['three', 'four']]
+
+
+def test_who_says_what_was_recorded_has_the_recorded_figures(moshi, monkeypatch):
+    """All that is measured of a model, measured of a speaker whose side is the recorded one."""
+    records = list(data.examples(moshi.config, 'train', 'dialogue', vocab=moshi.vocab, limit=6))
+    said = [dialogue.Said(r.codes[0], [(int(w.start_s * 12.5), w.text) for w in r.words
+                                       if w.channel == 0]) for r in records]
+    monkeypatch.setattr(dialogue, 'talk', lambda *_, **__: said)
+    result = evaluate.turn_taking(moshi, split='train', limit=6, source='dialogue')
+    found = result['metrics']
+    pairs = [n.removesuffix('/true') for n in found if n.endswith('/true')]
+    assert len(pairs) > 12
+    for name in pairs:
+        assert found[name] == found[f'{name}/true'], name
+    silent = dialogue.silence(moshi.config, 'dialogue')
+    late = [1000 * s for r in records for who, s in turns.transfers(
+        turns.voiced(r.codes[:, 0], silent), 12.5) if who == 0]
+    assert result['histogram']['values'] == late and len(late) > 5
+    for p in (10, 50, 90):
+        assert found[f'response ms p{p}'] == pytest.approx(np.percentile(late, p))
+    if 'backchannel timing' in found:
+        assert found['backchannel timing'] == pytest.approx(0.0, abs=1e-9)
+    assert 0 <= found['repetition %'] < 20
+    # Twice as late, and everything said twice: the figures move, the recorded ones stay.
+    slow = [dialogue.Said(np.roll(s.codes, 5, 1), [w for w in s.words for _ in range(2)])
+            for s in said]
+    monkeypatch.setattr(dialogue, 'talk', lambda *_, **__: slow)
+    moved = evaluate.turn_taking(moshi, split='train', limit=6, source='dialogue')['metrics']
+    assert moved['response ms p50'] > found['response ms p50'] + 100
+    assert {n: x for n, x in moved.items() if n.endswith('/true')} == {
+        n: x for n, x in found.items() if n.endswith('/true')}
 
 
 def test_figures_of_recorded_dialogues(moshi):

@@ -165,7 +165,7 @@ def test_a_dataset_gets_dialogues(corpus, made):
 def test_what_is_heard_gives_the_labels_back(made):
     """From the sound: utterances begin and end within a frame of their labels, but for a few that
     were cut off in a silence of their own, and where nothing is placed nothing is heard. From the
-    codes: activity by codes of silence."""
+    codes: activity by codes of silence. From both: what kind every turn is."""
     late, wrong, total = [], 0, 0
     silent = turns.silent_codes(*zip(*(
         (r.codes[c, 0], turns.during([(t.start_s, t.end_s) for t in r.turns if t.channel == c],
@@ -173,6 +173,14 @@ def test_what_is_heard_gives_the_labels_back(made):
         for r, _ in simulated(made) for c in (0, 1)), strict=True))
     for record, placed in simulated(made):
         wav = soundfile.read(io.BytesIO(record.wav), dtype='float32')[0].T
+        # Kinds, turn by turn, from the sound and from the real codec's own codes.
+        turn = [p for p in placed if p['kind'] != 'pause']
+        for by in (np.stack([turns.loud(x, 16000, HZ) for x in wav]),
+                   turns.voiced(record.codes[:, 0], silent)):
+            found = turns.kinds(by, HZ)
+            assert [(k, t.channel) for k, t in found] == [(p['kind'], p['channel']) for p in turn]
+            assert max(abs(t.start - p['start']) for (_, t), p in zip(
+                found, turn, strict=True)) <= 1
         for c in (0, 1):
             label = np.zeros(record.codes.shape[2], bool)
             heard = turns.loud(wav[c], 16000, HZ)
@@ -218,4 +226,12 @@ def test_the_user_can_be_heard_worse(corpus, tmp_path):
 def test_what_is_wrong_is_said(tmp_path, capsys, arguments, said):
     assert simulate.main(['--source', str(tmp_path), '--out', str(tmp_path / 'x'), *arguments]) == 1
     assert said in capsys.readouterr().err
+    assert not (tmp_path / 'x').exists()
+
+
+def test_a_voice_that_is_not_there_is_said(corpus, tmp_path, capsys):
+    assert simulate.main(['--source', str(corpus), '--out', str(tmp_path / 'x'), '--hours', '0.01',
+                          '--mine', 'nobody']) == 1
+    said = capsys.readouterr().err
+    assert '--mine nobody: split train has no' in said and 'voice=en-us' in said
     assert not (tmp_path / 'x').exists()

@@ -163,6 +163,28 @@ def test_what_cannot_be_answered_is_said_in_one_line(server, body, headers, stat
     assert server.lobby.free == 2
 
 
+def test_too_much_is_refused_before_all_of_it_has_come(server):
+    """Whoever sends it reads the answer, and not that the connection broke."""
+    body = bytes(talk.MOST_BYTES + (1 << 20))
+    status, content = asked(server, body=body)
+    assert status == 413 and 'has 65 MiB; up to 64 are taken' in json.loads(content)['error']
+
+
+def test_this_machine_by_its_longer_address(system):
+    lm, rvq, wav = system
+    try:
+        socket.create_server(('::1', 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip('this machine has no IPv6')
+    with talk.Server(lm, rvq, ('::1', 0), slots=1, samplers={}) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        there = http.client.HTTPConnection('::1', made.server_address[1], timeout=60)
+        there.request('POST', '/talk', recording(wav))
+        assert there.getresponse().status == 200 and made.local
+        there.close()
+        made.shutdown()
+
+
 def test_what_cannot_be_served_is_said(corpus, tmp_path):
     lm = made(corpus, 'moshi', tmp_path / 'run')
     options = dict(stage_name=None, host='127.0.0.1', slots=1, temperature=None, top_k=None,
@@ -172,3 +194,5 @@ def test_what_cannot_be_served_is_said(corpus, tmp_path):
     with socket.create_server(('127.0.0.1', 0)) as taken:
         with pytest.raises(ConfigError, match='in use'):
             talk.run(lm.config, lm.workdir, port=taken.getsockname()[1], **options)
+    with pytest.raises(ConfigError, match='--host no such host: '):
+        talk.run(lm.config, lm.workdir, port=0, **options | dict(host='no such host'))

@@ -93,12 +93,28 @@ def test_floor_transfers_of_all_turns():
      [('opening', 0), ('smooth', 1), ('smooth', 0)]),
     ('aaaa....aaaa...aaa...', '.....b....bbbbbbbbbbbb',
      [('opening', 0), ('smooth', 1), ('smooth', 0), ('interruption', 1), ('backchannel', 0)]),
+    ('aaaaaaaaaaaaaaaaa....', '.....bbbbbbbbbb....bb',
+     [('opening', 0), ('attempt', 1), ('smooth', 1)]),        # the floor was never theirs
 ], ids=['smooth', 'just in time', 'interruption', 'backchannel', 'attempt', 'pause', 'one word',
-        'all together'])
+        'all together', 'after an attempt'])
 def test_kinds_of_turns(mine, theirs, wanted):
     assert kinds(mine, theirs) == wanted
     swapped = [(kind, 1 - c) for kind, c in kinds(theirs, mine)]
     assert swapped == wanted        # nothing depends on whose channel comes first
+
+
+def test_who_begins_and_ends_with_another_lies_in_nobodys_turn():
+    assert kinds('..aaaaa..', '..bbbbb..') == [('opening', 0), ('interruption', 1)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_the_floor_changes_hands(pairs):
+    """Leaving out what takes no floor, nobody has two turns in a row, and the first one opens."""
+    found = turns.kinds(np.array(pairs, bool).T, HZ)
+    kept = [(k, t.channel) for k, t in found if k not in ('attempt', 'backchannel')]
+    assert [k == 'opening' for k, _ in kept] == [True] * bool(kept) + [False] * (len(kept) - 1)
+    assert all(a != b for (_, a), (_, b) in zip(kept, kept[1:], strict=False))
 
 
 def test_more_than_three_words_are_no_backchannel():
@@ -122,6 +138,14 @@ def test_an_answer_after_their_end():
     for words, took in (([13, 14, 15], False), ([13, 14, 15, 15], True)):
         assert coped('.............aaa........', theirs, [(0, 1)], words=words)[0].takeover is took
     assert not coped(mine, theirs, [(0, 1)], words=[])[0].takeover
+    # A word may be written 0.2 s before it is heard.
+    for word, took in ((11, True), (10, False), (24, True), (25, False)):
+        assert coped(mine, theirs, [(0, 1)], words=[word])[0].takeover is took
+    # What comes after they have spoken again answers that.
+    assert coped('.' * 25 + 'a' * 12, 'b' * 10 + '.' * 10 + 'bbb', [(0, 1), (2, 2.3)]) == [
+        Coped('turn', False), Coped('turn', True, pytest.approx(0.2))]
+    # Nobody interrupts who begins at once.
+    assert coped('.....aaaaaaaa', '.....' + 'b' * 12, [(0.5, 1.7)])[0].kind == 'turn'
     # 'uh huh' in the middle is no answer, nor a reason to call the answer early.
     assert coped('....a........aaaaaaaaaaaa', theirs, [(0, 1)])[0].latency_s == pytest.approx(0.3)
     # Who begins before their end and goes on is not late.
@@ -173,6 +197,10 @@ def test_they_murmur():
     theirs = '........bbb............'
     assert coped('a' * 30, theirs, [(0.8, 1.1)]) == [Coped('murmur', True)]
     assert coped('aaaaaaaaa.....................', theirs, [(0.8, 1.1)]) == [Coped('murmur', False)]
+    assert coped('aaaaaaaaa.....aaaa............', theirs, [(0.8, 1.1)]) == [Coped('murmur', True)]
+    again = 'bbb............bbb'        # what I say after they spoke again went on with nothing
+    assert coped('aa' + '.' * 20 + 'aaa', '.' + again, [(.1, .4), (1.6, 1.9)]) == [
+        Coped('murmur', False), Coped('turn', False)]
     assert coped('a' * 30, theirs, [(0.8, 1.1)], murmurs=[False])[0].kind == 'interruption'
     assert coped('aaa...........................', theirs, [(0.8, 1.1)], murmurs=[True]) == []
 
@@ -181,11 +209,12 @@ def test_my_backchannels():
     theirs = 'b' * 40
     assert turns.backchannels(drawn('.....aa........aa....', theirs), HZ) == ([5, 15], False)
     assert turns.backchannels(drawn('.....aaaaaaaaaaaaaaaa', theirs), HZ) == ([], True)
+    assert turns.backchannels(drawn('.' * 35 + 'a' * 20, theirs), HZ) == ([], True)
 
 
 def test_timing_is_scipys_distance():
     rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 100, 7), rng.integers(0, 100, 9)
+    a, b = rng.integers(0, 100, 40), rng.integers(0, 100, 50)
     p, q = (np.bincount(x // 2, minlength=50) for x in (a, b))      # two frames are a bin
     assert turns.timing_distance(a, b, 100, HZ) == pytest.approx(jensenshannon(p, q))
     assert turns.timing_distance([], b, 100, HZ) == 1.0
