@@ -11,10 +11,10 @@ QUESTION = dict(
     base='configs/ablations/_paradigms.py',
     arms=tuple((name, f'layout={name}') for name in (
         'chain', 'interleaved', 'parallel', 'grouped', 'chunks', 'multistream')),
-    budget=dict(flops=5e12),
+    budget=dict(flops=4e12),
     seeds=(0, 1, 2),
     metrics=(('pairings', 'right %', 'higher'), ('pairings', 'columns to sound', 'shown')),
-    items=300,
+    items=200,
     limits='A demo model, trained for minutes on a closed vocabulary; guessing is right in 50 %. '
            'The parallel arm is given the text of the question, as its paper has it recognized '
            'outside, and chain is scored behind the true transcript, which it would have to write '
