@@ -159,6 +159,7 @@ def probe(config, stage: stages.Stage):
             out |= {f'{name}/{k}': x for k, x in found.items() if math.isfinite(x)}
             out[f'{name}/seconds'] = time.perf_counter() - start
         return out
+    held_out.generates = bool(tasks)
     return held_out
 
 

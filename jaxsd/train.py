@@ -32,7 +32,8 @@ from jaxsd.state import abstract_state, fresh_state, mesh_of
 log = logging.getLogger('jaxsd')
 
 Probe = Callable
-"""probe(step, params) -> {name: value}: held-out numbers, called every probe_steps."""
+"""probe(step, params) -> {name: value}: held-out numbers, called every probe_steps; one with a true
+attribute `generates` also before the first step, which tells how long the steps will wait."""
 
 
 class TrainingError(RuntimeError):
@@ -389,8 +390,24 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
                                                            commit_s=commit_s)),
                                     spent=journal.rounded(spent)))
 
+    def measure(n):
+        """Held-out numbers after n steps, and how long they took."""
+        start = time.perf_counter()
+        held_out = probe(n, state['params'])
+        took_s = time.perf_counter() - start
+        spent['probe_s'] += took_s
+        writers.write(dict(stage=stage.name, step=n, held_out=held_out,
+                           time_s=round(time.time(), 3)))
+        log.info('held out at step %d: %s', n,
+                 ', '.join(f'{k} {x:.4f}' for k, x in held_out.items()))
+        return took_s
+
     tracing = False
     with contextlib.closing(writers):
+        if first == 0 and stage.probe_steps and getattr(probe, 'generates', False):
+            log.info('every %d steps the steps will wait at most %.1f s, as now with compiling, '
+                     'for what is generated and measured', stage.probe_steps, measure(0))
+            since = time.perf_counter()
         for n in range(first, stage.steps):
             if first_trace <= n < last_trace and not tracing:
                 jax.profiler.start_trace(os.path.join(workdir, 'profile'))
@@ -420,13 +437,7 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
             if saving:          # first, so that an error while probing loses nothing
                 save(n + 1)
             if probing:
-                start = time.perf_counter()
-                held_out = probe(n + 1, state['params'])
-                spent['probe_s'] += time.perf_counter() - start
-                writers.write(dict(stage=stage.name, step=n + 1, held_out=held_out,
-                                   time_s=round(time.time(), 3)))
-                log.info('held out at step %d: %s', n + 1,
-                         ', '.join(f'{k} {x:.4f}' for k, x in held_out.items()))
+                measure(n + 1)
             since += time.perf_counter() - paused       # a step's time is without these
             if leaving:
                 over('stopped')

@@ -2,17 +2,22 @@
 """Do systems of every layout talk, and is what is measured of it what stands in the grids?"""
 
 import copy
+import json
 import math
+import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
 from test_evaluate import made
 
-from jaxsd import data, dialogue, evaluate, generate, turns
+from jaxsd import cli, data, dialogue, evaluate, generate, turns
 from jaxsd.config import ConfigError
+from jaxsd.report.elements import number
 from jaxsd.types import NOTHING, Record, Turn
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = dict(moshi='dialogue', dgslm='dialogue', omniflatten='three', syncllm='duplex')
 
 
@@ -179,6 +184,36 @@ def test_turns_are_probed_while_training(moshi):
     c.evals.turns.source = 'nowhere'
     with pytest.raises(ConfigError, match='evals.turns'):
         evaluate.probe(c, moshi.stage)
+
+
+def test_turns_of_a_run_reach_its_metrics_and_its_report(corpus, tmp_path, caplog):
+    """Trained by the verb: measured before the first step, which says how long the steps will wait,
+    and on schedule; no later probe takes longer."""
+    work, page = tmp_path / 'run', tmp_path / 'page.html'
+    argv = ['--config', f'{ROOT}/configs/moshi.py:tiny', '--workdir', str(work),
+            f'--config.data.path={corpus}', f'--config.codec.path={corpus}/codec.safetensors',
+            f'--config.vocab.tokenizer={corpus}/text.model',
+            "--config.stages=({'name': 'duplex', 'steps': 4, 'batch': 8, 'lr': 1e-3, "
+            "'probe_steps': 2, 'log_steps': 1, 'data': {'dialogue': 1.0}},)",
+            "--config.evals={'turns': {'name': 'turn_taking', 'source': 'dialogue', 'batch': 1, "
+            "'probed': 1}}"]
+    assert cli.main(['train', *argv]) == 0
+    rows = [json.loads(line) for line in (work / 'metrics.jsonl').read_text().splitlines()]
+    held = {r['step']: r['held_out'] for r in rows if 'held_out' in r}
+    assert sorted(held) == [0, 2, 4] and [r['step'] for r in rows if 'loss' in r] == [1, 2, 3, 4]
+    assert {'turns/ipus/min', 'turns/silence %', 'turns/seconds'} <= held[4].keys()
+    said, = [r.message for r in caplog.records if 'the steps will wait' in r.message]
+    stated_s = float(re.match(r'every 2 steps the steps will wait at most ([\d.]+) s', said)[1])
+    assert held[0]['turns/seconds'] <= stated_s + .05
+    assert max(held[n]['turns/seconds'] for n in (2, 4)) <= stated_s
+    assert cli.main(['report', '--workdir', str(work), '--out', str(page)]) == 0
+    text = page.read_text()
+    for name, x in held[4].items():
+        if not name.endswith('seconds'):
+            assert name.removeprefix('turns/') in text and number(x) in text
+    # Going on does not measure what was measured.
+    assert cli.main(['train', *argv]) == 0
+    assert (work / 'metrics.jsonl').read_text().count('"held_out"') == 3
 
 
 def test_what_holds_no_two_speakers_is_refused(moshi, corpus):
