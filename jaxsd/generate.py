@@ -96,15 +96,15 @@ class Speaker(NamedTuple):
     params: dict
     rows: tuple
     samplers: tuple[Sampler, ...]       # one per row
-    window_columns: int | None
+    ring_columns: int | None            # kept of a conversation, however long; None: all
     manners: Manners = AS_IT_COMES
 
 
-def ready(graph, params, vocab: Vocab, samplers, window_columns: int | None = None,
+def ready(graph, params, vocab: Vocab, samplers, ring_columns: int | None = None,
           manners: Manners = AS_IT_COMES) -> Speaker:
     """A Speaker. `samplers` maps the first word of a row's name ('text', 'mine') to a Sampler."""
     chosen = tuple(samplers.get(row.name.split()[0], Sampler()) for row in vocab.rows)
-    return Speaker(graph, params, vocab.rows, chosen, window_columns, manners)
+    return Speaker(graph, params, vocab.rows, chosen, ring_columns, manners)
 
 
 def _pick(rows, samplers, allowed, plan_BK):
@@ -364,6 +364,7 @@ def in_chunks(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, stream
 
     A chunk of theirs comes in, then the model writes its text and says its units, each a stretch of
     fixed length in which only that stream's ids (or its silence) may stand (arXiv 2410.17799 §3).
+    The speaker's ring is what is kept: neither memory nor the time of a chunk grows.
     after: called when a chunk of mine has been said.
     """
     key = jax.random.key(0) if key is None else key
@@ -377,7 +378,9 @@ def in_chunks(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, stream
                                                       ('speech', quiet)))) for name in streams}
     width = sum(sizes.values())
     bos = np.full((1, 1), vocab.specials['bos'], np.int32)
-    stream = Stream(speaker, rows=len(heard), columns=1 + width * max(counts), key=key)
+    most = 1 + width * max(counts)
+    stream = Stream(speaker, rows=len(heard), columns=min(most, speaker.ring_columns or most),
+                    key=key)
     out = [np.broadcast_to(bos[None], (1, len(heard), 1))]
     for c in range(max(counts)):
         for name in streams:
@@ -416,8 +419,9 @@ def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_fr
     allowed = allowed_ids(vocab, 'speech', clock)
     allowed[other] = True
     allowed = jnp.asarray(allowed)
-    base = Stream(speaker, rows=len(rows), columns=wide * (max(map(len, theirs)) + 2) + most,
-                  key=key)
+    whole = wide * (max(map(len, theirs)) + 2) + most
+    kept = 2 * speaker.ring_columns if speaker.ring_columns else whole  # up to half is padding
+    base = Stream(speaker, rows=len(rows), columns=min(whole, max(kept, 2 * wide + most)), key=key)
     read = [0] * len(rows)                      # how much of each row `base` has read
 
     def say(number: int, ahead=None) -> list[np.ndarray]:
@@ -482,14 +486,14 @@ def conversation_plan(vocab: Vocab, heard_KT: np.ndarray, late: tuple[int, ...],
 def converse(speaker: Speaker, plans: list[np.ndarray], *, key=None) -> list[np.ndarray]:
     """Fills the FREE cells of `plans` (each [K, T_i + 1]), all at once, column by column.
 
-    The ring holds the backbone's window, so memory does not grow with the conversation.
+    The speaker's ring is what is kept, so memory does not grow with the conversation.
     """
     key = jax.random.key(0) if key is None else key
     longest = 2 + _round_up(max(p.shape[1] for p in plans) - 2, CHUNK)
     batch = np.full((len(plans), plans[0].shape[0], longest), NOTHING, np.int32)
     for i, p in enumerate(plans):
         batch[i, :, :p.shape[1]] = p
-    ring = min(few(longest), speaker.window_columns or few(longest))
+    ring = min(few(longest), speaker.ring_columns or few(longest))
     stream = Stream(speaker, rows=len(plans), columns=ring, key=key)
     said = [np.asarray(stream.first([b[:, :1] for b in batch], batch[:, :, 1]))[None]]
     for at in range(2, longest, CHUNK):
@@ -520,8 +524,8 @@ def _next(graph, rows, samplers, manners, params, state, plan_BK, begins_B, ther
 class Room:
     """Conversations going on at once, a frame at a time: one dispatch hears and speaks for all.
 
-    Every slot begins, pauses and ends on its own. Its ring holds the backbone's window (`columns`
-    where it has none), so that neither memory nor the time of a step grows with a conversation.
+    Every slot begins, pauses and ends on its own. Its ring holds what the speaker's does (`columns`
+    where that is all), so that neither memory nor the time of a step grows with a conversation.
     """
 
     def __init__(self, speaker: Speaker, late: tuple[int, ...], *, slots: int, columns: int, key):
@@ -530,7 +534,7 @@ class Room:
         names = [row.name.split()[0] for row in speaker.rows]
         self._theirs = [k for k, name in enumerate(names) if name == 'theirs']
         K = len(speaker.rows)
-        cache = lm.empty_cache(slots, speaker.window_columns or columns)
+        cache = lm.empty_cache(slots, speaker.ring_columns or columns)
         self._first = np.array([initial(row) for row in speaker.rows], np.int32)
         self._state = dict(
             cache=cache | dict(written=jnp.zeros(slots, jnp.int32)), key=key,

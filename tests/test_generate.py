@@ -370,6 +370,44 @@ def test_chunks_of_fixed_width_are_the_training_forward(talker):
                 assert legal[row[t]] and best[row[t]] > best.max() - 1e-4
 
 
+def test_a_ring_of_chunks_is_a_window(talker):
+    """However long they talk, a ring of 12 columns says what a window of 12 columns says."""
+    v, speaker = talker
+    heard, silences = spoken_to(v, 61, 30), ('[Silent text]', '[Silent speech]')
+    options = dict(streams=('theirs', 'text', 'mine'), chunk_frames=4, chunk_text=2,
+                   silences=silences)
+    c = copy.deepcopy(built('flat', 'llama')[0])
+    c.vocab.markers = ('[S0]', '[S1]', '[Silent text]', '[Silent speech]')
+    c.backbone.window_columns = 12
+    windowed = generate.ready(model.abstract(c)[0], speaker.params, v, {})
+    whole = generate.in_chunks(speaker, heard, v, **options)
+    wanted = generate.in_chunks(windowed, heard, v, **options)
+    found = generate.in_chunks(speaker._replace(ring_columns=12), heard, v, **options)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(whole, wanted, strict=True))
+
+
+def test_memory_of_talking_in_step_is_bounded(talker, monkeypatch):
+    """Ten times as many chunks, the same cache; a ring that holds all changes nothing."""
+    v, speaker = talker
+    sizes, empty = [], generate.Stream.__init__
+
+    def noted(self, *args, columns, **options):
+        sizes.append(columns)
+        empty(self, *args, columns=columns, **options)
+    monkeypatch.setattr(generate.Stream, '__init__', noted)
+    short, long = spoken_to(v, 30)[0], spoken_to(v, 300)[0]
+    ringed = speaker._replace(ring_columns=40)
+    for units in (short, long):
+        (row,), _ = generate.in_step(ringed, [units], v, chunk_frames=3)
+        assert (row == v.specials['[S0]']).sum() == len(units) / 3
+    assert sizes[0] == sizes[1] == 80
+    few = spoken_to(v, 12)
+    np.testing.assert_array_equal(generate.in_step(ringed, few, v, chunk_frames=3)[0][0],
+                                  generate.in_step(speaker, few, v, chunk_frames=3)[0][0])
+
+
 def test_what_they_say_now_changes_nothing_that_i_say_next(talker):
     """My chunk n + 1 stands on a guess of their chunk n; what they said before it is heard."""
     v, speaker = talker

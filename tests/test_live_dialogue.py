@@ -68,7 +68,7 @@ def test_an_hour_takes_no_more_than_a_minute():
         room.step({0: codes[t % 8], 1: codes[-t % 8]} if t % 3 else {0: codes[t % 8]})
     assert jax.tree.map(lambda x: (x.shape, x.dtype), room._state) == sizes
     assert generate._next._cache_size() == compiled
-    assert room._state['cache']['k'].shape[2] == speaker.window_columns
+    assert room._state['cache']['k'].shape[2] == speaker.ring_columns
     # And it still hears: the last window alone decides, whatever came before.
     assert int(room._state['position'][0]) == 401
 

@@ -93,8 +93,8 @@ def test_floor_transfers_of_all_turns():
      [('opening', 0), ('smooth', 1), ('smooth', 0)]),
     ('aaaa....aaaa...aaa...', '.....b....bbbbbbbbbbbb',
      [('opening', 0), ('smooth', 1), ('smooth', 0), ('interruption', 1), ('backchannel', 0)]),
-    ('aaaaaaaaaaaaaaaaa....', '.....bbbbbbbbbb....bb',
-     [('opening', 0), ('attempt', 1), ('smooth', 1)]),        # the floor was never theirs
+    ('aaaaaaaaaaaaaaaaa....', '.bbbbbbbbbb....bbbbbb',
+     [('opening', 0), ('attempt', 1), ('interruption', 1)]),        # the floor was never theirs
 ], ids=['smooth', 'just in time', 'interruption', 'backchannel', 'attempt', 'pause', 'one word',
         'all together', 'after an attempt'])
 def test_kinds_of_turns(mine, theirs, wanted):
