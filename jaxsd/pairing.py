@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxsd import data, evaluate, model, trained
+from jaxsd import answering, data, likelier, model, trained
 from jaxsd.config import ConfigError, bind, plain
 from jaxsd.layout import template
 from jaxsd.types import NOTHING, Grid, Record, Turn, positive
@@ -110,7 +110,7 @@ def pairings(lm: trained.LM, *, split: str, limit: int | None, source: str, cloc
     options |= {'mine': 0} if 'mine' in options else {}
     draw = bind(options, 'jaxsd.layout', f'data.sources.{source}.layout', given=('vocab', 'rng'))
     path, hz = f'{lm.config.data.path}/{questions}', lm.config.codec.frame_hz
-    asked, _ = evaluate.questions_of(path)
+    asked, _ = answering.questions_of(path)
     found = []
     for record in data.examples(lm.config, split, source, vocab=lm.vocab, limit=limit):
         if not lm.vocab.tokenizer:      # a model of speech alone: its layout reads no words
@@ -139,7 +139,7 @@ def pairings(lm: trained.LM, *, split: str, limit: int | None, source: str, cloc
     right = 100 * np.where(aa + bb == ab + ba, 0.5, aa + bb > ab + ba)
     each = {'right %': right, 'columns to sound': np.array(late)}
     return dict(metrics={k: float(x.mean()) for k, x in each.items()}, items=len(couples),
-                per_item={k: evaluate.shares(x) for k, x in each.items()},
+                per_item={k: likelier.shares(x) for k, x in each.items()},
                 note='two questions and their answers; chance is 50 %')
 
 

@@ -18,7 +18,18 @@ import soundfile
 from flax import nnx
 from test_configs import on, read
 
-from jaxsd import checkpoint, data, evaluate, generate, likelier, model, speak, trained
+from jaxsd import (
+    answering,
+    checkpoint,
+    data,
+    evaluate,
+    generate,
+    likelier,
+    model,
+    recognition,
+    speak,
+    trained,
+)
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.config import ConfigError, bind
@@ -176,7 +187,7 @@ def test_recognition_is_greedy_and_scored_over_all_words(flat_lm, heard):
 def test_few_shots_stand_before_what_is_asked(flat_lm):
     """Two training records, whole, and the asked one up to its answer, go on by plain argmax."""
     v, text = flat_lm.vocab, flat_lm.text()
-    records = list(data.examples(flat_lm.config, 'train', 'asr', vocab=v, limit=evaluate.POOL))
+    records = list(data.examples(flat_lm.config, 'train', 'asr', vocab=v, limit=recognition.POOL))
     lines = [data.drawn(flat_lm.config, 'asr', v, r) for r in records]
     wrote, said = {0: [], 2: []}, [' '.join(w.text for w in r.words) for r in records[:2]]
     for i in range(2):
@@ -220,10 +231,10 @@ def test_a_manner_is_kept_or_not(corpus):
 def test_errors_are_counted_in_percent():
     """Known transcripts in, known rates out: one word added, one replaced, one lost, of ten."""
     said = ['the cat sat', 'two and two', 'yes', 'i do not']
-    assert evaluate.error_rates(said, said) == {'WER %': 0, 'exact %': 100}
+    assert recognition.error_rates(said, said) == {'WER %': 0, 'exact %': 100}
     heard = ['the cat sat down', 'two and three', 'yes', 'i do']
-    assert evaluate.error_rates(said, heard) == pytest.approx({'WER %': 30, 'exact %': 25})
-    assert evaluate.error_rates(['a', 'b'], ['b', 'a']) == {'WER %': 100, 'exact %': 0}
+    assert recognition.error_rates(said, heard) == pytest.approx({'WER %': 30, 'exact %': 25})
+    assert recognition.error_rates(['a', 'b'], ['b', 'a']) == {'WER %': 100, 'exact %': 0}
 
 
 def test_the_round_trip_is_read_aloud_and_then_written_down(flat_lm, heard):
@@ -272,7 +283,7 @@ def test_listening_is_greedy_frame_by_frame(streams_lm):
     assert all(r.startswith(x) for r, x in zip(
         sorted(' '.join(w.text for w in r.words) for r in data.examples(
             lm.config, 'train', 'stories', vocab=v, limit=2)), sorted(said), strict=True))
-    assert found['metrics'] == pytest.approx(evaluate.beside_others(said, heard))
+    assert found['metrics'] == pytest.approx(recognition.beside_others(said, heard))
 
 
 # Stories.
@@ -484,7 +495,7 @@ NUMBERS = {'one', 'two', 'three'}
     ([], False, True, None)])
 def test_one_answer(said, good, waited, latency):
     """A question in frames 10 to 20.5; the next one begins in frame 50."""
-    found = evaluate.score_answer(said, NUMBERS, 'two', begin=10.0, end=20.5, until=50.0)
+    found = answering.score_answer(said, NUMBERS, 'two', begin=10.0, end=20.5, until=50.0)
     assert (found.good, found.waited, found.latency) == (good, waited, latency)
     late = [w for t, w in said if 19.5 <= t < 50 and w in NUMBERS]
     assert found.named == (late[-1] if late else None)
@@ -492,11 +503,12 @@ def test_one_answer(said, good, waited, latency):
 
 def test_chance_is_what_others_of_the_kind_wanted():
     a, b, c, d = (dict(kind=k, want=w) for k, w in (('x', 1), ('y', 2), ('x', 3), ('x', 4)))
-    assert evaluate.others([a, b, c, d]) == [c, b, d, a]
+    assert answering.others([a, b, c, d]) == [c, b, d, a]
 
 
 def test_the_last_question_has_all_the_time():
-    found = evaluate.score_answer([(999, 'two')], NUMBERS, 'two', begin=1, end=9.25, until=math.inf)
+    found = answering.score_answer([(999, 'two')], NUMBERS, 'two', begin=1, end=9.25,
+                                   until=math.inf)
     assert found == (True, True, 990, 'two')
 
 
@@ -508,7 +520,7 @@ def test_answers_are_counted_over_questions(streams_lm):
     """
     lm, v = streams_lm, streams_lm.vocab
     text, hz = lm.text(), lm.config.codec.frame_hz
-    asked, kinds = evaluate.questions_of(f'{lm.config.data.path}/grammar.json')
+    asked, kinds = answering.questions_of(f'{lm.config.data.path}/grammar.json')
     found, latencies, questions, right = [], [], 0, []
     records = [r for r in data.examples(lm.config, 'train', 'dialogue', vocab=v)
                if any(t.channel == 1 and t.text in asked for t in r.turns)]
@@ -528,12 +540,12 @@ def test_answers_are_counted_over_questions(streams_lm):
         if n == 2:
             row[end - 4] = text.encode('the')[0]
         said = trained.words_at(v, text, row)
-        scored = evaluate.score_dialogue(said, r.turns, asked, kinds, hz)
+        scored = answering.score_dialogue(said, r.turns, asked, kinds, hz)
         assert len(scored) == len(turns)
         assert all((a.good, a.waited, a.latency) == (False, True, None) for _, a in scored[1:])
         assert (' plus ' in q['about'] or ' minus ' in q['about']) == (scored[0][0] == 'sums')
         found += scored
-    metrics, spread = evaluate.summary(found)
+    metrics, spread = answering.summary(found)
     assert spread == latencies and latencies.count(0) == 1
     assert metrics['correct %'] == pytest.approx(100 * sum(right) / questions)
     assert metrics['waited %'] == pytest.approx(100 * (questions - 1) / questions)
@@ -546,7 +558,7 @@ def test_answers_are_counted_over_questions(streams_lm):
 
 
 def test_no_answer_at_all_has_no_latency():
-    metrics, spread = evaluate.summary([('facts', evaluate.Answer(False, True, None))])
+    metrics, spread = answering.summary([('facts', answering.Answer(False, True, None))])
     assert spread == [] and math.isnan(metrics['latency frames median'])
     assert metrics['answered %'] == 0 and 'correct %/sums' not in metrics
 
