@@ -11,7 +11,7 @@ QUESTION = dict(
     base='configs/ablations/_paradigms.py',
     arms=tuple((name, f'layout={name}') for name in (
         'chain', 'interleaved', 'parallel', 'grouped', 'chunks', 'multistream')),
-    budget=dict(flops=4e12),
+    budget=dict(flops=2.8e12),
     seeds=(0, 1, 2),
     metrics=(('pairings', 'right %', 'higher'), ('pairings', 'columns to sound', 'shown')),
     items=200,
