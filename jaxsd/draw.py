@@ -64,7 +64,9 @@ def _svg(draw, alt: str, *, height: float = 2.1) -> str:
 
 def _few_ticks(axes, whole: bool = True):
     from matplotlib.ticker import FuncFormatter, MaxNLocator
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
+    low, high = axes.get_xlim()     # of nearly one value the labels are long
+    axes.xaxis.set_major_locator(MaxNLocator(5 if whole or high - low > .05 * abs(high) else 2,
+                                             integer=whole))
     axes.xaxis.set_major_formatter(FuncFormatter(
         lambda x, _: f'{x:,.0f}' if whole or abs(x) >= 1000 else f'{x:g}'))
     if axes.get_yscale() == 'linear':

@@ -4,6 +4,7 @@ light and dark, whole, quiet, and alone."""
 
 import os
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -55,6 +56,7 @@ def page_of(corpus, tmp_path_factory):
     samples = folder / 'work' / 'one' / '5' / 'samples'
     samples.mkdir()
     tone = .3 * np.sin(np.arange(24000) * .2)
+    shutil.rmtree(folder / 'work' / 'other' / '5' / 'grids')        # and what a page says then
     soundfile.write(samples / 'tone.wav', np.stack([tone, tone[::-1]], 1), 16000)
     out = folder / 'page.html'
     assert cli.main(['report', '--workdir', str(folder / 'work'), '--out', str(out)]) == 0
@@ -74,7 +76,7 @@ def test_a_report_is_read(page_of, browser, width, scheme):
         dark, light = sorted((back, color))
         assert (light + .05) / (dark + .05) > 4.5
     pictures = browser.value(page, PICTURES)
-    assert len(pictures) >= 2 and min(pictures) > 100
+    assert len(pictures) >= 1 and min(pictures) > 100
     assert browser.value(page, SOUNDS) == [pytest.approx(1.5, abs=.01)]
     drawn = browser.value(page, DRAWN)
     assert len(drawn) > 6
