@@ -388,6 +388,9 @@ def _ablate(args, overrides):
     print(ablate.described(question, arms))
     runs = ablate.runs_of(question, arms, args.workdir)
     if args.launch:
+        if args.doc:
+            raise ConfigError('--doc: with --launch there is no answer yet; give it to the same '
+                              'command without --launch when the jobs have ended')
         flags = [f'--config.{path}={value}' for path, value in overrides]
         flags += [f'--budget={args.budget}'] if args.budget else []
         lines = ablate.jobs(args.launch, question, args.workdir, runs, flags)

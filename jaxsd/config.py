@@ -108,7 +108,7 @@ def executed(path: str, flag: str):
         return _import_file(path)
     except ConfigError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ConfigError(f'{flag}: {path} cannot be executed: {type(e).__name__}: {e}') from e
 
 

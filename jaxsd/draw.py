@@ -116,7 +116,6 @@ def intervals(rows, name: str) -> str:
         axes.set_ylim(-len(rows) + .4, .6)
         axes.grid(axis='y', visible=False)
         axes.grid(axis='x')
-        axes.set_xlabel(name)
         axes.locator_params(axis='x', nbins=5)
     return _svg(draw, f'{name}: means and intervals', height=.75 + .27 * len(rows))
 

@@ -10,6 +10,7 @@ own. Those of a task that is `probed` also go to metrics.jsonl, while training.
 """
 
 import functools
+import inspect
 import json
 import logging
 import math
@@ -131,13 +132,8 @@ def probe(config, stage: stages.Stage):
         if jax.process_count() > 1:
             raise ConfigError(f'evals.{name}.probed: one process generates alone; set it to 0 and '
                               'measure checkpoints with evaluate')
-    for source, name in [*((x, 'likelihood') for x in sources),
-                         *((t.keywords['source'], name) for name, t in tasks.items())]:
-        try:
-            next(data.one_pass(config, source, vocab, batch=1, limit=1), None)
-        except ConfigError as e:
-            raise ConfigError(f'evals.{name}: {e}; name other sources there, or measure '
-                              'nothing with --config.evals={}') from None
+    for name in (*(('likelihood',) if task else ()), *tasks):
+        check(config, name, vocab)
     if task:
         mesh, rules = mesh_of(config), sharding.rules_of(plain(config.mesh).get('rules', {}))
         place = sharding.placer(rules, mesh)
@@ -160,6 +156,22 @@ def probe(config, stage: stages.Stage):
         return out
     held_out.generates = bool(tasks)
     return held_out
+
+
+def check(config, name: str, vocab) -> None:
+    """Raises ConfigError for a task whose sources cannot be read, or that there are none of."""
+    task = _task(config, name)
+    given = {k: p.default for k, p in inspect.signature(task.func).parameters.items()
+             if p.default is not p.empty} | task.keywords
+    for source in (given.get('listener'), given.get('given')):
+        if source and source not in config.data.sources:
+            raise unknown(f'evals.{name}: data.sources', source, config.data.sources)
+    for source in filter(None, (given.get('source'), *given.get('sources', ()))):
+        try:
+            next(data.one_pass(config, source, vocab, batch=1, limit=1), None)
+        except ConfigError as e:
+            raise ConfigError(f'evals.{name}: {e}; name other sources there, or measure '
+                              'nothing with --config.evals={}') from None
 
 
 def _task(config, name: str):

@@ -51,7 +51,9 @@ def interval(values: list[float], draws: np.ndarray | None) -> tuple[float, floa
         n > 1) else 0.0
     if draws is None and n < 2:
         return mean, None, None
-    low, high = (mean, mean) if draws is None else np.nanpercentile(draws, [2.5, 97.5])
+    low, high = (mean, mean)
+    if draws is not None and not np.isnan(draws).all():
+        low, high = np.nanpercentile(draws, [2.5, 97.5])
     return (mean, mean - math.hypot(max(0.0, mean - low), luck),
             mean + math.hypot(max(0.0, high - mean), luck))
 

@@ -128,6 +128,84 @@ def test_one_run_of_a_sweep_is_the_same_run(straight, tmp_path, capsys):
     assert (work / 'other' / '5' / 'ledger.jsonl').stat().st_mtime == stamp
 
 
+def pretended(question, arms, work, values):
+    """Results of runs of which values[arm][seed] (and per item, about it) is said to be measured.
+    """
+    runs = ablate.runs_of(question, arms, str(work))
+    for run in runs:
+        if run.seed in values[run.arm.name]:
+            folder, x = pathlib.Path(run.folder), values[run.arm.name][run.seed]
+            folder.mkdir(parents=True)
+            (folder / 'ledger.jsonl').write_text(json.dumps(dict(
+                time_s=1.79e9, event='finished', stage='pretrain', revision='abc')) + '\n')
+            items = evaluate.shares(x + np.array([-.02, .01, .01]))
+            (folder / 'arm.json').write_text(json.dumps(dict(
+                mark=ablate._mark(question, run.arm.seeded(run.seed)[0]), measured=dict(
+                    likelihood=dict(metrics={'aligned/loss/tokens': x},
+                                    per_item={'aligned/loss/tokens': items})))))
+    return ablate.results(question, arms, runs, {}, {})
+
+
+def test_measurements_become_the_verdict(asked, corpus, tmp_path):
+    """Lower is better; seeds differ by more than arms; one seed of an arm is missing."""
+    question = ablate.read(asked(
+        arms=(('a',), ('b',), ('c',)), seeds=(0, 1, 2, 3), expected=('a > b', 'c > a'),
+        source='nobody', metrics=ASKED['metrics'][:1]))
+    arms = ablate.arms_of(question, '', pairs(corpus))
+    found = pretended(question, arms, tmp_path / 'w', dict(
+        a={0: 2.0, 1: 3.0, 2: 7.0, 3: 1.0}, b={0: 2.5, 1: 3.45, 2: 7.55},
+        c={0: 2.2, 1: 3.2, 2: 7.2, 3: 1.2}))
+    first, second = found['comparisons']
+    assert (first['better'], first['worse'], first['seeds']) == ('a', 'b', 3)
+    assert first['difference'] == pytest.approx(-.5) and first['low'] < -.5 < first['high'] < -.3
+    assert first['verdict'] == 'confirmed'          # a is better: its loss is lower
+    assert second['difference'] == pytest.approx(.2) and second['seeds'] == 4
+    assert second['verdict'] == found['verdict'] == 'contradicted'
+    estimates = {a['name']: a['estimates']['likelihood aligned/loss/tokens']
+                 for a in found['arms']}
+    assert estimates['b']['by_seed'] == [2.5, 3.45, 7.55] and estimates['b']['mean'] == 4.5
+    best = {x['arm']: x for x in found['against_best']}
+    assert best.keys() == {'b', 'c'} and {x['best'] for x in best.values()} == {'a'}
+    assert best['b']['mean'] == pytest.approx(.5) and best['c']['mean'] == pytest.approx(.2)
+    assert best['c']['low'] == pytest.approx(.2) == pytest.approx(best['c']['high'])
+    page = tmp_path / 'page.md'
+    page.write_text('# Ours\n\nAn interval of 95 % is what it was.\n\n## Another?\n\nYes.\n')
+    ablate.document(found, str(page), 'again')
+    text = page.read_text()
+    assert verdict.RULE in text and 'what it was' not in text and '## Another?' in text
+    higher = ablate.read(asked(
+        arms=(('a',), ('b',)), seeds=(0, 1), metrics=(('likelihood', 'aligned/loss/tokens',
+                                                       'higher'),)))
+    found = pretended(higher, ablate.arms_of(higher, '', pairs(corpus)), tmp_path / 'v', dict(
+        a={0: 2.0, 1: 3.0}, b={0: 2.5, 1: 3.5}))
+    assert [(x['arm'], x['best']) for x in found['against_best']] == [('a', 'b')]
+
+
+def test_the_best_is_of_the_same_budget(asked, corpus, tmp_path):
+    question = ablate.read(asked(
+        arms=(('a',), ('b',)), budget=dict(flops=(1e10, 2e10)), seeds=(0,),
+        metrics=ASKED['metrics'][:1]))
+    found = pretended(question, ablate.arms_of(question, '', pairs(corpus)), tmp_path / 'w', {
+        'a.1e10': {0: 3.0}, 'b.1e10': {0: 2.0}, 'a.2e10': {0: 1.0}, 'b.2e10': {0: 1.5}})
+    assert {(x['arm'], x['best']) for x in found['against_best']} == {
+        ('a.1e10', 'b.1e10'), ('b.2e10', 'a.2e10')}
+
+
+def test_a_budget_of_time_is_measured_once(asked, corpus, tmp_path, monkeypatch):
+    """Who goes on spends what the first start decided, for arms not begun, too."""
+    monkeypatch.setattr(ablate.arms, 'per_step', lambda config, stage, unit: .1)
+    question = ablate.read(asked(budget=dict(wall_s=3.0), metrics=ASKED['metrics'][:1]))
+    arms = ablate.arms_of(question, str(tmp_path), pairs(corpus))
+    assert [a.steps for a in arms] == [(30,), (30,)]
+    (tmp_path / 'results.json').write_text(json.dumps(ablate.results(
+        question, arms, ablate.runs_of(question, arms, str(tmp_path)), {}, {})))
+    monkeypatch.setattr(ablate.arms, 'per_step', lambda config, stage, unit: .2)
+    again = ablate.arms_of(question, str(tmp_path), pairs(corpus))
+    assert [(a.steps, a.per_step) for a in again] == [((30,), (.1,))] * 2
+    with pytest.raises(ConfigError, match='was begun with a budget of 3, not 6'):
+        ablate.arms_of(ablate.read(question.path, 6.0), str(tmp_path), pairs(corpus))
+
+
 def test_what_items_add_gives_the_metric(straight):
     for entry in evaluate.recorded(str(straight[0] / 'one' / '5')):
         for name, x in entry.get('per_item', {}).items():
@@ -219,6 +297,15 @@ def test_arms_that_differ_in_layout_read_the_same_records_in_the_same_order(aske
     (dict(question='Names matter.'), 'ends in a question mark'),
     (dict(expected=('one > one',)), "expected names an arm twice: 'one > one'"),
     (dict(items=True), 'items is a whole number above 0, got True'),
+    (dict(arms=(('One',), ('one',))), 'two arms are called one'),
+    (dict(budget=dict(tokens=(1228800, 1228801))), 'two arms are called other.1.2288e06'),
+    (dict(budget=dict(tokens=10 ** 400)), 'budget.tokens is a number above 0'),
+    (dict(metrics=(('asr', 'WER %', 'lower'), ('asr', 'WER %', 'higher'))), 'is named twice'),
+    (dict(expected=('one > other', 'other > one')), 'expected goes round in a circle: '),
+    (dict(arms=(('one', '--config.evals.asr.source=nope'),)),
+     "arm one: evals.asr: data.sources has no option 'nope'"),
+    (dict(arms=(('one', "--config.evals.likelihood.sources=('nope',)"),)),
+     "task likelihood has no option 'aligned/loss/tokens'"),
     (dict(source=''), 'expected needs a source'), (dict(items=0), 'items is a whole number')])
 def test_a_bad_question_ends_in_one_line_before_anything_runs(asked, corpus, tmp_path, capsys,
                                                               changes, says):
@@ -289,21 +376,26 @@ def test_jobs_are_those_of_the_launchers(asked, corpus, tmp_path, capsys):
     array, last = capsys.readouterr().out.splitlines()[-2:]
     assert '--array=0-1 launch/slurm.sbatch ablate --sweep' in array and '--budget=4096.0' in array
     assert array.endswith('--only SLURM_ARRAY_TASK_ID)') and 'afterany:$job' in last
-    assert cli.main([*common, '--launch', 'gke', '--dry-run']) == 0
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    _, old, new, _ = words[words.index('sed') + 1].split('|')
-    text = (ROOT / 'launch' / 'gke.yaml').read_text()
-    assert text.count(old) == 1
+    (tmp_path / 'a|b&c\\d "e"').symlink_to(corpus)
+    odd = f'--config.data.path={tmp_path}' + '/a|b&c\\d "e"'
+    assert cli.main([*common, odd, '--launch', 'gke', '--dry-run']) == 0
+    *_, line, last_line = capsys.readouterr().out.splitlines()
+    words = shlex.split(line)
     assert {'HOSTS=1', f'CONFIG={path}', 'NAME=naming-other-1'} <= set(words)
-    text = text.replace(old, new)
+    assert last_line.startswith('# when all have ended')
+    sed, text = words[words.index('sed') + 1], (ROOT / 'launch' / 'gke.yaml').read_text()
     for name, value in (w.split('=', 1) for w in words if re.match('[A-Z]+=', w)):
-        text = text.replace(f'${{{name}}}', value)
+        text = text.replace(f'${{{name}}}', value)      # as envsubst does
+    text = subprocess.run(['sed', sed], input=text, capture_output=True, text=True,
+                          check=True).stdout
     command = re.search(r'command: (\[.*\])', text)[1]
-    assert yaml.safe_load(command)[3:] == ['ablate', *on(corpus), '--only', '1', '--sweep', path,
-                                           '--workdir', str(work)]
+    assert yaml.safe_load(command)[3:] == ['ablate', *on(corpus), odd, '--only', '1', '--sweep',
+                                           path, '--workdir', str(work)]
+    assert cli.main([*common, '--launch', 'gke', '--doc', 'x.md']) == 1
+    assert '--doc: with --launch there is no answer yet' in capsys.readouterr().err
     lines = ablate.jobs('gke', ablate.read(asked(arms=(('a_b',), ('a-b',), ('c' * 80,)))), 'w', [
         ablate.Run(types.SimpleNamespace(name=n), 0, '') for n in ('a_b', 'a-b', 'c' * 80)], [])
-    names = [re.search('NAME=([a-z0-9-]+) ', line)[1] for line in lines]
+    names = [re.search('NAME=([a-z0-9-]+) ', line)[1] for line in lines[:-1]]
     assert len(set(names)) == 3 and max(map(len, names)) < 50
     timed = asked(budget=dict(wall_s=5.0))
     with pytest.raises(ConfigError, match='every job would measure for itself'):

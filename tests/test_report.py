@@ -15,7 +15,7 @@ import soundfile
 from matplotlib.image import imread, imsave
 
 from jaxsd import draw, report
-from jaxsd.report import ablation
+from jaxsd.report import ablation, wandb
 
 NASTY = '<script>alert("x")</script><img src=x onerror=alert(1)> & "quotes" \'too\''
 CARD = '''"""Two speakers: a system made up for a test (arXiv 0000.00000).
@@ -306,13 +306,14 @@ def test_damaged_files_are_survived(run, tmp_path, content):
 
 def test_what_is_not_finite_is_said(run, tmp_path):
     bad = [dict(stage='learn', step=s, loss=v, terms={'text': v}, lr=v)
-           for s, v in enumerate([math.nan, math.inf, None, 'high', 1.5, 1e30])]
+           for s, v in enumerate([math.nan, math.inf, None, 'high', 10 ** 400, 1.5, 1e30])]
+    bad.append(dict(stage='learn', step=10 ** 400, loss=1.0))
     (run / 'metrics.jsonl').write_text(''.join(json.dumps(b) + '\n' for b in bad))
     (run / 'evaluation.json').write_text(json.dumps([dict(
         task='asr', metrics={'wer': math.nan, 'cer': None}, histogram=dict(
             name='latency', values=[math.nan, None]))]))
     page = page_of(run, out=tmp_path)
-    assert '4 of 6 lines have a loss that is not a finite number' in page.words
+    assert '5 of 7 lines have a loss that is not a finite number' in page.words
     assert 'not finite' in page.words and 'holds no finite values' in page.words
     (run / 'metrics.jsonl').write_text('{"stage": "learn", "step": 3, "loss": NaN}\n')
     assert 'losses of stage learn hold no finite numbers' in page_of(run, out=tmp_path).words
@@ -447,6 +448,22 @@ def test_arms_are_drawn_where_their_stages_went_on(asked):
     assert course[-1]['flops'] == 400 * 2e12 + 100 * 1e12
 
 
+def test_colors_tell_arms_apart():
+    def colors(*names, budgets=(1,)):
+        return ablation._colors(dict(arms=[dict(name=n) for n in names],
+                                     budget=dict(amounts=budgets)))
+    assert len(set(colors(*'abcdefgh'))) == 8
+    assert colors(*'abcdefghij')[8:] == [draw.INK] * 2      # more cannot be told apart
+    a1, b1, a2, b2 = colors('a.1e12', 'b.1e12', 'a.2e12', 'b.2e12', budgets=(1e12, 2e12))
+    assert a1 == a2 != b1 == b2
+
+
+def test_runs_of_an_ablation_are_sent_by_their_names(asked, run):
+    assert [name for name, _ in wandb._runs(str(asked))] == [
+        'asked/word/0', 'asked/word/1', 'asked/phone/0', 'asked/phone/1']
+    assert wandb._runs(str(run)) == [('made_up', run)]
+
+
 def test_what_an_ablation_says_is_text(asked, tmp_path):
     found = json.loads((asked / 'results.json').read_text().replace('word', NASTY[:25]
                                                                     .replace('"', "'")))
@@ -462,7 +479,11 @@ def test_what_an_ablation_says_is_text(asked, tmp_path):
     {'arms': [3, {'name': 'a', 'runs': 5, 'stages': [1], 'estimates': {'x': 4}}]},
     {'law': {'points': [{'flops': 1, 'parameters': 2, 'loss': 3}, 4], 'optima': [{'flops': []}]}},
     {'metrics': [{'label': 4}], 'comparisons': 'none', 'budget': [1], 'expected': 5},
-    {'arms': [{'name': 'a', 'differences': {'k': 4}, 'runs': [{'folder': 7}, {}]}]}])
+    {'arms': [{'name': 'a', 'differences': {'k': 4}, 'runs': [{'folder': 7}, {}]}]},
+    {'arms': [{'name': 'a', 'runs': [{'folder': 'word\0/0'}], 'stages': [{'steps': 10 ** 400}],
+               'estimates': {'stories right %': dict(mean=1e308, low=-1e308, high=1e308)}},
+              {'name': 'b', 'estimates': {'stories right %': dict(mean=10 ** 400, low=0, high=1)}}],
+     'law': {'points': [dict(flops=10 ** 400, parameters=1e308, positions=1, loss=1e308)]}}])
 def test_a_damaged_ablation_is_survived(asked, tmp_path, spoil):
     found = json.loads((asked / 'results.json').read_text())
     (asked / 'results.json').write_text(json.dumps(found | spoil))

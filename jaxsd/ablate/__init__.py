@@ -40,7 +40,7 @@ from jaxsd import data, evaluate, model, train, verdict
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.ablate.answer import document, table
-from jaxsd.ablate.arms import Arm, arms_of, described, per_step
+from jaxsd.ablate.arms import RESULTS, Arm, arms_of, described, per_step
 from jaxsd.ablate.question import Question, amounts, read
 from jaxsd.config import ConfigError, fingerprint, plain
 from jaxsd.layout import show
@@ -50,8 +50,6 @@ __all__ = ['arms_of', 'described', 'document', 'jobs', 'read', 'read_results', '
            'table']
 
 log = logging.getLogger('jaxsd')
-
-RESULTS = 'results.json'
 
 
 class Run(NamedTuple):
@@ -231,9 +229,9 @@ def results(question: Question, arms: list[Arm], runs: list[Run], failures: dict
                                                        arm.overrides],
             differences={k: list(v) for k, v in arm.differences.items()},
             same_order=arm.same_order, runs=told[arm.name], estimates=estimates,
-            stages=[dict(name=s.name, steps=n, batch=s.batch, columns=arm.config.columns,
-                         flops=f) for s, n, f in zip(
-                             stages.stages(arm.config), arm.steps,
+            stages=[dict(name=s.name, steps=n, per_step=c, batch=s.batch,
+                         columns=arm.config.columns, flops=f) for s, n, c, f in zip(
+                             stages.stages(arm.config), arm.steps, arm.per_step,
                              flops.get(arm.name, [None] * len(arm.steps)), strict=True)],
             budget=arm.budget, parameters=model.count(model.abstract(arm.config)[1]),
             planned=sum(n * c for n, c in zip(arm.steps, arm.per_step, strict=True))))
@@ -249,11 +247,11 @@ def results(question: Question, arms: list[Arm], runs: list[Run], failures: dict
     against_best = []
     for task, metric, direction in (m for m in question.metrics if m[2] != 'shown'):
         label = f'{task} {metric}'
-        best = (max if direction == 'higher' else min)(
-            (a for a in out_arms if label in a['estimates']),
-            key=lambda a: a['estimates'][label]['mean'], default=None)
-        for arm in out_arms:
-            if best and label in arm['estimates'] and arm is not best:
+        for arm in (a for a in out_arms if label in a['estimates']):
+            best = (max if direction == 'higher' else min)(
+                (a for a in out_arms if label in a['estimates'] and a['budget'] == arm['budget']),
+                key=lambda a: a['estimates'][label]['mean'])
+            if arm is not best:
                 a, b = of(arm['name'], best['name'], label=label)
                 if a:
                     mean, low, high = verdict.difference(a, b)
@@ -297,8 +295,10 @@ def jobs(how: str, question: Question, workdir: str, runs: list[Run], flags) -> 
         name = re.sub(r'[^a-z0-9]+', '-', f'{question.name}-{one.arm.name}'.lower())[:40]
         name = f'{name.strip("-")}-{i}'     # short enough for names of pods, and like no other
         words = ', '.join(json.dumps(w) for w in ['ablate', *flags, '--only', str(i), '--sweep'])
+        words = re.sub(r'[\\&|]', r'\\\g<0>', words)      # what sed would read as its own
         swap = f's|train, --config,|{words},|'
         out.append(f'HOSTS=1 SLICES=1 NAME={name} CONFIG={shlex.quote(question.path)} '
                    f'WORKDIR={shlex.quote(workdir)} envsubst < launch/gke.yaml | '
                    f'sed {shlex.quote(swap)} | kubectl apply -f -')
-    return out
+    verb = shlex.join(['ablate', '--sweep', question.path, '--workdir', workdir, *flags])
+    return [*out, f'# when all have ended, for the table and the report: jaxsd {verb}']

@@ -93,6 +93,7 @@ def document(found: dict, path: str, command: str) -> None:
             text = f.read()
     opening, *sections = re.split(r'(?m)^(?=## )', text)
     opening = opening or f'# Ablations\n\n{verdict.RULE}\n\n'
+    opening = re.sub(rf'(?m)^{re.escape(verdict.RULE[:20])}.*$', lambda _: verdict.RULE, opening)
     section, old = '\n'.join(body), [s.startswith(head + '\n') for s in sections]
     sections = [section if is_old else s for s, is_old in zip(sections, old, strict=True)]
     sections += [] if any(old) else [section]

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 
@@ -16,6 +17,7 @@ from jaxsd.ablate.question import SPEC, UNITS, Question, amounts
 from jaxsd.config import ConfigError, plain, unknown
 from jaxsd.plan import work
 
+RESULTS = 'results.json'
 ROUNDED = 0.05          # how far whole steps may be from the budget
 SAMPLED = 16            # batches that tell how much sound a step hears
 
@@ -101,15 +103,21 @@ def whole_steps(budget: float, steps, costs) -> tuple[int, ...]:
     return out
 
 
-def _measured_steps(workdir: str, name: str, seeds, config) -> tuple[int, ...] | None:
-    """The steps that an arm was begun with: a budget of time is measured once."""
-    for seed in seeds:
-        path = os.path.join(workdir, name, str(seed))
-        if os.path.exists(os.path.join(path, 'config.json')):
-            found = rundir.read_run(path)['config'].get('stages', ())
-            if len(found) == len(config.stages):
-                return tuple(s['steps'] for s in found)
-    return None
+def _measured_before(workdir: str, name: str, budget: float) -> tuple[tuple, tuple] | None:
+    """(steps, what one costs) of an arm as results.json has them: a budget of time is measured
+    once, so that who goes on spends what the first start decided. Raises ConfigError for another
+    budget."""
+    path = os.path.join(workdir, RESULTS)
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding='utf-8') as f:
+        arm = next((a for a in json.load(f)['arms'] if a['name'] == name), None)
+    if arm is None:
+        return None
+    if arm['budget'] != budget:
+        raise ConfigError(f'--workdir {workdir} was begun with a budget of {arm["budget"]:g}, not '
+                          f'{budget:g}; name another directory')
+    return tuple(zip(*((s['steps'], s['per_step']) for s in arm['stages']), strict=True))
 
 
 def arms_of(question: Question, workdir: str = '', overrides=()) -> list[Arm]:
@@ -134,14 +142,16 @@ def arms_of(question: Question, workdir: str = '', overrides=()) -> list[Arm]:
                 if legal is not None and metric not in legal:
                     raise unknown(f'task {task}', metric, legal)
             v = model.make_vocab(config)
+            for task in dict.fromkeys(task for task, _, _ in question.metrics):
+                evaluate.check(config, task, v)
             _buildable(config)
             every = stages.stages(config)
             for stage in every:
                 data.check(config, dataclasses.asdict(stage), v)
-            steps = (_measured_steps(workdir, name, question.seeds, config)
-                     if question.unit == 'wall_s' else None)
-            if steps:
-                costs = (budget / sum(steps),) * len(steps)
+            before = (_measured_before(workdir, name, budget) if question.unit == 'wall_s'
+                      else None)
+            if before:
+                steps, costs = before
             else:
                 costs = tuple(per_step(config, s, question.unit) for s in every)
                 steps = whole_steps(budget, [s.steps for s in every], costs)

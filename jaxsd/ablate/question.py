@@ -2,7 +2,7 @@
 """What an ablation asks, read from its file and checked; nothing is resolved yet."""
 
 import dataclasses
-import math
+import graphlib
 import os
 import re
 
@@ -82,10 +82,6 @@ def read(path: str, budget: float | None = None) -> Question:
         raise ConfigError(f'{path}: question is a sentence that ends in a question mark, got '
                           f'{asked["question"]!r}')
     arms = _leaves(asked['arms'], path)
-    names = [name for name, _ in arms]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise ConfigError(f'{path}: two arms are called {twice[0]}; every arm needs a name of its '
-                          'own')
     given = asked['budget']
     if not isinstance(given, dict) or len(given) != 1:
         raise ConfigError(f'{path}: budget names exactly one of {", ".join(UNITS)}, got {given!r}')
@@ -95,13 +91,17 @@ def read(path: str, budget: float | None = None) -> Question:
     amount = amount if budget is None else budget
     budgets = tuple(amount) if isinstance(amount, tuple | list) else (amount,)
     if not budgets or not all(
-            isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
+            isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e300
             for x in budgets) or len(set(budgets)) < len(budgets):
         raise ConfigError(f'{path}: budget.{unit} is a number above 0, got {amount!r}')
     many = len(budgets) > 1
     arms = [(f'{name}.{x:g}'.replace('+', '') if many else name, changes, float(x))
             for x in budgets for name, changes in arms]
     names = [name for name, _, _ in arms]
+    folders = [n.lower() for n in names]        # some disks know no capitals
+    if twice := sorted({n for n in names if folders.count(n.lower()) > 1}):
+        raise ConfigError(f'{path}: two arms are called {twice[-1]}; every arm needs a name of its '
+                          'own')
     seeds = asked['seeds']
     if not isinstance(seeds, tuple | list) or not all(
             isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 1 << 32
@@ -115,6 +115,8 @@ def read(path: str, budget: float | None = None) -> Question:
                 isinstance(x, str) for x in metric) and metric[2] in ('higher', 'lower', 'shown')):
             raise ConfigError(f"{path}: a metric is (task, name, 'higher', 'lower' or 'shown'), "
                               f'got {metric!r}')
+    if len({tuple(m[:2]) for m in asked['metrics']}) < len(asked['metrics']):
+        raise ConfigError(f'{path}: a metric is named twice')
     if not any(metric[2] != 'shown' for metric in asked['metrics']):
         raise ConfigError(f'{path}: no metric decides anything: of one say what is better')
     chains = [tuple(x.strip() for x in chain.split('>'))
@@ -127,6 +129,15 @@ def read(path: str, budget: float | None = None) -> Question:
         for name in chain:
             if name not in names:
                 raise unknown(f'{path}: expected', name, names)
+    below: dict[str, set] = {}
+    for chain in chains:
+        for better, worse in zip(chain, chain[1:], strict=False):
+            below.setdefault(worse, set()).add(better)
+    try:
+        tuple(graphlib.TopologicalSorter(below).static_order())
+    except graphlib.CycleError as e:
+        raise ConfigError(f'{path}: expected goes round in a circle: {" > ".join(e.args[1])}'
+                          ) from None
     base = _words(asked['base'], f'{path}: base')
     if not re.match(SPEC, base[0]):
         raise ConfigError(f'{path}: base begins with a config file, got {base[0]!r}')

@@ -22,9 +22,9 @@ def read_ablation(folder: pathlib.Path) -> dict:
         'metrics', 'comparisons', 'against_best')}) if arms else {}
 
 
-def _own(folder: pathlib.Path, run: dict) -> pathlib.Path | None:
+def own(folder: pathlib.Path, run: dict) -> pathlib.Path | None:
     """The directory of one of an ablation's runs, if it lies inside."""
-    path = folder / str(run.get('folder') or '')
+    path = folder / str(run.get('folder') or '').replace('\0', '')
     inside = path.resolve().is_relative_to(folder.resolve()) and path != folder
     return path if inside and path.is_dir() else None
 
@@ -32,11 +32,17 @@ def _own(folder: pathlib.Path, run: dict) -> pathlib.Path | None:
 def chosen(folder: pathlib.Path, found: dict) -> list[dict]:
     """The run of each arm with the first seed, under the arm's name."""
     return [read_run(path) | dict(name=f'{arm["name"]}, seed {run.get("seed")}', arm=arm['name'])
-            for arm in found['arms'] for run in arm['runs'][:1] if (path := _own(folder, run))]
+            for arm in found['arms'] for run in arm['runs'][:1] if (path := own(folder, run))]
 
 
-def _colors(arms: list) -> list[str]:
-    return [draw.SERIES[i % len(draw.SERIES)] for i in range(len(arms))]
+def _colors(found: dict) -> list[str]:
+    """A color for every arm; of several budgets an arm has the same, more than can be told apart
+    are drawn in ink."""
+    many = len(as_dict(found.get('budget')).get('amounts') or ()) > 1
+    names = [a['name'].rpartition('.')[0] if many else a['name'] for a in found['arms']]
+    of = dict(zip(dict.fromkeys(names), itertools.chain(draw.SERIES, itertools.repeat(draw.INK)),
+                  strict=False))
+    return [of[n] for n in names]
 
 
 def _key(color: str) -> str:
@@ -54,7 +60,7 @@ def _between(x: dict, middle: str = 'mean') -> str:
 
 def answer(folder: pathlib.Path, found: dict) -> str:
     """The card of an ablation: question, verdict, table, what differs, how the arms learned."""
-    arms, colors, budget = found['arms'], _colors(found['arms']), as_dict(found.get('budget'))
+    arms, colors, budget = found['arms'], _colors(found), as_dict(found.get('budget'))
     runs = [r for arm in arms for r in arm['runs']]
     done = [r for r in runs if r.get('state') == 'done']
     where = ' · '.join(f'<code>{esc(x)}</code>' for x in (
@@ -174,7 +180,7 @@ AXES = (('tokens', 'tokens, M', 1e-6), ('audio_hours', 'hours of sound', 1.0),
 
 def _learned(folder: pathlib.Path, found: dict) -> str:
     """Training and held-out losses of the arms, the mean over seeds, over what they took."""
-    lines = {arm['name']: [course(path, arm) for r in arm['runs'] if (path := _own(folder, r))]
+    lines = {arm['name']: [course(path, arm) for r in arm['runs'] if (path := own(folder, r))]
              for arm in found['arms']}
     held = [n for courses in lines.values() for course in courses for row in course
             for n in (row['held_out'] if isinstance(row.get('held_out'), dict) else ())]
@@ -185,7 +191,7 @@ def _learned(folder: pathlib.Path, found: dict) -> str:
         figures, last = [], {}
         for key, name, scale in AXES:
             curves = []
-            for arm, color in zip(found['arms'], _colors(found['arms']), strict=True):
+            for arm, color in zip(found['arms'], _colors(found), strict=True):
                 x, y = _mean_course(lines[arm['name']], lambda r, k=key: r.get(k), get)
                 if x:
                     last[arm['name']] = (color, y[-1])

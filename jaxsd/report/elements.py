@@ -13,7 +13,8 @@ def esc(text) -> str:
 
 
 def finite(x) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    """A number that can be drawn; not what overflows when it is."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and -1e300 < x < 1e300
 
 
 def number(x) -> str:

@@ -51,7 +51,7 @@ def stages_of(lines: list[dict]) -> dict[str, list[dict]]:
     """Metrics by stage, sorted by step; lines of one step (training, held out) become one."""
     out: dict[str, dict[int, dict]] = {}
     for line in lines:
-        if isinstance(line.get('step'), int):
+        if isinstance(line.get('step'), int) and abs(line['step']) < 1e15:
             steps = out.setdefault(str(line.get('stage', '')), {})
             steps[line['step']] = steps.get(line['step'], {}) | line
     return {stage: [rows[step] for step in sorted(rows)] for stage, rows in out.items()}
