@@ -118,8 +118,8 @@ class Decoder(nnx.Module):
                                  place=place)
         else:
             k_LBCGH, v_LBCGH, n, at, mask_BTC = cache
-            k = k_LBCGH.at[n, *at].set(k.astype(k_LBCGH.dtype))
-            v = v_LBCGH.at[n, *at].set(v.astype(v_LBCGH.dtype))
+            k = k_LBCGH.at[n, *at].set(k.astype(k_LBCGH.dtype), mode='drop')
+            v = v_LBCGH.at[n, *at].set(v.astype(v_LBCGH.dtype), mode='drop')
             o = attend(q, k[n].astype(q.dtype), v[n].astype(q.dtype), mask_BTC)
         x_BTD = place(x_BTD + block.out(o), 'batch', 'column', 'width')
         y, load_2E = block.feed_forward(block.norm_mlp(x_BTD), where, place)
@@ -147,13 +147,15 @@ class Decoder(nnx.Module):
             columns = jnp.sum(where.segment > 0).astype(jnp.float32)
             spread = nn.balance(jnp.sum(load_L2E, 0), self.layers * columns)
             return self.norm(x_BTD), {'balance': (spread * columns, columns)}
-        T = x_BTD.shape[1]
         C = cache['position'].shape[1]
-        slots = (cache['written'][..., None] + jnp.arange(T)) % C
-        # One count for all sequences, or one for each, which then come and go on their own.
+        # One count for all sequences, whose padding is written, too, or one for each, which then
+        # come and go on their own: padding (segment 0) takes no place.
+        new = jnp.full(x_BTD.shape[1:2], True) if not cache['written'].ndim else where.segment > 0
+        slots = (cache['written'][..., None] + jnp.cumsum(new, axis=-1) - 1) % C
+        slots = jnp.where(new, slots, C)        # past the end: dropped
         at = (jnp.arange(x_BTD.shape[0])[:, None], jnp.atleast_2d(slots))
-        keys = Where(cache['position'].at[at].set(where.position),
-                     cache['segment'].at[at].set(where.segment))
+        keys = Where(cache['position'].at[at].set(where.position, mode='drop'),
+                     cache['segment'].at[at].set(where.segment, mode='drop'))
         mask = visible(where, keys, self.window_columns)
 
         def step(carry, layer):     # the cache is carried, so that a layer writes its columns alone
@@ -163,7 +165,7 @@ class Decoder(nnx.Module):
         (x_BTD, k, v), _ = nn.each_layer(step, (x_BTD, cache['k'], cache['v']), self.blocks,
                                          np.arange(self.layers))
         cache = dict(k=k, v=v, position=keys.position, segment=keys.segment,
-                     written=cache['written'] + T)
+                     written=cache['written'] + jnp.sum(new, axis=-1))
         return self.norm(x_BTD), cache
 
     def empty_cache(self, rows: int, columns: int, dtype) -> dict:

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import struct
+import threading
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -84,13 +85,28 @@ def _threads():
     return threadpoolctl.ThreadpoolController()
 
 
+_ALONE = threading.Lock()
+_limited = dict(by=0, until=contextlib.ExitStack())
+
+
+@contextlib.contextmanager
 def _one_thread():
-    """A context in which BLAS uses one thread.
+    """A context in which BLAS uses one thread, in all threads, until the last has left it.
 
     The products here are small: on a busy machine its threads made encoding ten times slower, and
     they sum in another order. Work is spread over processes instead.
     """
-    return _threads().limit(limits=1) if _threads() else contextlib.nullcontext()
+    with _ALONE:
+        if not _limited['by'] and _threads():
+            _limited['until'].enter_context(_threads().limit(limits=1))
+        _limited['by'] += 1
+    try:
+        yield
+    finally:
+        with _ALONE:
+            _limited['by'] -= 1
+            if not _limited['by']:
+                _limited['until'].close()
 
 
 def _samples_per_frame(frame_hz: float, sample_rate_hz: int) -> int:

@@ -196,6 +196,7 @@ def _figures(actives, theirs, words, records, hz, murmurs) -> dict[str, float]:
         out[f'{name}/{kind}'] = 100 * float(np.mean([c.takeover for c in these]))
         if kind == 'interruption':
             out[f'success %/{kind}'] = 100 * float(np.mean([c.gave_way for c in these]))
+            out[f'talked through %/{kind}'] = 100 * float(np.mean([c.through for c in these]))
         for key in ('latency_s', 'stop_s'):
             values = [getattr(c, key) for c in these if getattr(c, key) is not None]
             if values:
@@ -212,7 +213,8 @@ def turn_taking(lm: trained.LM, *, split: str, limit: int | None, source: str, b
     Units, pauses, gaps and overlaps per minute, counts pooled over all dialogues and turns; how
     often the floor is taken, and how late, when the other pauses, ends, interrupts or murmurs; how
     much of my side is silence, and of what I write repeated. success: who is interrupted goes on
-    for less than a second and answers. Figures ending in /true are those of the recorded side.
+    for less than a second and answers; talked through: goes on until they have ended, which the
+    benchmark's takeover counts as well. Figures ending in /true are those of the recorded side.
     response: from the end of their turn to mine, below 0 where they overlap.
 
     murmurs: what the other says as backchannels; by default whatever is shorter than 1 s and begins

@@ -188,13 +188,16 @@ def at_the_right(prompts: list[np.ndarray], longest: int, heard=None):
 class Stream:
     """A batch of sequences being decoded. `first` reads the prompts, `more` goes on from there.
 
-    Prompts of different lengths stand at the right edge, with columns of segment 0 before them.
+    Prompts of different lengths stand at the right edge, with columns of segment 0 before them. In
+    a `dense` stream these take no place of its `columns`.
     """
 
-    def __init__(self, speaker: Speaker, *, rows: int, columns: int, key):
+    def __init__(self, speaker: Speaker, *, rows: int, columns: int, key, dense: bool = False):
         lm = nnx.eval_shape(lambda p: nnx.merge(speaker.graph, p), speaker.params)
         self._speaker, self._key, self._step = speaker, key, 0
         self._cache = lm.empty_cache(rows, columns)
+        if dense:
+            self._cache['written'] = jnp.zeros(rows, jnp.int32)
         self._position = jnp.zeros(rows, jnp.int32)     # of the next column
 
     def _keys(self, n: int):
@@ -420,8 +423,8 @@ def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_fr
     allowed[other] = True
     allowed = jnp.asarray(allowed)
     whole = wide * (max(map(len, theirs)) + 2) + most
-    kept = 2 * speaker.ring_columns if speaker.ring_columns else whole  # up to half is padding
-    base = Stream(speaker, rows=len(rows), columns=min(whole, max(kept, 2 * wide + most)), key=key)
+    kept = max(speaker.ring_columns or whole, 2 * wide + most)
+    base = Stream(speaker, rows=len(rows), columns=min(whole, kept), key=key, dense=True)
     read = [0] * len(rows)                      # how much of each row `base` has read
 
     def say(number: int, ahead=None) -> list[np.ndarray]:
@@ -514,8 +517,6 @@ def _next(graph, rows, samplers, manners, params, state, plan_BK, begins_B, ther
     sampled, cache = lm.step(before[:, :, None], where, cache,
                              jax.random.fold_in(state['key'], state['step']),
                              _pick(rows, samplers, None, plan_BK))
-    # Who is not there writes where the next column will be.
-    cache['written'] = state['cache']['written'] + there_B
     column, _ = _settled(manners, plan_BK, sampled, jnp.zeros(plan_BK.shape, bool))
     return dict(cache=cache, column=jnp.where(there, column, before), key=state['key'],
                 position=position + there_B, step=state['step'] + 1), column

@@ -34,6 +34,7 @@ TITLES = {'tts': 'Reads {} aloud', 's2s': 'Hears the first half of {} and goes o
 MOST_INPUT_S = 600.0
 MOST_FRAMES = 512      # columns of an answer in frames
 FLOW_STEPS = 8          # of arXiv 2401.13527's released code
+RATES_HZ = 4_000, 384_000       # of recordings: others are not made, and cost much to resample
 MOST_INPUT_WORDS = 2000     # about as long, read aloud
 
 
@@ -43,6 +44,9 @@ def read_wav(path: str, rate_hz: int) -> np.ndarray:
     try:
         whole_wav(path)
         with soundfile.SoundFile(path) as f:
+            if not RATES_HZ[0] <= f.samplerate <= RATES_HZ[1]:
+                raise ValueError(f'--input {path} has {f.samplerate:,} samples a second; allowed '
+                                 f'are {RATES_HZ[0]:,} to {RATES_HZ[1]:,}')
             if not 0 < f.frames <= MOST_INPUT_S * f.samplerate:
                 raise ValueError(f'--input {path}: its length is {f.frames / f.samplerate:.1f} s, '
                                  f'allowed are up to {MOST_INPUT_S:.0f} s')

@@ -60,9 +60,15 @@ class _Page(http.server.BaseHTTPRequestHandler):
 
     def _own(self) -> None:
         """Refuses names by which only another site's page would reach this machine."""
-        host = urllib.parse.urlsplit(f'//{self.headers.get("Host", "")}').hostname
-        if self.server.local and host not in LOCAL:
+        host, origin = self.headers.get('Host', ''), self.headers.get('Origin')
+        try:
+            name = (urllib.parse.urlsplit(f'//{host}').hostname or '').rstrip('.')
+        except ValueError:
+            raise _Refused(400, 'the Host of this request is none') from None
+        if self.server.local and name not in LOCAL:
             raise _Refused(403, f'this page answers to {" and ".join(LOCAL[:2])} only')
+        if origin is not None and origin.partition('//')[2] != host:
+            raise _Refused(403, 'recordings come from this page only')
 
     def _answer(self, work) -> None:
         try:
@@ -102,7 +108,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
         if self.path != '/talk':
             raise _Refused(404, 'recordings go to /talk')
         length = self.headers.get('Content-Length', '')
-        if not length.isdecimal() or not int(length):
+        if not length.isdecimal() or not length.strip('0') or len(length) > 18:
             raise _Refused(411, 'no recording came')
         if int(length) > MOST_BYTES:
             raise _Refused(413, f'the recording has {int(length) / 2**20:.0f} MiB; up to '

@@ -69,11 +69,10 @@ def loud(wav: np.ndarray, rate_hz: int, frame_hz: float, *, below_db: float = 35
     Of every 10 ms, the power must be at most `below_db` under that of the loudest (their 95th
     percentile among those above -60 dB). It is for clean channels; noise is heard as speech.
     """
-    hop = rate_hz // 100
-    hops = -(-len(wav) // hop)
-    x = np.zeros(hops * hop)
-    x[:len(wav)] = wav
-    db = 10 * np.log10(np.mean(np.square(x.reshape(hops, hop)), axis=1) + 1e-12)
+    # Every 10 ms begin at the nearest sample, at rates that are no multiple of 100 Hz, too.
+    edges = np.arange(math.ceil(100 * len(wav) / rate_hz)) * rate_hz // 100
+    power = np.add.reduceat(np.square(np.asarray(wav, float)), edges) if len(edges) else edges
+    db = 10 * np.log10(power / (rate_hz / 100) + 1e-12)
     there = db > -60
     if there.any():
         there &= db > np.percentile(db[there], 95) - below_db
@@ -229,15 +228,16 @@ def takes(segments: Sequence[tuple[int, int]], words: Sequence | None, frame_hz:
 class Coped(NamedTuple):
     """What I did about one event of the other's. Latencies are seconds, None where there is none.
 
-    kind: pause, turn, interruption or murmur. takeover: I took the floor. latency_s: from their end
-    to my first sound. stop_s: how long I went on while they interrupted,
-    breaths under 0.5 s included.
+    kind: pause, turn, interruption or murmur. takeover: I took the floor, which who never stops
+    does, too. latency_s: from their end to my first sound. stop_s: how long I went on while they
+    interrupted, breaths under 0.5 s included. through: I went on until they had ended.
     """
 
     kind: str
     takeover: bool
     latency_s: float | None = None
     stop_s: float | None = None
+    through: bool = False
 
     @property
     def gave_way(self) -> bool:
@@ -287,10 +287,12 @@ def coped(active_2T: np.ndarray, theirs: Sequence[tuple[float, float]], frame_hz
         if speaking and speaking[1] > end:      # I never stopped
             parts = [(end, speaking[1]), *parts]
         took = takes(parts, said(parts), frame_hz)
-        out.append(Coped('interruption' if speaking else 'turn', took,
-                         max(0.0, (parts[0][0] - end) / frame_hz) if took else None,
-                         (min(_stopped(own, speaking, frame_hz), end) - start) / frame_hz
-                         if speaking else None))
+        latency_s = max(0.0, (parts[0][0] - end) / frame_hz) if took else None
+        if not speaking:
+            out.append(Coped('turn', took, latency_s))
+            continue
+        until = min(_stopped(own, speaking, frame_hz), end)
+        out.append(Coped('interruption', took, latency_s, (until - start) / frame_hz, until == end))
     return out
 
 

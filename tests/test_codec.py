@@ -262,3 +262,23 @@ def test_finite_scalars_as_the_released_tokenizer_numbers_them():
     assert codec.fsq_codes(np.zeros((1, 2)), (5, 3)).tolist() == [2 + 5 * 1]
     grid = np.stack(np.meshgrid(*[np.linspace(-3, 3, 101)] * 2, indexing='ij'), -1).reshape(-1, 2)
     assert set(codec.fsq_codes(grid, (5, 4)).tolist()) == set(range(20))
+
+
+def test_one_thread_until_the_last_has_left():
+    """Two that encode at once: who is done first does not give the other more threads, whose sums
+    would come out in another order."""
+    import threadpoolctl
+
+    def threads():
+        return {x['num_threads'] for x in threadpoolctl.threadpool_info()
+                if x['user_api'] == 'blas'}
+    with threadpoolctl.threadpool_limits(2, user_api='blas'):
+        before = threads()
+        first, second = codec._one_thread(), codec._one_thread()
+        first.__enter__()
+        second.__enter__()
+        assert threads() == {1}
+        first.__exit__(None, None, None)
+        assert threads() == {1}
+        second.__exit__(None, None, None)
+        assert threads() == before

@@ -99,6 +99,7 @@ def test_figures_against_dialogues_known_by_heart():
         'events/pause': 1, 'takeover %/pause': 0.0,
         'events/interruption': 2, 'takeover %/interruption': 100.0,
         'success %/interruption': 50.0, 'stop ms/interruption': 850.0,          # of 500, 1200
+        'talked through %/interruption': 50.0,
         'latency ms/interruption': 150.0,                                       # of 300, 0
         'events/murmur': 2, 'went on %/murmur': 50.0,
         'backchannels/min': 1 / 45 * 60}

@@ -402,10 +402,32 @@ def test_memory_of_talking_in_step_is_bounded(talker, monkeypatch):
     for units in (short, long):
         (row,), _ = generate.in_step(ringed, [units], v, chunk_frames=3)
         assert (row == v.specials['[S0]']).sum() == len(units) / 3
-    assert sizes[0] == sizes[1] == 80
+    assert sizes[0] == sizes[1] == 40
     few = spoken_to(v, 12)
     np.testing.assert_array_equal(generate.in_step(ringed, few, v, chunk_frames=3)[0][0],
                                   generate.in_step(speaker, few, v, chunk_frames=3)[0][0])
+
+
+def test_a_ring_of_talking_in_step_is_a_window(talker):
+    """Silence, which fills a chunk with padding, takes no place in what is kept: a ring that holds
+    a window and one reading says what the window says."""
+    v, speaker = talker
+    c = copy.deepcopy(built('flat', 'llama')[0])
+    c.vocab.markers = ('[S0]', '[S1]', '[Silent text]', '[Silent speech]')
+    c.backbone.window_columns = 24
+    windowed = generate.ready(model.abstract(c)[0], speaker.params, v, {})
+    talked, rest = spoken_to(v, 60, 6)
+    silent = np.concatenate([talked[:12], np.full(120, 3), talked[12:40]])    # one unit, repeated
+    wide, most = 2 * 3 + 3, 2 * 3 + 1
+    ring = 24 - 1 + 2 * wide + most
+    for heard in ([silent], [silent, np.concatenate([rest, np.full(100, 5)])]):
+        wanted, _ = generate.in_step(windowed, heard, v, chunk_frames=3)
+        found, _ = generate.in_step(windowed._replace(ring_columns=ring), heard, v, chunk_frames=3)
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert max(map(len, wanted)) > 3 * ring
+    (whole,), _ = generate.in_step(speaker, [silent], v, chunk_frames=3)
+    assert whole.tolist() != generate.in_step(windowed, [silent], v, chunk_frames=3)[0][0].tolist()
 
 
 def test_what_they_say_now_changes_nothing_that_i_say_next(talker):

@@ -88,6 +88,8 @@ def test_a_recording_is_answered(system, server):
     # Another rate and two channels, the last of which is heard.
     other = np.stack([0 * wav, wav], 1)
     assert asked(server, body=recording(other, format='FLAC'))[1][1:-1] == frames
+    here = f'localhost.:{server.server_address[1]}'         # as the page itself would post it
+    assert asked(server, body=recording(wav), Host=here, Origin=f'http://{here}')[0] == 200
 
 
 def test_two_people_at_once_and_a_third(system, server):
@@ -154,8 +156,14 @@ def test_a_model_that_stopped_is_no_answer(system, monkeypatch):
     (recording(np.zeros((16000, 3))), {}, 400, 'the recording has 3 channels'),
     (recording(np.zeros(8000 * 601), 8000), {}, 400, 'allowed are up to 600 s'),
     (b'x', {'Content-Length': str(1 << 40)}, 413, 'up to 64 are taken'),
+    (recording(np.zeros(400_000), 1_000_003), {}, 400, 'the recording has 1,000,003 samples a'),
+    (b'x', {'Content-Length': '9' * 5000}, 411, 'no recording came'),
     (b'x', {'Host': 'elsewhere.example'}, 403, '127.0.0.1 and localhost only'),
-], ids=['nothing', 'noise', 'cut', 'blink', 'many', 'long', 'large', 'rebound'])
+    (b'x', {'Host': '[::1'}, 400, 'the Host of this request is none'),
+    (b'x', {'Origin': 'http://elsewhere.example'}, 403, 'come from this page only'),
+    (b'x', {'Origin': 'null'}, 403, 'come from this page only'),
+], ids=['nothing', 'noise', 'cut', 'blink', 'many', 'long', 'large', 'rate', 'digits', 'rebound',
+        'no host', 'other site', 'hidden site'])
 def test_what_cannot_be_answered_is_said_in_one_line(server, body, headers, status, said):
     found, content = asked(server, body=body, **headers)
     error = json.loads(content)['error']

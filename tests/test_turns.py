@@ -177,7 +177,7 @@ def test_they_interrupt():
     found = coped('aaaaaaaaaaaa.................aaaaaaaaaaa', theirs, [(0.8, 2.4)])
     assert found == [Coped('interruption', True, pytest.approx(0.5), pytest.approx(0.4))]
     deaf = coped('a' * 40, theirs, [(0.8, 2.4)])
-    assert deaf == [Coped('interruption', True, 0.0, pytest.approx(1.6))]
+    assert deaf == [Coped('interruption', True, 0.0, pytest.approx(1.6), True)]
     mute = coped('aaaaaaaaaaaa', theirs, [(0.8, 2.4)])
     assert mute[0].takeover is False and mute[0].stop_s == pytest.approx(0.4)
     slow = coped('a' * 18 + '.' * 9 + 'a' * 12, theirs, [(0.8, 2.4)])      # keeps on for 1 s
@@ -243,6 +243,10 @@ def test_sound_is_heard_where_it_is():
     wav[rate:2 * rate] += 0.1 * np.sin(np.arange(rate))
     wav[3 * rate:int(3.3 * rate)] += 0.02 * np.sin(np.arange(int(0.3 * rate)))
     found = turns.loud(wav, rate, 12.5)
+    for odd in (11025, 22050, 8000, 44100):         # hops of 10 ms that are no whole samples
+        late = np.zeros(112 * odd)
+        late[100 * odd:110 * odd] = .1 * np.sin(np.arange(10 * odd))
+        assert turns.spans(turns.loud(late, odd, 12.5)) == [(1250, 1375)]
     assert turns.spans(found) == [(12, 25), (37, 42)]      # 1 to 2 s and 3 to 3.3 s, whole frames
     assert not turns.loud(np.zeros(rate), rate, 12.5).any()
     assert turns.units(np.stack([found, ~found]), 12.5)[0] == Stretch(1, 0, 12)

@@ -101,6 +101,34 @@ def test_upload_hear_see(address, browser):
         where, f'{where}talk', f'{where}favicon.ico'}
 
 
+def test_who_speaks_again_is_answered_once(address, browser):
+    """A second recording in the middle of an answer: the first is let go, sound and all."""
+    where, folder, server = address
+    _, spoken, words = answered(where, folder / 'good.wav')
+    user = soundfile.read(folder / 'good.wav')[0]
+    soundfile.write(folder / 'tiled.wav', np.tile(user, 20), 16000)
+    page = browser.page(where)
+    browser.value(page, SEEN)
+    browser.upload(page, folder / 'tiled.wav')
+    browser.until(page, 'mine && mine.length > 3 && current.nodes.length > 3')
+    browser.value(page, 'window.ended = 0; current.nodes.at(-1).onended = () => ended++; 0')
+    browser.upload(page, folder / 'good.wav')
+    browser.until(page, ANSWERED)
+    assert browser.value(page, 'document.getElementById("words").textContent') == ' '.join(
+        w for _, w in words)
+    assert browser.value(page, 'mine.length * mine[0].length') == len(spoken)
+    browser.until(page, 'ended === 1', seconds=2)       # its last piece was minutes away
+    before = browser.value(page, 'mine.length')
+    browser.upload(page, folder / 'good.wav')           # the same file is a recording again
+    browser.until(page, '!document.getElementById("answer").hidden === false')
+    browser.until(page, ANSWERED)
+    assert browser.value(page, 'mine.length') == before
+    end = time.monotonic() + 30
+    while server.lobby.free < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert server.lobby.free == 2 and not browser.complaints(page)
+
+
 def test_two_people_and_what_is_no_sound(address, browser):
     """Both are answered; a bad file and one that is too long say what is wrong, and the page goes
     on; who closes the page in the middle frees the slot."""
