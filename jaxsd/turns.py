@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who speaks when: turn-taking of two channels, from token grids or from sound. numpy only.
 
+    python -m jaxsd.turns TALK.wav      # of a recording of two channels, mine first
+
 Everything starts from *activity*, bool [2, T]: in which frames each channel is heard, mine first.
 `voiced` reads it from codes, `loud` from sound. Stretches of a channel whose silences are shorter
 than 0.2 s are one inter-pausal unit (IPU). Where both are silent between units of one speaker it is
@@ -340,3 +342,47 @@ def repetition(said: Sequence[Sequence[str]], order: int = 3) -> float:
     runs = [[tuple(words[i:i + order]) for i in range(len(words) - order + 1)] for words in said]
     total = sum(map(len, runs))
     return 1 - sum(len(set(r)) for r in runs) / total if total else 0.0
+
+
+# A recording.
+
+def of_sound(wav_2S: np.ndarray, rate_hz: int, frame_hz: float = 50.0) -> dict[str, float]:
+    """What can be told of a recording of two clean channels alone, mine first: `per_minute`, turns
+    of every kind and who has them, and for each speaker the median of floor transfers to him."""
+    active = np.stack([loud(x, rate_hz, frame_hz) for x in wav_2S])
+    out = per_minute([tally(active, frame_hz)], frame_hz)
+    found, moved = kinds(active, frame_hz), transfers(active, frame_hz)
+    for channel, who in enumerate(('mine', 'theirs')):
+        for kind in dict.fromkeys(k for k, _ in found):
+            out[f'{kind}/{who}'] = sum(k == kind and t.channel == channel for k, t in found)
+        late = [1000 * s for c, s in moved if c == channel]
+        if late:
+            out[f'transfer ms/{who}'] = float(np.median(late))
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    import argparse
+    import sys
+
+    import soundfile
+    parser = argparse.ArgumentParser(prog='python -m jaxsd.turns', description=(
+        'Turn-taking of a recording of two channels, mine first: units, pauses, gaps and overlaps '
+        'a minute, turns of every kind, and how late the floor changes hands.'))
+    parser.add_argument('wav', help='as `generate --task duplex` writes it; clean channels')
+    path = parser.parse_args(argv).wav
+    try:
+        wav, rate_hz = soundfile.read(path, dtype='float32', always_2d=True)
+        if wav.shape[1] != 2 or not len(wav):
+            raise ValueError(f'it has {wav.shape[1]} channels and {len(wav)} samples; two channels '
+                             'are needed')
+    except (OSError, RuntimeError, ValueError) as e:
+        print(f'jaxsd.turns: {path} cannot be measured: {e}', file=sys.stderr)
+        return 1
+    for name, value in of_sound(wav.T, rate_hz).items():
+        print(f'{name:24} {value:10.5g}')
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
@@ -159,6 +160,17 @@ def test_a_second_takes_the_floor():
         assert found[0].kind == ('interruption' if took else 'murmur')
 
 
+def test_a_second_is_from_the_first_sound_to_the_last():
+    """With silences between, as the benchmark counts; and what is short in frames of 80 ms."""
+    for line, took in (('aaaa..aaaa', True), ('aaaa..aaa', False)):
+        assert coped('.' * 13 + line, 'b' * 10, [(0, 1)])[0].takeover is took
+    active = drawn('a' * 12 + '.' * 6 + 'a' * 24, '.' * 8 + 'b' * 16)
+    found, = turns.coped(active, [(.64, 1.92)], 12.5)       # 0.48 s of silence are a breath
+    assert found.stop_s == pytest.approx(1.28) and found.through
+    active = drawn('a' * 12 + '.' * 7 + 'a' * 24, '.' * 8 + 'b' * 16)
+    assert turns.coped(active, [(.64, 1.92)], 12.5)[0].stop_s == pytest.approx(.32)
+
+
 def test_a_pause_is_theirs():
     theirs = 'bbbbb.......bbbbb..................'
     waited = coped('...................aaaaaaaaaaaa', theirs, [(0, 1.7)])
@@ -169,6 +181,7 @@ def test_a_pause_is_theirs():
     early = coped('....aaaaaaaaaaa................', theirs, [(0, 1.7)])    # before they paused
     assert early[0] == Coped('pause', True)
     assert coped('..aaa.............', theirs, [(0, 1.7)])[0] == Coped('pause', False)
+    assert not coped('..aaa............', theirs, [(0, 1.7)], words=[2, 3, 3, 4])[0].takeover
 
 
 def test_they_interrupt():
@@ -209,6 +222,9 @@ def test_my_backchannels():
     theirs = 'b' * 40
     assert turns.backchannels(drawn('.....aa........aa....', theirs), HZ) == ([5, 15], False)
     assert turns.backchannels(drawn('.....aaaaaaaaaaaaaaaa', theirs), HZ) == ([], True)
+    assert turns.backchannels(drawn('.....aa', theirs), HZ, [5, 5, 6, 6]) == ([], True)
+    assert turns.backchannels(drawn('.....aa', theirs), HZ, [5, 5, 6]) == ([5], False)
+    assert turns.backchannels(drawn('a' * 20, '.....bbbbbbbbbb'), HZ) == ([], False)    # theirs
     assert turns.backchannels(drawn('.' * 35 + 'a' * 20, theirs), HZ) == ([], True)
 
 
@@ -252,6 +268,28 @@ def test_sound_is_heard_where_it_is():
     assert turns.units(np.stack([found, ~found]), 12.5)[0] == Stretch(1, 0, 12)
 
 
+def test_a_recording_of_two_channels(tmp_path, capsys):
+    """They speak for 2 s, I answer 0.4 s later for 3 s, they murmur for 0.4 s."""
+    rate = 22050
+    wav = np.zeros((8 * rate, 2))
+    for channel, begin, end in ((1, 1, 3), (0, 3.4, 6.4), (1, 5, 5.4)):
+        at = slice(int(begin * rate), int(end * rate))
+        wav[at, channel] = .1 * np.sin(np.arange(at.stop - at.start))
+    soundfile.write(tmp_path / 'talk.wav', wav, rate)
+    assert turns.main([str(tmp_path / 'talk.wav')]) == 0
+    found = {line[:24].strip(): float(line[24:]) for line in capsys.readouterr().out.splitlines()}
+    assert found['opening/theirs'] == found['smooth/mine'] == found['backchannel/theirs'] == 1
+    assert found['opening/mine'] == 0 and found['transfer ms/mine'] == pytest.approx(400, abs=21)
+    assert found['ipu s/min'] == pytest.approx(5.4 / 8 * 60, abs=.4)
+    assert found['overlaps/min'] == 7.5 and found['gap s/min'] == pytest.approx(3, abs=.2)
+    soundfile.write(tmp_path / 'one.wav', wav[:, 0], rate)
+    for name, says in (('one.wav', 'it has 1 channels'), ('none.wav', 'cannot be measured')):
+        assert turns.main([str(tmp_path / name)]) == 1
+        said = capsys.readouterr().err
+        assert says in said and said.count('\n') == 1
+
+
 def test_times_as_frames():
     assert turns.during([(0.0, 0.5), (0.96, 1.1)], 12, 10.0).nonzero()[0].tolist() == [
         0, 1, 2, 3, 4, 10]
+    assert turns.during([(0.06, 0.54)], 12, 10.0).nonzero()[0].tolist() == [1, 2, 3, 4]
