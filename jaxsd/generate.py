@@ -360,108 +360,156 @@ def follow(speaker: Speaker, prompts: list[np.ndarray], steps: list[list[Phase]]
 
 # Two speakers in one row.
 
-def in_chunks(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, streams,
-              chunk_frames: int, chunk_text: int, silences, key=None,
-              after: Callable[[], None] = lambda: None) -> list[np.ndarray]:
-    """Rows of `layout.chunks.flattened` in which only what is heard (units [U] each) is given.
+def chunk_by_chunk(speaker: Speaker, vocab: Vocab, *, rows: int, columns: int, streams,
+                   chunk_frames: int, chunk_text: int, silences, key):
+    """Rows of `layout.chunks.flattened` as they come to be: once started, send a chunk of what is
+    heard (ids [rows, chunk_frames]) and get its columns, ids [rows, columns of a chunk].
 
     A chunk of theirs comes in, then the model writes its text and says its units, each a stretch of
     fixed length in which only that stream's ids (or its silence) may stand (arXiv 2410.17799 §3).
-    The speaker's ring is what is kept: neither memory nor the time of a chunk grows.
-    after: called when a chunk of mine has been said.
+    columns: kept of the conversation, however long.
     """
-    key = jax.random.key(0) if key is None else key
     quiet_text, quiet = (vocab.specials[name] for name in silences)
-    counts = [-(-len(units) // chunk_frames) for units in heard]
-    given = np.full((max(counts) * chunk_frames, len(heard), 1), quiet, np.int32)
-    for i, units in enumerate(heard):
-        given[:len(units), i, 0] = vocab.encode('units', units)
     sizes = {name: chunk_text if name == 'text' else chunk_frames for name in streams}
     allowed = {name: jnp.asarray(allowed_ids(vocab, *(('text', quiet_text) if name == 'text' else
                                                       ('speech', quiet)))) for name in streams}
-    width = sum(sizes.values())
     bos = np.full((1, 1), vocab.specials['bos'], np.int32)
-    most = 1 + width * max(counts)
-    stream = Stream(speaker, rows=len(heard), columns=min(most, speaker.ring_columns or most),
-                    key=key)
-    out = [np.broadcast_to(bos[None], (1, len(heard), 1))]
-    for c in range(max(counts)):
+    stream, begun, out = Stream(speaker, rows=rows, columns=columns, key=key), False, None
+    while True:
+        heard = yield out
+        out = []
         for name in streams:
-            plan = np.full((sizes[name], len(heard), 1), FREE, np.int32)
+            plan = np.full((sizes[name], rows, 1), FREE, np.int32)
             if name == 'theirs':
-                plan = given[c * chunk_frames:(c + 1) * chunk_frames]
-            if len(out) == 1:
-                out.append(np.asarray(stream.first([bos] * len(heard), plan[0],
-                                                   allowed[name]))[None])
-                plan = plan[1:]
+                plan = heard.T[..., None]
+            if not begun:
+                out.append(np.asarray(stream.first([bos] * rows, plan[0], allowed[name]))[None])
+                plan, begun = plan[1:], True
             if len(plan):
                 out.append(np.asarray(stream.more(plan, allowed[name])))
+        out = np.concatenate(out)[:, :, 0].T
+
+
+def in_chunks(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, streams,
+              chunk_frames: int, chunk_text: int, silences, key=None,
+              after: Callable[[], None] = lambda: None) -> list[np.ndarray]:
+    """Rows of `layout.chunks.flattened` in which only what is heard (units [U] each) is given, by
+    `chunk_by_chunk`; the speaker's ring is what is kept. after: called when a chunk of mine has
+    been said.
+    """
+    key = jax.random.key(0) if key is None else key
+    counts = [-(-len(units) // chunk_frames) for units in heard]
+    given = np.full((len(heard), max(counts) * chunk_frames), vocab.specials[silences[1]], np.int32)
+    for i, units in enumerate(heard):
+        given[i, :len(units)] = vocab.encode('units', units)
+    width = sum(chunk_text if name == 'text' else chunk_frames for name in streams)
+    most = 1 + width * max(counts)
+    said = chunk_by_chunk(speaker, vocab, rows=len(heard), streams=streams, key=key,
+                          columns=min(most, speaker.ring_columns or most),
+                          chunk_frames=chunk_frames, chunk_text=chunk_text, silences=silences)
+    next(said)
+    out = [np.full((len(heard), 1), vocab.specials['bos'], np.int32)]
+    for c in range(max(counts)):
+        out.append(said.send(given[:, c * chunk_frames:(c + 1) * chunk_frames]))
         after()
-    rows = np.concatenate(out)[:, :, 0].T
+    rows = np.concatenate(out, axis=1)
     return [row[:1 + width * count] for row, count in zip(rows, counts, strict=True)]
 
 
-def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_frames: int,
-            speakers=('[S0]', '[S1]'), key=None, after: Callable[[], None] = lambda: None
-            ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """Talks to `heard` (units [U] each) in rows of `layout.chunks.synchronous`, a chunk ahead.
+def step_by_step(speaker: Speaker, vocab: Vocab, *, rows: int, columns: int, chunk_frames: int,
+                 speakers=('[S0]', '[S1]'), key):
+    """Talks in rows of `layout.chunks.synchronous`, a chunk ahead: once started, send what is new
+    of a chunk that was heard (units of each row, None where nobody speaks any more) and get what I
+    say in the next one (ids of each row), and what I guessed that I would hear.
 
     While their chunk N is still being said, the model guesses it, says its own chunk N + 1 upon
     that guess, and then puts what was really said in the guess's place, so that it hears everything
-    and never has to be waited for (arXiv 2409.15594 §4.3). Returns the rows as they came to be and,
-    for each, the guesses. What is said depends on what was heard two chunks before and earlier.
-    after: called when a chunk of mine has been said.
+    and never has to be waited for (arXiv 2409.15594 §4.3). What is said depends on what was heard
+    two chunks before and earlier; the first thing that is got is said before anything is heard.
+    columns: kept of the conversation, however long.
     """
-    key = jax.random.key(0) if key is None else key
     clock, other = (vocab.specials[name] for name in speakers)
-    theirs = [chunks.fresh(np.asarray(units), chunk_frames) for units in heard]
-    rows = [[vocab.specials['bos'], clock] for _ in heard]
-    guesses: list[list[np.ndarray]] = [[] for _ in heard]
-    most = 2 * chunk_frames + 1                 # of both, and the marker between
-    wide = most + 2                             # what a chunk adds to a row, and one before
+    new = [[vocab.specials['bos'], clock] for _ in range(rows)]     # what `base` has not read
+    most, wide = most_of_a_chunk(chunk_frames), widest_chunk(chunk_frames)
     allowed = allowed_ids(vocab, 'speech', clock)
     allowed[other] = True
     allowed = jnp.asarray(allowed)
-    whole = wide * (max(map(len, theirs)) + 2) + most
-    kept = max(speaker.ring_columns or whole, 2 * wide + most)
-    base = Stream(speaker, rows=len(rows), columns=min(whole, kept), key=key, dense=True)
-    read = [0] * len(rows)                      # how much of each row `base` has read
+    base = Stream(speaker, rows=rows, columns=columns, key=key, dense=True)
+    number = iter(range(1 << 62))
 
-    def say(number: int, ahead=None) -> list[np.ndarray]:
+    def say(ahead=None) -> list[np.ndarray]:
         """What the model says after each row, or after a row and what may lie ahead of it."""
-        prompts = [np.array(row[at:] + more, np.int32) for row, at, more in
-                   zip(rows, read, ahead or [[]] * len(rows), strict=True)]
-        return _said(base.fork(jax.random.fold_in(key, number)), prompts, wide, allowed, clock,
-                     most, most - 1, len(rows))
+        prompts = [np.array(row + more, np.int32)
+                   for row, more in zip(new, ahead or [[]] * rows, strict=True)]
+        return _said(base.fork(jax.random.fold_in(key, next(number))), prompts, wide, allowed,
+                     clock, most, most - 1, rows)
 
     def listen() -> None:
         """`base` reads the rows but for the last id of each, after which it will be asked."""
-        base.first([np.array(row[at:-1], np.int32)[None] for row, at in
-                    zip(rows, read, strict=True)],
-                   np.full((len(rows), 1), FREE, np.int32), allowed, wide)
-        read[:] = [len(row) - 1 for row in rows]
+        base.first([np.array(row[:-1], np.int32)[None] for row in new],
+                   np.full((rows, 1), FREE, np.int32), allowed, wide)
+        for row in new:
+            del row[:-1]
 
     def mine(said: np.ndarray) -> list[int]:
         """My units of a chunk: what comes before the other's marker, as many as it has frames."""
         stop = np.flatnonzero(said == other)
         return said[:stop[0] if stop.size else None][:chunk_frames].tolist()
 
-    for row, said in zip(rows, say(0), strict=True):
-        row += mine(said)
-    for n in range(max(map(len, theirs))):
+    out, guessed = [mine(said) for said in say()], []
+    while True:
+        for row, said in zip(new, out, strict=True):
+            row += said
+        heard = yield out, guessed
         listen()
         guessed = [np.array([t for t in said[np.argmax(said == other):] if t != other]
                             if (said == other).any() else [], np.int32)[:chunk_frames]
-                   for said in say(2 * n + 1)]
-        said = say(2 * n + 2, [[*([other, *guess] if len(guess) else []), clock]
-                               for guess in guessed])
-        for i, row in enumerate(rows):
-            if n < len(theirs[i]):
-                new = theirs[i][n]
-                row += [other, *vocab.encode('units', new).tolist()] if len(new) else []
+                   for said in say()]
+        out = [mine(said) for said in say([
+            [*([other, *guess] if len(guess) else []), clock] for guess in guessed])]
+        for row, units in zip(new, heard, strict=True):
+            if units is not None:
+                row += [other, *vocab.encode('units', units).tolist()] if len(units) else []
+                row.append(clock)
+        out = [[] if units is None else said for said, units in zip(out, heard, strict=True)]
+
+
+def most_of_a_chunk(chunk_frames: int) -> int:
+    return 2 * chunk_frames + 1                 # of both, and the marker between
+
+
+def widest_chunk(chunk_frames: int) -> int:
+    return most_of_a_chunk(chunk_frames) + 2    # what a chunk adds to a row, and one before
+
+
+def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_frames: int,
+            speakers=('[S0]', '[S1]'), key=None, after: Callable[[], None] = lambda: None
+            ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """Talks to `heard` (units [U] each) by `step_by_step`; the speaker's ring is what is kept.
+
+    Returns the rows as they came to be and, for each, the guesses. after: called when a chunk of
+    mine has been said.
+    """
+    key = jax.random.key(0) if key is None else key
+    clock, other = (vocab.specials[name] for name in speakers)
+    theirs = [chunks.fresh(np.asarray(units), chunk_frames) for units in heard]
+    most, wide = most_of_a_chunk(chunk_frames), widest_chunk(chunk_frames)
+    whole = wide * (max(map(len, theirs)) + 2) + most
+    kept = max(speaker.ring_columns or whole, 2 * wide + most)
+    talk = step_by_step(speaker, vocab, rows=len(heard), columns=min(whole, kept), key=key,
+                        chunk_frames=chunk_frames, speakers=speakers)
+    said, _ = next(talk)
+    rows = [[vocab.specials['bos'], clock, *mine] for mine in said]
+    guesses: list[list[np.ndarray]] = [[] for _ in heard]
+    for n in range(max(map(len, theirs))):
+        now = [chunked[n] if n < len(chunked) else None for chunked in theirs]
+        said, guessed = talk.send(now)
+        for i, (units, row) in enumerate(zip(now, rows, strict=True)):
+            if units is not None:
+                row += [other, *vocab.encode('units', units).tolist()] if len(units) else []
                 guesses[i].append(guessed[i])
                 if n + 1 < len(theirs[i]):
-                    row += [clock, *mine(said[i])]
+                    row += [clock, *said[i]]
         after()
     return [np.array(row, np.int32) for row in rows], guesses
 
