@@ -147,12 +147,15 @@ class Decoder(nnx.Module):
             columns = jnp.sum(where.segment > 0).astype(jnp.float32)
             spread = nn.balance(jnp.sum(load_L2E, 0), self.layers * columns)
             return self.norm(x_BTD), {'balance': (spread * columns, columns)}
-        C = cache['position'].shape[1]
+        T, C = x_BTD.shape[1], cache['position'].shape[1]
         # One count for all sequences, whose padding is written, too, or one for each, which then
         # come and go on their own: padding (segment 0) takes no place.
-        new = jnp.full(x_BTD.shape[1:2], True) if not cache['written'].ndim else where.segment > 0
-        slots = (cache['written'][..., None] + jnp.cumsum(new, axis=-1) - 1) % C
-        slots = jnp.where(new, slots, C)        # past the end: dropped
+        if not cache['written'].ndim:
+            slots, grown = (cache['written'] + jnp.arange(T)) % C, T
+        else:
+            new = where.segment > 0
+            slots = (cache['written'][:, None] + jnp.cumsum(new, axis=1) - 1) % C
+            slots, grown = jnp.where(new, slots, C), jnp.sum(new, axis=1)   # C: dropped
         at = (jnp.arange(x_BTD.shape[0])[:, None], jnp.atleast_2d(slots))
         keys = Where(cache['position'].at[at].set(where.position, mode='drop'),
                      cache['segment'].at[at].set(where.segment, mode='drop'))
@@ -165,7 +168,7 @@ class Decoder(nnx.Module):
         (x_BTD, k, v), _ = nn.each_layer(step, (x_BTD, cache['k'], cache['v']), self.blocks,
                                          np.arange(self.layers))
         cache = dict(k=k, v=v, position=keys.position, segment=keys.segment,
-                     written=cache['written'] + jnp.sum(new, axis=-1))
+                     written=cache['written'] + grown)
         return self.norm(x_BTD), cache
 
     def empty_cache(self, rows: int, columns: int, dtype) -> dict:

@@ -4,9 +4,11 @@
 The layouts that hold two speakers write time down in different ways. Here each is asked the same:
 tokens of the other on a clock, for tokens of mine on that clock and the words that I write. What
 speaks is `generate`; `turns` measures what came of it.
+
+    python -m jaxsd.dialogue TALK.wav       # of a recording of two channels, mine first
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -283,3 +285,30 @@ def _agreement(written: list[str], heard: list[str]) -> dict[str, float]:
     a, b = [written[i] for i in kept], [heard[i] for i in kept]
     return {'text/audio WER %': 100 * jiwer.wer(a, b),
             'text/audio WER %/floor': 100 * jiwer.wer(a, b[1:] + b[:1])}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    import argparse
+    import sys
+
+    import soundfile
+    parser = argparse.ArgumentParser(prog='python -m jaxsd.dialogue', description=(
+        'Turn-taking of a recording of two channels, mine first: units, pauses, gaps and overlaps '
+        'a minute, turns of every kind, and how late the floor changes hands.'))
+    parser.add_argument('wav', help='as `generate --task duplex` writes it; clean channels')
+    path = parser.parse_args(argv).wav
+    try:
+        wav, rate_hz = soundfile.read(path, dtype='float32', always_2d=True)
+        if wav.shape[1] != 2 or not len(wav):
+            raise ValueError(f'it has {wav.shape[1]} channels and {len(wav)} samples; two channels '
+                             'are needed')
+    except (OSError, RuntimeError, ValueError) as e:
+        print(f'jaxsd.dialogue: {path} cannot be measured: {e}', file=sys.stderr)
+        return 1
+    for name, value in turns.of_sound(wav.T, rate_hz).items():
+        print(f'{name:24} {value:10.5g}')
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

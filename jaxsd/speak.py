@@ -44,12 +44,12 @@ def read_wav(path: str, rate_hz: int) -> np.ndarray:
     try:
         whole_wav(path)
         with soundfile.SoundFile(path) as f:
-            if not RATES_HZ[0] <= f.samplerate <= RATES_HZ[1]:
-                raise ValueError(f'--input {path} has {f.samplerate:,} samples a second; allowed '
-                                 f'are {RATES_HZ[0]:,} to {RATES_HZ[1]:,}')
             if not 0 < f.frames <= MOST_INPUT_S * f.samplerate:
                 raise ValueError(f'--input {path}: its length is {f.frames / f.samplerate:.1f} s, '
                                  f'allowed are up to {MOST_INPUT_S:.0f} s')
+            if not RATES_HZ[0] <= f.samplerate <= RATES_HZ[1]:
+                raise ValueError(f'--input {path} has {f.samplerate:,} samples a second; allowed '
+                                 f'are {RATES_HZ[0]:,} to {RATES_HZ[1]:,}')
             wav, rate = f.read(dtype='float32', always_2d=True), f.samplerate
             if len(wav) < f.frames - rate // 10:        # mp3 headers may be a little off
                 raise ValueError(f'--input {path} was cut short: its header says {f.frames} '

@@ -33,8 +33,8 @@ class LM:
     def speaker(self, samplers: dict | None = None) -> generate.Speaker:
         """Talks for as long as may be: of what was said it keeps the backbone's window, or where it
         has none as much as a row held in training."""
-        return generate.ready(self.graph, self.params, self.vocab, samplers or {},
-                              self.config.backbone.get('window_columns') or self.config.columns)
+        kept = self.config.backbone.get('window_columns') or self.config.get('columns')
+        return generate.ready(self.graph, self.params, self.vocab, samplers or {}, kept)
 
     def text(self) -> Text:
         if not self.vocab.tokenizer:

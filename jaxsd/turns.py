@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who speaks when: turn-taking of two channels, from token grids or from sound. numpy only.
 
-    python -m jaxsd.turns TALK.wav      # of a recording of two channels, mine first
-
 Everything starts from *activity*, bool [2, T]: in which frames each channel is heard, mine first.
 `voiced` reads it from codes, `loud` from sound. Stretches of a channel whose silences are shorter
 than 0.2 s are one inter-pausal unit (IPU). Where both are silent between units of one speaker it is
@@ -359,30 +357,3 @@ def of_sound(wav_2S: np.ndarray, rate_hz: int, frame_hz: float = 50.0) -> dict[s
         if late:
             out[f'transfer ms/{who}'] = float(np.median(late))
     return out
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    import argparse
-    import sys
-
-    import soundfile
-    parser = argparse.ArgumentParser(prog='python -m jaxsd.turns', description=(
-        'Turn-taking of a recording of two channels, mine first: units, pauses, gaps and overlaps '
-        'a minute, turns of every kind, and how late the floor changes hands.'))
-    parser.add_argument('wav', help='as `generate --task duplex` writes it; clean channels')
-    path = parser.parse_args(argv).wav
-    try:
-        wav, rate_hz = soundfile.read(path, dtype='float32', always_2d=True)
-        if wav.shape[1] != 2 or not len(wav):
-            raise ValueError(f'it has {wav.shape[1]} channels and {len(wav)} samples; two channels '
-                             'are needed')
-    except (OSError, RuntimeError, ValueError) as e:
-        print(f'jaxsd.turns: {path} cannot be measured: {e}', file=sys.stderr)
-        return 1
-    for name, value in of_sound(wav.T, rate_hz).items():
-        print(f'{name:24} {value:10.5g}')
-    return 0
-
-
-if __name__ == '__main__':
-    raise SystemExit(main())

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
-from jaxsd import turns
+from jaxsd import dialogue, turns
 from jaxsd.turns import Coped, Stretch
 
 HZ = 10.0       # a frame is 0.1 s, so that 0.2 s is two frames
@@ -276,7 +276,7 @@ def test_a_recording_of_two_channels(tmp_path, capsys):
         at = slice(int(begin * rate), int(end * rate))
         wav[at, channel] = .1 * np.sin(np.arange(at.stop - at.start))
     soundfile.write(tmp_path / 'talk.wav', wav, rate)
-    assert turns.main([str(tmp_path / 'talk.wav')]) == 0
+    assert dialogue.main([str(tmp_path / 'talk.wav')]) == 0
     found = {line[:24].strip(): float(line[24:]) for line in capsys.readouterr().out.splitlines()}
     assert found['opening/theirs'] == found['smooth/mine'] == found['backchannel/theirs'] == 1
     assert found['opening/mine'] == 0 and found['transfer ms/mine'] == pytest.approx(400, abs=21)
@@ -284,7 +284,7 @@ def test_a_recording_of_two_channels(tmp_path, capsys):
     assert found['overlaps/min'] == 7.5 and found['gap s/min'] == pytest.approx(3, abs=.2)
     soundfile.write(tmp_path / 'one.wav', wav[:, 0], rate)
     for name, says in (('one.wav', 'it has 1 channels'), ('none.wav', 'cannot be measured')):
-        assert turns.main([str(tmp_path / name)]) == 1
+        assert dialogue.main([str(tmp_path / name)]) == 1
         said = capsys.readouterr().err
         assert says in said and said.count('\n') == 1
 

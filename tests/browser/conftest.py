@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""One browser for all pages."""
+
 import pytest
 from chromium import Browser
 
