@@ -11,6 +11,7 @@ loop with different plans.
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -426,16 +427,17 @@ def step_by_step(speaker: Speaker, vocab: Vocab, *, rows: int, columns: int, chu
     that guess, and then puts what was really said in the guess's place, so that it hears everything
     and never has to be waited for (arXiv 2409.15594 §4.3). What is said depends on what was heard
     two chunks before and earlier; the first thing that is got is said before anything is heard.
-    columns: kept of the conversation, however long.
+    columns: kept of the conversation, however long; at least what reading and guessing take.
     """
     clock, other = (vocab.specials[name] for name in speakers)
     new = [[vocab.specials['bos'], clock] for _ in range(rows)]     # what `base` has not read
-    most, wide = most_of_a_chunk(chunk_frames), widest_chunk(chunk_frames)
+    most = 2 * chunk_frames + 1                 # of both, and the marker between
+    wide = most + 2                             # what a chunk adds to a row, and one before
     allowed = allowed_ids(vocab, 'speech', clock)
     allowed[other] = True
     allowed = jnp.asarray(allowed)
-    base = Stream(speaker, rows=rows, columns=columns, key=key, dense=True)
-    number = iter(range(1 << 62))
+    base = Stream(speaker, rows=rows, columns=max(columns, 2 * wide + most), key=key, dense=True)
+    number = itertools.count()
 
     def say(ahead=None) -> list[np.ndarray]:
         """What the model says after each row, or after a row and what may lie ahead of it."""
@@ -474,14 +476,6 @@ def step_by_step(speaker: Speaker, vocab: Vocab, *, rows: int, columns: int, chu
         out = [[] if units is None else said for said, units in zip(out, heard, strict=True)]
 
 
-def most_of_a_chunk(chunk_frames: int) -> int:
-    return 2 * chunk_frames + 1                 # of both, and the marker between
-
-
-def widest_chunk(chunk_frames: int) -> int:
-    return most_of_a_chunk(chunk_frames) + 2    # what a chunk adds to a row, and one before
-
-
 def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_frames: int,
             speakers=('[S0]', '[S1]'), key=None, after: Callable[[], None] = lambda: None
             ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
@@ -493,11 +487,9 @@ def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_fr
     key = jax.random.key(0) if key is None else key
     clock, other = (vocab.specials[name] for name in speakers)
     theirs = [chunks.fresh(np.asarray(units), chunk_frames) for units in heard]
-    most, wide = most_of_a_chunk(chunk_frames), widest_chunk(chunk_frames)
-    whole = wide * (max(map(len, theirs)) + 2) + most
-    kept = max(speaker.ring_columns or whole, 2 * wide + most)
-    talk = step_by_step(speaker, vocab, rows=len(heard), columns=min(whole, kept), key=key,
-                        chunk_frames=chunk_frames, speakers=speakers)
+    whole = (2 * chunk_frames + 3) * (max(map(len, theirs)) + 3)    # both speakers, both markers
+    talk = step_by_step(speaker, vocab, rows=len(heard), key=key, chunk_frames=chunk_frames,
+                        columns=min(whole, speaker.ring_columns or whole), speakers=speakers)
     said, _ = next(talk)
     rows = [[vocab.specials['bos'], clock, *mine] for mine in said]
     guesses: list[list[np.ndarray]] = [[] for _ in heard]

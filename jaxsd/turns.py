@@ -291,14 +291,15 @@ def coped(active_2T: np.ndarray, theirs: Sequence[tuple[float, float]], frame_hz
         if not speaking:
             out.append(Coped('turn', took, latency_s))
             continue
-        until = min(_stopped(own, speaking, frame_hz), end)
-        out.append(Coped('interruption', took, latency_s, (until - start) / frame_hz, until == end))
+        stopped = min(_stopped(own, speaking, frame_hz), end)
+        out.append(Coped('interruption', took, latency_s, (stopped - start) / frame_hz,
+                         stopped == end))
     return out
 
 
 def _stopped(spans: Sequence[tuple[int, int]], speaking: tuple[int, int], hz: float) -> int:
-    """The frame in which `speaking`, one of my `spans`, is over: its end, or
-    where more than a murmur follows after silences under 0.5 s, the end of that."""
+    """The frame in which `speaking`, one of my `spans`, is over: its end, or where more than a
+    murmur follows after silences under 0.5 s, the end of that."""
     begin, last = None, speaking[1]
     for a, b in spans:
         if last <= a and (a - last) / hz < FILLED_S - 1e-9:

@@ -108,31 +108,29 @@ def main() -> None:
     codec = config.bind(c.codec, 'jaxsd.codec', 'codec')()
     lm = trained.load(c, args.workdir)
     number = itertools.count(1)
+
+    def told(row, what='frame'):
+        print(f'to minute {args.every * next(number):g}: {row["ms"]:.1f} ms a {what} (p95 '
+              f'{row["p95_ms"]:.1f}, of the processor {row["cpu_ms"]:.1f}), '
+              f'{row["resident_mb"]:.0f} MB', flush=True)
+
+    def over(said, rows, what='frame'):
+        first, last = rows[0], rows[-1]
+        print(f'{said}; the last {args.every:g} minutes against the first: '
+              f'{last["resident_mb"] - first["resident_mb"]:+.1f} MB, '
+              f'{last["ms"] / first["ms"]:.2f} times the time of a {what}')
     layout = dialogue.layout_of(c, dialogue.own_source(lm))
     if layout['name'].startswith('chunks'):
         chunk_s, rows = by_chunks(lm, layout, minutes=args.minutes, every=args.every,
-                                  told=lambda row: print(
-            f'to minute {args.every * next(number):g}: {row["ms"]:.1f} ms a chunk (p95 '
-            f'{row["p95_ms"]:.1f}, of the processor {row["cpu_ms"]:.1f}), '
-            f'{row["resident_mb"]:.0f} MB', flush=True))
-        first, last = rows[0], rows[-1]
-        print(f'chunks of {1000 * chunk_s:.0f} ms: real-time factor '
-              f'{np.mean([r["ms"] for r in rows]) / 1000 / chunk_s:.2f}; the last {args.every:g} '
-              f'minutes against the first: {last["resident_mb"] - first["resident_mb"]:+.1f} MB, '
-              f'{last["ms"] / first["ms"]:.2f} times the time of a chunk')
+                                  told=lambda row: told(row, 'chunk'))
+        factor = np.mean([r['ms'] for r in rows]) / 1000 / chunk_s
+        over(f'chunks of {1000 * chunk_s:.0f} ms: real-time factor {factor:.2f}', rows, 'chunk')
         return
     a_minute = 60 * codec.identity['frame_hz']
-    found, rows = measure(
-        lm, codec, callers(lm, codec), frames=round(args.minutes * a_minute),
-        every=round(args.every * a_minute), told=lambda row: print(
-            f'to minute {args.every * next(number):g}: {row["ms"]:.1f} ms a frame (p95 '
-            f'{row["p95_ms"]:.1f}, of the processor {row["cpu_ms"]:.1f}), '
-            f'{row["resident_mb"]:.0f} MB', flush=True))
-    first, last = rows[0], rows[-1]
-    print(f'{found["frames"]} frames: first audio after {found["first_audio_ms"]:.0f} ms, '
-          f'real-time factor {found["real_time_factor"]:.2f}; the last {args.every:g} minutes '
-          f'against the first: {last["resident_mb"] - first["resident_mb"]:+.1f} MB, '
-          f'{last["ms"] / first["ms"]:.2f} times the time of a frame')
+    found, rows = measure(lm, codec, callers(lm, codec), frames=round(args.minutes * a_minute),
+                          every=round(args.every * a_minute), told=told)
+    over(f'{found["frames"]} frames: first audio after {found["first_audio_ms"]:.0f} ms, '
+         f'real-time factor {found["real_time_factor"]:.2f}', rows)
 
 
 if __name__ == '__main__':

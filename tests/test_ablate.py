@@ -61,14 +61,18 @@ def answer(work):
     return [a['estimates'] for a in found['arms']], found['comparisons'], found['verdict']
 
 
-@pytest.fixture(scope='module')
-def straight(corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('naming')
+def asked_and_answered(folder, corpus):
+    """(directory, arguments) of the ablation ASKED, run in `folder`."""
     (folder / 'naming.py').write_text(f'QUESTION = {ASKED!r}\n')
     argv = ['ablate', '--sweep', str(folder / 'naming.py'), '--workdir', str(folder / 'work'),
             *on(corpus)]
     assert cli.main(argv) == 0
     return folder / 'work', argv
+
+
+@pytest.fixture(scope='module')
+def straight(corpus, tmp_path_factory):
+    return asked_and_answered(tmp_path_factory.mktemp('naming'), corpus)
 
 
 def test_arms_that_differ_in_name_alone_get_the_same_numbers(straight):

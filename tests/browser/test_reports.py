@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))
-from test_ablate import ASKED, on
+from test_ablate import asked_and_answered
 
 from jaxsd import cli
 
@@ -49,10 +49,7 @@ OVERLAPS = '''[...document.querySelectorAll("svg")].flatMap(s => {
 def page_of(corpus, tmp_path_factory):
     """The address of a report of an ablation, the folder, and how many clips it plays."""
     folder = tmp_path_factory.mktemp('report')
-    (folder / 'naming.py').write_text(f'QUESTION = {ASKED!r}\n')
-    argv = ['ablate', '--sweep', str(folder / 'naming.py'), '--workdir', str(folder / 'work'),
-            *on(corpus)]
-    assert cli.main(argv) == 0
+    asked_and_answered(folder, corpus)
     samples = folder / 'work' / 'one' / '5' / 'samples'
     samples.mkdir()
     tone = .3 * np.sin(np.arange(24000) * .2)
