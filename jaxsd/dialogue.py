@@ -8,7 +8,7 @@ speaks is `generate`; `turns` measures what came of it.
     python -m jaxsd.dialogue TALK.wav       # of a recording of two channels, mine first
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from jaxsd.layout import chunks, duplex
 from jaxsd.types import NOTHING, Record, positive
 
 LAYOUTS = ('duplex.columns', 'duplex.units', 'chunks.flattened', 'chunks.synchronous')
+FLATTENED = ('streams', 'chunk_frames', 'chunk_text', 'silences')
 SILENT_RECORDS = 200        # of the training split, to learn which codes mean silence
 
 
@@ -52,6 +53,12 @@ def own_source(lm: trained.LM) -> str | None:
     return next(iter([*own, *learned]), None)
 
 
+def own_layout(lm: trained.LM) -> dict:
+    """The options by which the stage was trained to talk."""
+    source = own_source(lm)
+    return layout_of(lm.config, source) if source else plain(lm.config.layout)
+
+
 def tokens_of(record: Record, channel: int, layout: dict) -> np.ndarray:
     """What the layout is told of a channel: codes [books, T], or units [1, T]."""
     if layout['name'] == 'duplex.columns':
@@ -60,12 +67,10 @@ def tokens_of(record: Record, channel: int, layout: dict) -> np.ndarray:
 
 
 def talk(lm: trained.LM, heard: list[np.ndarray], layout: dict, *, batch: int = 16,
-         samplers: dict | None = None, key=None, after: Callable[[], None] = lambda: None
-         ) -> list[Said]:
+         samplers: dict | None = None, key=None) -> list[Said]:
     """My side of conversations with each of `heard` [books, T]; greedy unless `samplers` say more.
 
-    Decodes `batch` dialogues at once. Everything that I say is the model's own. after: called when
-    a chunk of mine has been said, in layouts of chunks.
+    Decodes `batch` dialogues at once. Everything that I say is the model's own.
     """
     key = jax.random.key(0) if key is None else key
     speak = dict(zip(LAYOUTS, (_columns, _columns, _flattened, _synchronous), strict=True)
@@ -74,14 +79,13 @@ def talk(lm: trained.LM, heard: list[np.ndarray], layout: dict, *, batch: int = 
     out: list = [None] * len(heard)
     for n, part in enumerate(trained.in_parts(order, batch)):
         full = [heard[i] for i in part] + [heard[part[0]]] * (batch - len(part))   # few shapes
-        said = speak(lm, lm.speaker(samplers), full, layout, jax.random.fold_in(key, n), after)
+        said = speak(lm, lm.speaker(samplers), full, layout, jax.random.fold_in(key, n))
         for i, one in zip(part, said, strict=False):
             out[i] = one
     return out
 
 
-def _columns(lm, speaker, heard, layout, key, after) -> list[Said]:
-    del after
+def _columns(lm, speaker, heard, layout, key) -> list[Said]:
     v, late = lm.vocab, delays(lm, layout)
     plans = [generate.conversation_plan(v, codes, late) for codes in heard]
     written = v.rows[0].name == 'text'
@@ -107,34 +111,65 @@ def local(vocab, rows_KT: np.ndarray) -> np.ndarray:
                      for k, row in enumerate(vocab.rows) if row.name.startswith('mine')])
 
 
-def _flattened(lm, speaker, heard, layout, key, after) -> list[Said]:
-    v = lm.vocab
-    options = {k: layout[k] for k in ('streams', 'chunk_frames', 'chunk_text', 'silences')}
-    streams, frames, count = options['streams'], options['chunk_frames'], options['chunk_text']
-    sizes = [count if name == 'text' else frames for name in streams]
-    at = dict(zip(streams, np.cumsum([0, *sizes[:-1]]), strict=True))
-    start, size = v.ranges['units']
+def _flattened(lm, speaker, heard, layout, key) -> list[Said]:
+    options = {k: layout[k] for k in FLATTENED}
+    rows = generate.in_chunks(speaker, [h[0] for h in heard], lm.vocab, key=key, **options)
     out = []
-    for row, theirs in zip(generate.in_chunks(speaker, [h[0] for h in heard], v, key=key,
-                                              after=after, **options), heard, strict=True):
-        cells = row[1:].reshape(-1, sum(sizes))
-        mine = cells[:, at['mine']:at['mine'] + frames].reshape(-1)[:theirs.shape[1]]
-        codes = np.where((mine >= start) & (mine < start + size), mine - start, NOTHING)
-        words = None
-        if 'text' in streams:
-            line = np.full((len(cells), frames), NOTHING, np.int32)
-            line[:, :count] = cells[:, at['text']:at['text'] + count]
-            words = trained.words_at(v, lm.text(), line.reshape(-1))
-        out.append(Said(codes[None], words))
+    for row, theirs in zip(rows, heard, strict=True):
+        codes, line = _cells(lm, row[1:], layout)
+        out.append(Said(codes[:, :theirs.shape[1]], None if line is None else
+                        trained.words_at(lm.vocab, lm.text(), line)))
     return out
 
 
-def _synchronous(lm, speaker, heard, layout, key, after) -> list[Said]:
+def _cells(lm, row, layout: dict) -> tuple[np.ndarray, np.ndarray | None]:
+    """My codes [1, T] and text ids [T] (NOTHING after those of a chunk) of whole chunks in a row;
+    None where none is written."""
+    streams, frames, count = layout['streams'], layout['chunk_frames'], layout['chunk_text']
+    sizes = [count if name == 'text' else frames for name in streams]
+    at = dict(zip(streams, np.cumsum([0, *sizes[:-1]]), strict=True))
+    start, size = lm.vocab.ranges['units']
+    cells = row.reshape(-1, sum(sizes))
+    mine = cells[:, at['mine']:at['mine'] + frames].reshape(1, -1)
+    codes = np.where((mine >= start) & (mine < start + size), mine - start, NOTHING)
+    if 'text' not in streams:
+        return codes, None
+    line = np.full((len(cells), frames), NOTHING, np.int32)
+    line[:, :count] = cells[:, at['text']:at['text'] + count]
+    return codes, line.reshape(-1)
+
+
+def _synchronous(lm, speaker, heard, layout, key) -> list[Said]:
     options = {k: layout[k] for k in ('chunk_frames', 'speakers')}
-    rows, _ = generate.in_step(speaker, [h[0] for h in heard], lm.vocab, key=key, after=after,
-                               **options)
+    rows, _ = generate.in_step(speaker, [h[0] for h in heard], lm.vocab, key=key, **options)
     return [Said(chunks.interpolate(row, lm.vocab, **options)[:1, :theirs.shape[1]], None)
             for row, theirs in zip(rows, heard, strict=True)]
+
+
+def by_chunks(lm: trained.LM, speaker: generate.Speaker, layout: dict, key):
+    """One conversation in a layout of chunks, for as long as it goes on: once started, send codes
+    [1, chunk_frames] of theirs and get what I say during them, as (codes [1, chunk_frames], text
+    ids [chunk_frames] or None); see `Said` and `_cells`."""
+    kept = dict(rows=1, columns=speaker.ring_columns, key=key)
+    if layout['name'] == 'chunks.flattened':
+        said = generate.chunk_by_chunk(speaker, lm.vocab, **kept,
+                                       **{k: layout[k] for k in FLATTENED})
+        out = next(said)
+        while True:
+            heard = yield out
+            out = _cells(lm, said.send(lm.vocab.encode('units', heard))[0], layout)
+    frames, start = layout['chunk_frames'], lm.vocab.ranges['units'][0]
+    said = generate.step_by_step(speaker, lm.vocab, **kept, chunk_frames=frames,
+                                 speakers=layout['speakers'])
+    (mine,), _ = next(said)
+    last = before = NOTHING
+    out = None
+    while True:
+        heard = yield out
+        codes = chunks.filled(np.array(mine, np.int32) - start, last, frames)
+        new, = chunks.fresh(heard[0], frames, before)
+        last, before, out = codes[-1], heard[0, -1], (codes[None], None)
+        (mine,), _ = said.send([new])
 
 
 # What is measured.

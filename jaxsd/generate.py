@@ -12,7 +12,6 @@ loop with different plans.
 import copy
 import functools
 import itertools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -392,12 +391,9 @@ def chunk_by_chunk(speaker: Speaker, vocab: Vocab, *, rows: int, columns: int, s
 
 
 def in_chunks(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, streams,
-              chunk_frames: int, chunk_text: int, silences, key=None,
-              after: Callable[[], None] = lambda: None) -> list[np.ndarray]:
+              chunk_frames: int, chunk_text: int, silences, key=None) -> list[np.ndarray]:
     """Rows of `layout.chunks.flattened` in which only what is heard (units [U] each) is given, by
-    `chunk_by_chunk`; the speaker's ring is what is kept. after: called when a chunk of mine has
-    been said.
-    """
+    `chunk_by_chunk`; the speaker's ring is what is kept."""
     key = jax.random.key(0) if key is None else key
     counts = [-(-len(units) // chunk_frames) for units in heard]
     given = np.full((len(heard), max(counts) * chunk_frames), vocab.specials[silences[1]], np.int32)
@@ -412,7 +408,6 @@ def in_chunks(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, stream
     out = [np.full((len(heard), 1), vocab.specials['bos'], np.int32)]
     for c in range(max(counts)):
         out.append(said.send(given[:, c * chunk_frames:(c + 1) * chunk_frames]))
-        after()
     rows = np.concatenate(out, axis=1)
     return [row[:1 + width * count] for row, count in zip(rows, counts, strict=True)]
 
@@ -477,12 +472,11 @@ def step_by_step(speaker: Speaker, vocab: Vocab, *, rows: int, columns: int, chu
 
 
 def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_frames: int,
-            speakers=('[S0]', '[S1]'), key=None, after: Callable[[], None] = lambda: None
+            speakers=('[S0]', '[S1]'), key=None
             ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
     """Talks to `heard` (units [U] each) by `step_by_step`; the speaker's ring is what is kept.
 
-    Returns the rows as they came to be and, for each, the guesses. after: called when a chunk of
-    mine has been said.
+    Returns the rows as they came to be and, for each, the guesses.
     """
     key = jax.random.key(0) if key is None else key
     clock, other = (vocab.specials[name] for name in speakers)
@@ -502,7 +496,6 @@ def in_step(speaker: Speaker, heard: list[np.ndarray], vocab: Vocab, *, chunk_fr
                 guesses[i].append(guessed[i])
                 if n + 1 < len(theirs[i]):
                     row += [clock, *said[i]]
-        after()
     return [np.array(row, np.int32) for row in rows], guesses
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Talking frame by frame: sound comes in pieces of any size, and what I say goes out at once.
+"""Talking while listening: sound comes in pieces of any size, and what I say goes out at once.
 
-An `Ear` turns pieces into codes, `generate.Room` answers a frame with a frame, a `Voice` turns
-codes into sound; a `Talk` is the three of them for one listener. Nothing here grows with the length
-of a conversation.
+An `Ear` turns pieces into codes, a room answers a frame (or, in layouts of chunks, a chunk of
+frames) with as much, a `Voice` turns codes into sound; a `Talk` is ear, voice and words of one
+listener. Nothing here grows with the length of a conversation.
 """
 
 import threading
@@ -13,12 +13,13 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxsd import generate, trained
+from jaxsd import dialogue, generate, trained
 from jaxsd.codec import Codec
-from jaxsd.config import ConfigError, plain
+from jaxsd.config import ConfigError
+from jaxsd.types import NOTHING
 
 REACH_S = 0.027     # past a frame that the fitted codecs hear: half a window less half a hop
-CONTEXT = 2         # frames before the newest that are decoded with it
+CONTEXT = 2         # frames before the newest that are decoded with them
 FADE_S = 0.02       # over which decoded pieces are joined
 SHIFT_S = 0.005     # by which they are moved to fit
 
@@ -45,110 +46,176 @@ class Ear:
 
 
 class Voice:
-    """Codes to sound, frame by frame: each is decoded behind the two before it, moved by up to 5 ms
-    to where it fits what was said last, and faded in over 20 ms (as WSOLA joins pieces)."""
+    """Codes to sound, piece by piece: each is decoded behind the two frames before it, moved by up
+    to 5 ms to where it fits what was said last, and faded in over 20 ms (as WSOLA joins pieces)."""
 
     def __init__(self, codec: Codec):
         rate = codec.identity['sample_rate_hz']
-        self._codec, self._codes = codec, None
+        self._codec, self._before = codec, None
         self._frame = round(rate / codec.identity['frame_hz'])
         self._fade, self._shift = round(FADE_S * rate), round(SHIFT_S * rate)
         self._tail = np.zeros(self._fade, np.float32)
         self._up = np.linspace(0, 1, self._fade, dtype=np.float32)
 
     def push(self, codes: np.ndarray) -> np.ndarray:
-        """The next frame of sound, float32 [S], of codes [books]; 25 ms of it are still held."""
-        now = np.asarray(codes)[:, None]
-        self._codes = (np.repeat(now, CONTEXT + 1, 1) if self._codes is None else
-                       np.concatenate([self._codes[:, 1:], now], 1))
-        wav = self._codec.decode(self._codes)
-        at = len(wav) - self._frame - self._fade - self._shift
+        """The next sound, float32 [S], of codes [books, n], NOTHING where it is silent; 25 ms of it
+        are still held."""
+        if self._before is None:
+            self._before = np.repeat(codes[:, :1], CONTEXT, 1)
+        codes = np.concatenate([self._before, codes], 1)
+        self._before = codes[:, -CONTEXT:]
+        wav = self._codec.decode(np.maximum(codes, 0))
+        wav = wav * np.repeat(codes[0] != NOTHING, self._frame)
+        size = len(wav) - CONTEXT * self._frame
+        at = len(wav) - size - self._fade - self._shift
         shifts = range(-self._shift, self._shift + 1)
         pieces = np.lib.stride_tricks.sliding_window_view(
             wav[at - self._shift:at + self._shift + self._fade], self._fade)
         fit = pieces @ self._tail / np.sqrt(np.sum(np.square(pieces), 1) + 1e-6)
         at += shifts[int(np.argmax(fit))] if self._tail.any() else 0
-        out = wav[at:at + self._frame].copy()
+        out = wav[at:at + size].copy()
         out[:self._fade] = self._up * out[:self._fade] + (1 - self._up) * self._tail
-        self._tail = wav[at + self._frame:at + self._frame + self._fade].copy()
+        self._tail = wav[at + size:at + size + self._fade].copy()
         return out
+
+
+# Rooms: who is answered frame by frame, who chunk by chunk.
+
+class _Columns:
+    """Conversations whose rows are streams, a frame at a time: one dispatch answers all."""
+
+    chunk = 1
+
+    def __init__(self, lm: trained.LM, layout: dict, *, slots: int, samplers: dict, key):
+        late = dialogue.delays(lm, layout)
+        self.late, self.answers = max(late), 1 + max(late)
+        self.rest = max(2, self.answers)
+        self._vocab = lm.vocab
+        self._room = generate.Room(lm.speaker(samplers), late, slots=slots,
+                                   columns=lm.config.columns, key=key)
+        self.begin = self._room.begin
+
+    def step(self, heard: dict[int, np.ndarray]) -> dict[int, tuple]:
+        said = self._room.step({slot: codes[:, 0] for slot, codes in heard.items()})
+        written = self._vocab.rows[0].name == 'text'
+        return {slot: (dialogue.local(self._vocab, frame[:, None]), frame[:1] if written else None)
+                for slot, frame in said.items()}
+
+
+class _Chunks:
+    """Conversations in one row each, a chunk of frames at a time, one after the other."""
+
+    late = 0
+
+    def __init__(self, lm: trained.LM, layout: dict, *, slots: int, samplers: dict, key):
+        self.chunk = layout['chunk_frames']
+        # Who speaks a chunk ahead answers after another one.
+        self.answers = self.chunk * (1 if layout['name'] == 'chunks.flattened' else 2)
+        self.rest = max(2, self.chunk)
+        self._lm, self._layout, self._speaker = lm, layout, lm.speaker(samplers)
+        self._key, self._begun = key, 0
+        self._talks = [None] * slots
+
+    def begin(self, slot: int) -> None:
+        self._begun += 1
+        self._talks[slot] = dialogue.by_chunks(self._lm, self._speaker, self._layout,
+                                               jax.random.fold_in(self._key, self._begun))
+        next(self._talks[slot])
+
+    def step(self, heard: dict[int, np.ndarray]) -> dict[int, tuple]:
+        return {slot: self._talks[slot].send(codes) for slot, codes in heard.items()}
+
+
+def room(lm: trained.LM, *, slots: int, samplers: dict, seed: int = 0) -> _Columns | _Chunks:
+    """A room for `slots` conversations, compiled. Raises ConfigError for other layouts.
+
+    begin(slot): the next that is heard there is the first of a new conversation.
+    step: hears codes [books, chunk] in each of some slots; says, where delays allow, codes
+    [books, chunk] of mine and the ids of its text [chunk] (None where none is written).
+    chunk, late, answers, rest: frames of an exchange; that mine stays behind; after which it can
+    be an answer; of silence after which everything is answered, for the ear is up to two behind.
+    """
+    layout = dialogue.own_layout(lm)
+    if layout['name'] not in dialogue.LAYOUTS:
+        raise ConfigError(f'{layout["name"]} holds no two speakers who talk; '
+                          f'{", ".join(dialogue.LAYOUTS)} do')
+    if lm.config.codec.name == 'mimi':
+        raise ConfigError('codec mimi is not heard frame by frame here; give --input a whole file')
+    made = (_Columns if layout['name'].startswith('duplex.') else _Chunks)(
+        lm, layout, slots=slots, samplers=samplers, key=jax.random.key(seed))
+    made.begin(0)
+    quiet = np.zeros((lm.config.codec.get('codebooks', 1), made.chunk), np.int64)
+    for _ in range(3):      # compiles, for what comes first and for what comes after a step
+        made.step({0: quiet})
+    made.begin(0)
+    return made
 
 
 class Talk:
     """One conversation: `hear` pieces of sound, and get sound and words back."""
 
-    def __init__(self, lm: trained.LM, codec: Codec):
-        self._lm, self._rows = lm, lm.vocab.rows
-        self._ear, self._voice, self._text = Ear(codec), Voice(codec), lm.text()
-        self._mine = [k for k, row in enumerate(self._rows) if row.name.startswith('mine')]
-        self.hz, self.frames = codec.identity['frame_hz'], 0
+    def __init__(self, lm: trained.LM, codec: Codec, chunk: int):
+        self._vocab, self._text = lm.vocab, lm.text() if lm.vocab.tokenizer else None
+        self._ear, self._voice = Ear(codec), Voice(codec)
+        self.hz, self._chunk = codec.identity['frame_hz'], chunk
+        self._heard: list[np.ndarray] = []
+        self._tokens = 0
         self._word: list[int] = []
         self._began = 0
 
-    def frames_of(self, wav: np.ndarray) -> list[np.ndarray]:
-        """Codes of the frames that `wav` completes, for `generate.Room.step`."""
-        return self._ear.push(wav)
+    def hear(self, wav: np.ndarray) -> list[np.ndarray]:
+        """Codes [books, chunk] of the chunks that `wav` completes, for a room's `step`."""
+        self._heard += self._ear.push(wav)
+        whole = len(self._heard) - len(self._heard) % self._chunk
+        done, self._heard = self._heard[:whole], self._heard[whole:]
+        return [np.stack(done[i:i + self._chunk], 1) for i in range(0, whole, self._chunk)]
 
-    def say(self, frame_K: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[tuple[float, str]]]:
-        """(sound, codes [books], words that are complete, with their times in seconds)."""
-        codes = np.array([np.clip(frame_K[k] - self._rows[k].start, 0, self._rows[k].predicted - 1)
-                          for k in self._mine])
-        words = self._written(int(frame_K[0]))
-        self.frames += 1
-        return self._voice.push(codes), codes, words
+    def say(self, codes: np.ndarray, line: np.ndarray | None
+            ) -> tuple[np.ndarray, list[tuple[float, str]]]:
+        """What a room said, as sound and as the words that are complete, with their times in
+        seconds."""
+        words = [] if line is None else [word for token in line for word in self._written(token)]
+        return self._voice.push(codes), words
 
     def _written(self, token: int) -> list[tuple[float, str]]:
         """A word is complete when another one begins, or padding follows: who listens along cannot
         know that it will go on after a pause, and hears the rest as a word of its own."""
-        done = []
-        found = trained.words_at(self._lm.vocab, self._text, np.array([token]))
-        piece = token - self._lm.vocab.ranges['text'][0]
+        now, done = self._tokens, []
+        self._tokens += 1
+        if token == NOTHING:        # where a chunk's text has no place
+            return []
+        found = trained.words_at(self._vocab, self._text, np.array([token]))
+        piece = int(token) - self._vocab.ranges['text'][0]
         if self._word and (not found or self._text.piece(piece).startswith('\u2581')):
             done = [(self._began / self.hz, self._text.decode(self._word))]
             self._word = []
         if found:
             if not self._word:
-                self._began = self.frames
+                self._began = now
             self._word.append(piece)
         return done
 
 
-def room(lm: trained.LM, *, slots: int, samplers: dict, seed: int = 0) -> generate.Room:
-    """A room for `slots` conversations, compiled. Raises ConfigError for other layouts."""
-    layout = plain(lm.config.layout)
-    if layout['name'] != 'duplex.columns':
-        raise ConfigError(f'{layout["name"]} does not talk frame by frame; duplex.columns does')
-    if lm.config.codec.name == 'mimi':
-        raise ConfigError('codec mimi is not heard frame by frame here; give --input a whole file')
-    made = generate.Room(lm.speaker(samplers), trained.layout_delays(layout, lm.vocab),
-                         slots=slots, columns=lm.config.columns, key=jax.random.key(seed))
-    for _ in range(2):      # compiles, for what comes first and for what comes from a step
-        made.step({})
-    return made
-
-
-def stream(lm: trained.LM, codec: Codec, pieces, samplers: dict, seed: int,
+def stream(lm: trained.LM, codec: Codec, one: _Columns | _Chunks, pieces,
            say: Callable[[np.ndarray, list[tuple[float, str]]], None]) -> dict[str, float]:
-    """Talks to `pieces` of sound until they end; `say` gets each frame of sound and new words.
+    """Talks in slot 0 of a room to `pieces` of sound until they end; `say` gets sound and words.
 
-    Returns first_audio_ms, from the first sample heard to the first one said, were the pieces to
-    come in real time, and real_time_factor: seconds of work per second of sound.
+    Returns first_audio_ms, from the first sample heard to the first one said that may answer it,
+    were the pieces to come in real time, and real_time_factor: seconds of work per second of sound.
     """
-    one, talk = room(lm, slots=1, samplers=samplers, seed=seed), Talk(lm, codec)
-    work_s, heard, first_ms = 0.0, 0, None
-    frame_s = 1 / talk.hz
+    talk = Talk(lm, codec, one.chunk)
+    work_s, first_s, heard, frame_s = 0.0, 0.0, 0, 1 / talk.hz
     for piece in pieces:
         start = time.perf_counter()
-        for codes in talk.frames_of(piece):
-            heard += 1
-            for frame in one.step({0: codes}).values():
-                wav, _, words = talk.say(frame)
-                if first_ms is None:
-                    work_of_frame = time.perf_counter() - start
-                    first_ms = 1000 * (heard * frame_s + REACH_S + FADE_S + SHIFT_S + work_of_frame)
-                say(wav, words)
+        for codes in talk.hear(piece):
+            heard += one.chunk
+            for said in one.step({0: codes}).values():
+                say(*talk.say(*said))
+            if heard <= one.answers:
+                first_s = time.perf_counter() - start
         work_s += time.perf_counter() - start
-    return dict(first_audio_ms=first_ms or float('nan'), frames=heard,
+    first_ms = 1000 * (one.answers * frame_s + REACH_S + FADE_S + SHIFT_S + first_s)
+    return dict(first_audio_ms=first_ms if heard >= one.answers else float('nan'), frames=heard,
                 real_time_factor=work_s / max(heard * frame_s, 1e-9))
 
 
@@ -168,12 +235,17 @@ class Lobby:
         self._lock = threading.Condition()
         self._free = list(range(slots))
         self._waiting: dict[int, np.ndarray] = {}
-        self._answers: dict[int, np.ndarray | None] = {}
+        self._answers: dict[int, tuple | None] = {}
         self._over = False
 
     @property
     def free(self) -> int:
         return len(self._free)
+
+    @property
+    def rest(self) -> int:
+        """See `room`."""
+        return self._room.rest
 
     def enter(self) -> tuple[int, Talk] | None:
         """A slot and its conversation, or None when all are taken."""
@@ -182,7 +254,7 @@ class Lobby:
                 return None
             slot = self._free.pop(0)
             self._room.begin(slot)
-            return slot, Talk(self._lm, self._codec)
+            return slot, Talk(self._lm, self._codec, self._room.chunk)
 
     def leave(self, slot: int) -> None:
         with self._lock:
@@ -190,9 +262,9 @@ class Lobby:
             self._answers.pop(slot, None)
             self._free.append(slot)
 
-    def hear(self, slot: int, codes: np.ndarray) -> np.ndarray | None:
-        """What is said to one frame, once everybody's has been heard; see `Room.step`. Raises
-        Stopped when nothing is stepped any more."""
+    def hear(self, slot: int, codes: np.ndarray) -> tuple | None:
+        """What a room says to what is heard, once everybody was. Raises Stopped when nothing is
+        stepped any more."""
         with self._lock:
             self._waiting[slot] = codes
             self._lock.notify_all()

@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import tempfile
-import time
 
 import jax
 import numpy as np
@@ -131,7 +130,7 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
         given = (_spelled(config, source) if written else
                  None if source == '-' else read_wav(source, rate))
     lm = trained.load(config, workdir, stage_name)
-    if task == 'duplex' and source is not None and (source == '-' or _heard_live(config)):
+    if task == 'duplex' and source is not None and config.codec.name != 'mimi':
         _talk(lm, codec, given, sampler, seed, out)
         return
     perform = dict(duplex=_duplex, asr=_asr, tts=_tts, s2s=_s2s, t2t=_t2t)[task]
@@ -142,7 +141,7 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
         result = perform(lm, codec, [given], sampler, seed)[0]
         _write(out, result, rate)
         log.info('%s', result['text'])
-        log.info('%s: written%s', out, result.get('pace', ''))
+        log.info('%s: written', out)
         return
     _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate, drawn)
 
@@ -187,8 +186,8 @@ def _examples(lm, codec, perform, task, out, split, count, sampler, seed, rate, 
     if task in ('tts', 't2t'):
         given = [' '.join(w.text for w in r.words) for r in records]
     else:       # who learned from codes hears their resynthesis, who learned from sound that
-        kept = lm.config.layout.name.startswith('framed.')
-        given = [codec.decode(dialogue.tokens_of(r, 1, _own_layout(lm))) if task == 'duplex' else
+        kept, layout = lm.config.layout.name.startswith('framed.'), dialogue.own_layout(lm)
+        given = [codec.decode(dialogue.tokens_of(r, 1, layout)) if task == 'duplex' else
                  _kept(r.wav) if kept else _true(codec, r) for r in records]
         given = [g[None] for g in given]
     listed = _others(os.path.join(out, 'samples.json'), task)   # unreadable: said before the work
@@ -414,51 +413,28 @@ def _t2t(lm, codec, texts, sampler, seed, records=None):
             for g, m in zip(given, more, strict=True)]
 
 
-def _own_layout(lm) -> dict:
-    source = dialogue.own_source(lm)
-    return dialogue.layout_of(lm.config, source) if source else plain(lm.config.layout)
-
-
 def _duplex(lm, codec, wavs, sampler, seed, records=None):
     """Plays the other speaker's sound to the model and records both: [2, samples], mine first."""
-    layout, hz = _own_layout(lm), codec.identity['frame_hz']
-    ticks: list[float] = []
+    layout, hz = dialogue.own_layout(lm), codec.identity['frame_hz']
     heard = ([dialogue.tokens_of(r, 1, layout) for r in records] if records else
              [codec.encode(w[-1]) for w in wavs])        # the second channel of two is the user's
     out = []
     for codes, said in zip(heard, dialogue.talk(
             lm, heard, layout, batch=len(heard), key=jax.random.key(seed),
-            samplers=dict(mine=sampler, tokens=sampler),
-            after=lambda: ticks.append(time.perf_counter())), strict=True):
+            samplers=dict(mine=sampler, tokens=sampler)), strict=True):
         n = said.codes.shape[1]
         if not n:
             raise ValueError('--input is too short to answer')
         mine = codec.decode(np.maximum(said.codes, 0))
         mine *= np.repeat(said.codes[0] >= 0, len(mine) // n)       # the layout's own silence
         theirs = codec.decode(codes[:, :n])
-        out.append(dict(wav=np.stack([mine, theirs]), pace=_pace(layout, ticks, hz),
+        out.append(dict(wav=np.stack([mine, theirs]),
                         text=' '.join(f'[{t / hz:.2f} s] {w}' for t, w in said.words or ()),
                         lines=[f'{t / hz:.2f} s  {w}' for t, w in said.words or ()]))
     return out
 
 
-def _pace(layout: dict, ticks: list[float], hz: float) -> str:
-    """How late and how fast the model said its chunks, by the moments at which it had; the first
-    two are left out, with which its programs were compiled."""
-    if len(ticks) < 3:
-        return ''
-    chunk_s, work_s = layout['chunk_frames'] / hz, float(np.median(np.diff(ticks)[1:]))
-    # A chunk that was heard is answered at once or, by who speaks a chunk ahead, after another one.
-    late_s = chunk_s + (work_s if layout['name'] == 'chunks.flattened' else chunk_s)
-    return (f'; first audio after {1000 * late_s:.0f} ms, real-time factor {work_s / chunk_s:.2f} '
-            f'in chunks of {1000 * chunk_s:.0f} ms')
-
-
 # Live.
-
-def _heard_live(config) -> bool:
-    return config.layout.name == 'duplex.columns' and config.codec.name != 'mimi'
-
 
 def _raw(stream, samples: int):
     """Pieces of raw 16-bit little-endian mono sound, as they come; an odd last byte is lost."""
@@ -475,11 +451,12 @@ def _raw(stream, samples: int):
 
 
 def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
-    """Answers a file's last channel, or raw sound on standard input, frame by frame, into `out`:
+    """Answers a file's last channel, or raw sound on standard input, while it comes, into `out`:
     both channels, mine first, on the model's clock, and beside it the words with their times."""
     import soundfile
     rate, hz = codec.identity['sample_rate_hz'], codec.identity['frame_hz']
-    frame, late = round(rate / hz), max(trained.layout_delays(lm.config, lm.vocab))
+    room = live.room(lm, slots=1, samplers=dict(mine=sampler, tokens=sampler), seed=seed)
+    frame, late = round(rate / hz), room.late
     if wav is not None and wav.shape[1] <= late * frame:
         raise ValueError(f'--input is too short to answer: it needs {late + 1} frames of '
                          f'{1 / hz:.2f} s')
@@ -497,7 +474,7 @@ def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
             theirs.append(piece)
             samples += len(piece)
             yield piece
-        rest = np.zeros((late + 1) * frame, np.float32)     # what is on its way comes out
+        rest = np.zeros(room.rest * frame, np.float32)      # what is on its way comes out
         theirs.append(rest)
         yield rest
 
@@ -515,7 +492,7 @@ def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
     try:
         with soundfile.SoundFile(new, 'w', rate, 2, 'PCM_16', format='WAV') as written:
             try:
-                found = live.stream(lm, codec, pieces(), dict(mine=sampler), seed, say)
+                found = live.stream(lm, codec, room, pieces(), say)
             except KeyboardInterrupt as e:
                 if wav is not None:
                     raise

@@ -163,19 +163,21 @@ class _Page(http.server.BaseHTTPRequestHandler):
         self._line(dict(hz=talk.hz, rate_hz=self.server.codec.identity['sample_rate_hz'],
                         frames=-(-len(wav) // frame)))
         start, heard, first_ms = time.perf_counter(), 0, None
-        wav = np.concatenate([wav, np.zeros(2 * frame, np.float32)])
+        wav = np.concatenate([wav, np.zeros(lobby.rest * frame, np.float32)])
         for at in range(0, len(wav), frame):
-            for codes in talk.frames_of(wav[at:at + frame]):
-                heard += 1
+            for codes in talk.hear(wav[at:at + frame]):
+                heard += codes.shape[1]
                 said = lobby.hear(slot, codes)
                 if said is None:
                     continue
-                sound, mine, words = talk.say(said)
+                sound, words = talk.say(*said)
                 if first_ms is None:
                     first_ms = 1000 * (time.perf_counter() - start)
-                pcm = (np.clip(sound, -1, 1) * 32767).astype('<i2')
-                self._line(dict(pcm=base64.b64encode(pcm.tobytes()).decode(),
-                                mine=int(mine[0]), theirs=int(codes[0]), words=words))
+                pcm = (np.clip(sound, -1, 1) * 32767).astype('<i2').reshape(-1, frame)
+                for i, part in enumerate(pcm):
+                    self._line(dict(pcm=base64.b64encode(part.tobytes()).decode(),
+                                    mine=int(said[0][0, i]), theirs=int(codes[0, i]),
+                                    words=words if i == 0 else []))
         return dict(done=True, first_audio_compute_ms=round(first_ms or 0.0, 1),
                     real_time_factor=round((time.perf_counter() - start) * talk.hz
                                            / max(heard, 1), 3))
@@ -224,8 +226,8 @@ def run(config, workdir: str, *, stage_name, host: str, port: int, slots: int, t
     codec = bind(config.codec, 'jaxsd.codec', 'codec')()
     lm = trained.load(config, workdir, stage_name)
     try:
-        server = Server(lm, codec, (host, port), slots=slots, samplers=dict(mine=sampler),
-                        seed=seed)
+        server = Server(lm, codec, (host, port), slots=slots,
+                        samplers=dict(mine=sampler, tokens=sampler), seed=seed)
     except OSError as e:
         flag = f'--port {port} on {host}' if e.errno in (errno.EADDRINUSE, errno.EACCES) else (
             f'--host {host}')

@@ -56,7 +56,7 @@ LAYERS = {
     'reply': (5, (), ANY, set()),
     'likelier': (5, ('reply', 'speak'), ANY, set()),
     'dialogue': (5, (), ANY, set()),
-    'live': (5, (), ANY, set()),
+    'live': (5, ('dialogue',), ANY, set()),
     'frames': (5, ('reply',), ANY, set()),
     'speak': (5, ('dialogue', 'frames', 'live', 'reply'), ANY, set()),
     'talk': (5, ('live', 'speak'), ANY, set()),

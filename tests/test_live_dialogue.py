@@ -10,7 +10,7 @@ import pytest
 from test_evaluate import made
 from test_generate import LATE, heard, speaker_of
 
-from jaxsd import codec, data, generate, live, trained
+from jaxsd import codec, data, dialogue, generate, live, trained
 from jaxsd.config import ConfigError, plain
 from jaxsd.generate import Sampler
 from jaxsd.layout import duplex
@@ -116,7 +116,7 @@ def test_frames_are_spoken_as_the_whole(rvq, sound):
     """Frame by frame the sound has the spectrum of what is decoded at once, and no clicks."""
     wav, codes = sound
     voice = live.Voice(rvq)
-    pieces = [voice.push(c) for c in codes.T]
+    pieces = [voice.push(c[:, None]) for c in codes.T]
     assert {p.shape for p in pieces} == {(1280,)}
     said = np.concatenate(pieces)
     again = rvq.encode(said[400:400 + 24 * 1280])       # 25 ms are held back
@@ -130,16 +130,31 @@ def test_frames_are_spoken_as_the_whole(rvq, sound):
     assert steps[1279::1280].max() <= 1.5 * np.abs(np.diff(wav)).max()
 
 
+def test_chunks_are_spoken_as_the_whole_but_for_silence(rvq, sound):
+    """Pieces of several frames; a frame of no code is silent from its first sample that is not
+    faded to its last."""
+    wav, codes = sound
+    voice, codes = live.Voice(rvq), codes[:, :24].copy()
+    codes[:, 8:12] = -1
+    said = np.concatenate([voice.push(codes[:, i:i + 4]) for i in range(0, 24, 4)])
+    assert said.shape == (24 * 1280,)
+    quiet = said[400 + 8 * 1280:400 + 12 * 1280]
+    assert not quiet[800:-800].any() and np.abs(said[:8 * 1280]).max() > 0.01
+    power = [np.log10(np.mean(x[:23 * 1280].reshape(23, -1) ** 2, axis=1) + 1e-6)
+             for x in (said[400:], wav)]
+    loud = np.r_[0:8, 12:23]
+    assert np.corrcoef(np.array(power)[:, loud])[0, 1] > 0.9
+
+
 # Talks.
 
 def test_words_are_told_when_they_are_complete(moshi, rvq):
-    talk, v, text = live.Talk(moshi, rvq), moshi.vocab, moshi.text()
+    talk, v, text = live.Talk(moshi, rvq, 1), moshi.vocab, moshi.text()
     first, second = (text.encode(w) for w in ('what', 'zzz'))
     row = [*first, v.specials['pad'], v.specials['epad'], *second, *first, v.specials['pad']]
     told = []
     for token in row:
-        frame = np.array([token, *(r.start for r in v.rows[1:])])
-        told += talk.say(frame)[2]
+        told += talk.say(np.zeros((rvq.identity['codebooks'], 1), int), np.array([token]))[1]
     at = len(first) + 2
     assert told == [(0.0, 'what'), (at / 12.5, 'zzz'), ((at + len(second)) / 12.5, 'what')]
     line = np.array(row)
@@ -150,7 +165,8 @@ def test_words_are_told_when_they_are_complete(moshi, rvq):
 def test_a_stream_is_the_conversation(moshi, rvq, sound):
     """Sound in, sound and words out: as many frames as were heard but for the delay."""
     said, words = [], []
-    found = live.stream(moshi, rvq, [sound[0][:7000], sound[0][7000:]], {}, 0,
+    found = live.stream(moshi, rvq, live.room(moshi, slots=1, samplers={}),
+                        [sound[0][:7000], sound[0][7000:]],
                         lambda wav, told: (said.append(wav), words.extend(told)))
     n = len(sound[0]) // 1280
     assert found['frames'] == n and len(said) == n - 1
@@ -171,7 +187,8 @@ def test_a_stream_is_the_conversation(moshi, rvq, sound):
 def test_a_long_conversation_goes_on_as_it_began(moshi, rvq):
     """Sound in and out for 160 s, eight times the window: memory and time of a frame stay. (An
     hour, and its figures: tests/bench_live.py.)"""
-    found, rows = bench_live.measure(moshi, rvq, bench_live.callers(moshi, rvq), frames=2001,
+    room = live.room(moshi, slots=1, samplers={})
+    found, rows = bench_live.measure(moshi, rvq, room, bench_live.callers(moshi, rvq), count=2001,
                                      every=500)
     assert found['frames'] == 2001 and len(rows) == 4
     # Who kept one channel of sound would have 7.7 MB more.
@@ -189,8 +206,8 @@ def test_several_listeners_share_a_room(moshi, rvq, sound):
 
     def listen(name, wav):
         slot, talk = lobby.enter()
-        frames = [lobby.hear(slot, codes) for codes in talk.frames_of(wav)]
-        said[name] = np.array([f for f in frames if f is not None])
+        told = [lobby.hear(slot, codes) for codes in talk.hear(wav)]
+        said[name] = [np.concatenate(x, -1) for x in zip(*filter(None, told), strict=True)]
         lobby.leave(slot)
     wavs = dict(a=sound[0], b=sound[0][::-1].copy())
     threads = [threading.Thread(target=listen, args=item) for item in wavs.items()]
@@ -203,8 +220,9 @@ def test_several_listeners_share_a_room(moshi, rvq, sound):
         codes = np.array(live.Ear(rvq).push(wav)).T
         said_alone = generate.converse(moshi.speaker(), [generate.conversation_plan(
             moshi.vocab, codes, late)])[0]
-        np.testing.assert_array_equal(
-            said[name].T, duplex.undelay(said_alone, late)[:, :codes.shape[1] - max(late)])
+        rows = duplex.undelay(said_alone, late)[:, :codes.shape[1] - max(late)]
+        np.testing.assert_array_equal(said[name][0], dialogue.local(moshi.vocab, rows))
+        np.testing.assert_array_equal(said[name][1], rows[0])
     one, two = lobby.enter(), lobby.enter()
     assert lobby.enter() is None and lobby.free == 0
     lobby.leave(one[0])
@@ -215,7 +233,44 @@ def test_several_listeners_share_a_room(moshi, rvq, sound):
     assert not server.is_alive()
 
 
+def in_chunks(lm, slots=2):
+    """(room, what two callers of different lengths say, whole chunks each)."""
+    layout = dialogue.own_layout(lm)
+    one = live.room(lm, slots=slots, samplers={})
+    heard = [dialogue.tokens_of(r, 1, layout)[:, :n - n % one.chunk] for r, n in zip(
+        data.examples(lm.config, 'train', dialogue.own_source(lm), limit=2), (90, 60), strict=True)]
+    return one, layout, heard
+
+
+@pytest.mark.parametrize(('name', 'answers'), [('omniflatten', 10), ('syncllm', 8), ('dgslm', 1)])
+def test_chunk_by_chunk_is_the_whole_conversation(corpus, name, answers):
+    """Two conversations, one of which begins later and goes on after the other, and a third in a
+    slot that was used: each says what it would have said to all of it at once."""
+    lm = made(corpus, name)
+    one, layout, heard = in_chunks(lm)
+    assert (one.answers, one.late) == (answers, 0)
+    alone = dialogue.talk(lm, heard, layout, batch=2)
+    said = {0: [], 1: []}
+    one.begin(1)
+    n = one.chunk
+    for t in range(0, heard[0].shape[1] + 3 * n, n):
+        now = {0: heard[0][:, t:t + n]} if t < heard[0].shape[1] else {}
+        if 0 <= t - 3 * n < heard[1].shape[1]:
+            now[1] = heard[1][:, t - 3 * n:t - 2 * n]
+        for slot, told in one.step(now).items():
+            said[slot].append(told)
+    one.begin(1)
+    again = [one.step({1: heard[0][:, t:t + n]})[1] for t in range(0, heard[0].shape[1], n)]
+    for parts, whole in ((said[0], alone[0]), (said[1], alone[1]), (again, alone[0])):
+        np.testing.assert_array_equal(np.concatenate([codes for codes, _ in parts], 1), whole.codes)
+        assert [line is None for _, line in parts] == len(parts) * [whole.words is None]
+        if whole.words is not None:
+            line = np.concatenate([line for _, line in parts])
+            assert trained.words_at(lm.vocab, lm.text(), line) == whole.words
+    assert len({tuple(x.codes[0, :60]) for x in alone}) == 2         # what is heard matters
+
+
 def test_what_cannot_be_talked_with_is_said(corpus):
-    lm = made(corpus, 'omniflatten')
-    with pytest.raises(ConfigError, match='does not talk frame by frame'):
+    lm = made(corpus, 'spirit_lm')
+    with pytest.raises(ConfigError, match='flat.interleave holds no two speakers who talk'):
         live.room(lm, slots=1, samplers={})

@@ -15,7 +15,7 @@ from test_cli import flags
 from test_configs import on, read
 from test_evaluate import made
 
-from jaxsd import cli, codec, data, generate, reply, speak, trained
+from jaxsd import cli, codec, data, dialogue, generate, live, reply, speak, trained
 from jaxsd.config import ConfigError, plain
 from jaxsd.layout import flat
 
@@ -172,35 +172,48 @@ def test_raw_sound_on_standard_input(streams_lm, sounds, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('name', 'stage'), [
     ('omniflatten', 'three'), ('syncllm', 'duplex'), ('dgslm', None)])
-def test_chunks_and_units_answer_a_whole_file(corpus, sounds, tmp_path, caplog, name, stage):
-    """Two channels again; here theirs is what the codec makes of it. Chunks say how fast they are:
-    one that was heard is answered at once or, by who speaks a chunk ahead, after another one."""
+def test_chunks_and_units_answer_sound(corpus, sounds, tmp_path, caplog, monkeypatch, name, stage):
+    """Of a file and of a pipe: what is said to the codes of the sound, and how late. A chunk that
+    was heard is answered at once or, by who speaks a chunk ahead, after another one."""
     lm = made(corpus, name, tmp_path / 'run', stage)
     with caplog.at_level('INFO', 'jaxsd'):
-        wav = sound_of(run(lm, 'duplex', tmp_path / 'said.wav', sounds / 'stereo.wav',
-                           stage_name=stage))
-    told = re.search(r'first audio after (\d+) ms, real-time factor ([\d.]+) in chunks of (\d+) ms',
-                     caplog.text)
-    if stage is None:
-        assert not told
-    elif stage == 'three':
-        work_ms = 400 * float(told[2])
-        assert told[3] == '400' and int(told[1]) == pytest.approx(400 + work_ms, abs=3)
-        lines = (tmp_path / 'said.txt').read_text().splitlines()
-        assert lines and all(re.fullmatch(r'\d\.\d\d s  \S+', line) for line in lines)
-    else:
-        assert told[3] == '160' and told[1] == '320' and float(told[2]) > 0
-        assert not (tmp_path / 'said.txt').exists()     # it writes no words
-    units = codec.kmeans(**options(lm))
+        wav = sound_of(run(lm, 'duplex', tmp_path / 'said.wav', sounds / 'stereo.wav', seed=1,
+                           stage_name=stage, temperature=0.0))
+    told = re.search(r'first audio after (\d+) ms, real-time factor ([\d.]+) over', caplog.text)
+    frames = dict(three=10, duplex=8).get(stage, 1)
+    least = 40 * frames + 27 + 25                       # ms: heard, and what ear and voice hold
+    assert least <= int(told[1]) < least + 1000 and float(told[2]) > 0
     said = soundfile.read(sounds / 'stereo.wav', dtype='float32', always_2d=True)[0].T[-1]
-    assert wav.shape == (2, 16000)
-    theirs = np.clip(units.decode(units.encode(said)), -1, 1)
-    np.testing.assert_allclose(wav[1], theirs, atol=1e-4)
+    assert 16000 - 432 < wav.shape[1] <= 16000 + 432 + 10 * 640
+    n = min(len(said), wav.shape[1] - 432)
+    np.testing.assert_allclose(wav[1, 432:432 + n], np.clip(said[:n], -1, 1), atol=1e-4)
+
+    one = live.room(lm, slots=1, samplers={})
+    padded = np.concatenate([said, np.zeros(one.rest * 640, np.float32)])
+    talk = live.Talk(lm, codec.kmeans(**options(lm)), one.chunk)
+    heard = np.concatenate(talk.hear(padded), 1)
+    (alone,) = dialogue.talk(lm, [heard], dialogue.own_layout(lm), batch=1)
+    voiced = live.Voice(codec.kmeans(**options(lm)))
+    sound = np.concatenate([voiced.push(alone.codes[:, i:i + one.chunk])
+                            for i in range(0, alone.codes.shape[1], one.chunk)])[400:]
+    np.testing.assert_allclose(wav[0], np.clip(sound[:wav.shape[1]], -1, 1), atol=1e-4)
+    lines = [x.split() for x in (tmp_path / 'said.txt').read_text().splitlines()]
+    words = alone.words or []
+    assert bool(lines) == (stage == 'three')
+    assert [(float(t), w) for t, _, w in lines][:len(words) - 1] == [
+        (round(t / 25, 2), w) for t, w in words][:-1]       # the last may go on
+
+    class Pipe(io.BytesIO):
+        def read1(self, n=-1):
+            return super().read1(777)
+    raw = (said * 32768).astype('<i2')
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(Pipe(raw.tobytes())))
+    piped = run(lm, 'duplex', tmp_path / 'piped.wav', '-', seed=1, stage_name=stage,
+                temperature=0.0)
+    assert piped.read_bytes() == (tmp_path / 'said.wav').read_bytes()
     if name == 'omniflatten':
         assert sorted(os.listdir(run(lm, 'duplex', tmp_path / 'out', count=1,
                                      stage_name=stage))) == ['duplex-000.wav', 'samples.json']
-        with pytest.raises(ConfigError, match='does not talk frame by frame'):
-            run(lm, 'duplex', tmp_path / 'no.wav', '-', stage_name=stage)
 
 
 # Examples of the dataset.

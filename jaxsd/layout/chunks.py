@@ -40,9 +40,10 @@ def _positive(**options: int):
 
 # Chunks on a clock, without repeats.
 
-def fresh(units: np.ndarray, chunk_frames: int) -> list[np.ndarray]:
-    """What is new in every chunk of `units` [U]: what differs from the unit before it."""
-    new = np.concatenate([[True], units[1:] != units[:-1]])
+def fresh(units: np.ndarray, chunk_frames: int, before: int = -1) -> list[np.ndarray]:
+    """What is new in every chunk of `units` [U]: what differs from the unit before it, which is
+    `before` for the first."""
+    new = units != np.concatenate([[before], units[:-1]])
     return [units[at:at + chunk_frames][new[at:at + chunk_frames]]
             for at in range(0, len(units), chunk_frames)]
 
@@ -77,14 +78,21 @@ def synchronous(record: Record, *, vocab: Vocab, rng: np.random.Generator, chunk
     return assemble(made, vocab)
 
 
-def interpolate(tokens: np.ndarray, vocab: Vocab, *, chunk_frames: int,
-                speakers: Sequence[str] = ('[S0]', '[S1]')) -> np.ndarray:
-    """Units [2, frames] of a row of `synchronous` [T]: every chunk filled to its length again.
+def filled(new: Sequence[int], last: int, chunk_frames: int) -> np.ndarray:
+    """Units [chunk_frames] of a chunk in which `new` ones were said, `last` the one before it.
 
     m new units share a chunk's frames, the earlier ones taking what does not divide; without a new
-    one the last unit goes on (-1 before there is any). How a remainder is shared is not stated by
-    the source.
+    one the last goes on. How a remainder is shared is not stated by the source (arXiv 2409.15594).
     """
+    each = np.array_split(np.arange(chunk_frames), max(1, len(new)))
+    return np.concatenate([np.full(len(part), unit, np.int32)
+                           for part, unit in zip(each, new if len(new) else [last], strict=True)])
+
+
+def interpolate(tokens: np.ndarray, vocab: Vocab, *, chunk_frames: int,
+                speakers: Sequence[str] = ('[S0]', '[S1]')) -> np.ndarray:
+    """Units [2, frames] of a row of `synchronous` [T]: every chunk `filled` to its length again,
+    -1 before there is any unit."""
     clock, other = (vocab.specials[name] for name in speakers)
     start, size = vocab.ranges['units']
     chunks: list[list[list[int]]] = []
@@ -101,10 +109,8 @@ def interpolate(tokens: np.ndarray, vocab: Vocab, *, chunk_frames: int,
     for c, chunk in enumerate(chunks):
         for who, new in enumerate(chunk):
             at = c * chunk_frames
-            last = out[who, at - 1] if c else -1
-            each = np.array_split(np.arange(chunk_frames), max(1, len(new)))
-            out[who, at:at + chunk_frames] = np.concatenate(
-                [np.full(len(part), unit) for part, unit in zip(each, new or [last], strict=True)])
+            out[who, at:at + chunk_frames] = filled(new, out[who, at - 1] if c else -1,
+                                                    chunk_frames)
     return out
 
 

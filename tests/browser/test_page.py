@@ -40,6 +40,20 @@ def address(corpus, tmp_path_factory):
         server.shutdown()
 
 
+@pytest.fixture(scope='module')
+def in_chunks(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('chunks')
+    lm = made(corpus, 'omniflatten', folder / 'run', 'three')
+    units = codec.kmeans(**{k: v for k, v in lm.config.codec.items() if k != 'name'})
+    said = next(data.examples(lm.config, 'train', 'three')).units[1][None, :77]
+    path = folder / 'good.wav'
+    soundfile.write(path, units.decode(said), 16000)
+    with talk.Server(lm, units, ('127.0.0.1', 0), slots=2, samplers={}) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_address[1]}/', path
+        server.shutdown()
+
+
 ANSWERED = 'document.getElementById("status").textContent.startsWith("Answered")'
 SEEN = '''(() => { const old = draw; window.seen = {};
   const pen = CanvasRenderingContext2D.prototype, rect = pen.fillRect, text = pen.fillText;
@@ -71,14 +85,21 @@ def level(samples, rate_hz, hz):
 
 
 def test_upload_hear_see(address, browser):
+    upload_hear_see(browser, address[0], address[1] / 'good.wav')
+
+
+def test_a_system_of_chunks_is_heard_and_seen_as_well(in_chunks, browser):
+    upload_hear_see(browser, *in_chunks)
+
+
+def upload_hear_see(browser, where, path):
     """What can be played and what is drawn, bar by bar and word by word, is what was said."""
-    where, folder, _ = address
-    first, spoken, words = answered(where, folder / 'good.wav')
-    user, rate_hz = soundfile.read(folder / 'good.wav')
+    first, spoken, words = answered(where, path)
+    user, rate_hz = soundfile.read(path)
     assert rate_hz == first['rate_hz'] and len(words) > 3 and np.abs(spoken).max() > .01
     page = browser.page(where)
     browser.value(page, SEEN)
-    browser.upload(page, folder / 'good.wav')
+    browser.upload(page, path)
     browser.until(page, ANSWERED)
     assert browser.value(page, 'document.getElementById("words").textContent') == ' '.join(
         w for _, w in words)
