@@ -274,3 +274,20 @@ def test_what_cannot_be_talked_with_is_said(corpus):
     lm = made(corpus, 'spirit_lm')
     with pytest.raises(ConfigError, match='flat.interleave holds no two speakers who talk'):
         live.room(lm, slots=1, samplers={})
+
+
+def test_a_chunk_without_a_new_unit_goes_on_as_the_last(corpus, monkeypatch):
+    """Mine: nothing at first, then 5, nothing new, 7 and 8 by halves; theirs is told without
+    repeats, across chunks as well."""
+    lm, told = made(corpus, 'syncllm'), []
+
+    def step_by_step(speaker, vocab, **_):
+        for mine in ([], [5], [], [7, 8], []):
+            told.append((yield [vocab.encode('units', np.array(mine, int)).tolist()], []))
+    monkeypatch.setattr(generate, 'step_by_step', step_by_step)
+    said = dialogue.by_chunks(lm, lm.speaker(), dialogue.own_layout(lm), jax.random.key(0))
+    next(said)
+    theirs = np.array([[3, 3, 4, 4], [4, 4, 4, 4], [4, 4, 4, 6], [3, 3, 3, 3]])
+    out = [said.send(heard[None])[0][0].tolist() for heard in theirs]
+    assert out == [[-1] * 4, [5] * 4, [5] * 4, [7, 7, 8, 8]]
+    assert [x[0].tolist() for x in told] == [[3, 4], [], [6], [3]]
