@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxsd import data, generate, trained, turns
-from jaxsd.config import ConfigError, plain
+from jaxsd.config import ConfigError, options_of, plain, resolve
 from jaxsd.layout import chunks, duplex
 from jaxsd.types import NOTHING, Record, positive
 
@@ -33,7 +33,8 @@ class Said(NamedTuple):
 
 
 def layout_of(config, source: str) -> dict:
-    """The options of the layout that draws `source`; ConfigError if it holds no two speakers."""
+    """The options of the layout that draws `source`, with those that the config leaves as they are;
+    ConfigError if it holds no two speakers."""
     if source not in config.data.sources:
         raise ConfigError(f'data.sources has no {source}; it has '
                           f'{", ".join(config.data.sources)}')
@@ -41,7 +42,12 @@ def layout_of(config, source: str) -> dict:
     if options['name'] not in LAYOUTS:
         raise ConfigError(f'data.sources.{source} is drawn by {options["name"]}; a conversation '
                           f'needs one of {", ".join(LAYOUTS)}')
-    return options
+    return _with_defaults(options)
+
+
+def _with_defaults(options: dict) -> dict:
+    legal = options_of(resolve(options['name'], 'jaxsd.layout'))
+    return {k: p.default for k, p in legal.items() if p.default is not p.empty} | options
 
 
 def own_source(lm: trained.LM) -> str | None:
@@ -56,7 +62,7 @@ def own_source(lm: trained.LM) -> str | None:
 def own_layout(lm: trained.LM) -> dict:
     """The options by which the stage was trained to talk."""
     source = own_source(lm)
-    return layout_of(lm.config, source) if source else plain(lm.config.layout)
+    return layout_of(lm.config, source) if source else _with_defaults(plain(lm.config.layout))
 
 
 def tokens_of(record: Record, channel: int, layout: dict) -> np.ndarray:

@@ -223,3 +223,12 @@ def test_what_holds_no_two_speakers_is_refused(moshi, corpus):
     flat = made(corpus, 'spirit_lm')
     with pytest.raises(ConfigError, match='a conversation needs one of duplex.columns'):
         dialogue.layout_of(flat.config, 'aligned')
+
+
+def test_options_that_a_config_leaves_out_are_the_layout_s_own(corpus):
+    c = made(corpus, 'omniflatten').config
+    whole = dialogue.layout_of(c, 'three')
+    assert whole['streams'] == ('theirs', 'text', 'mine') and whole['chunk_frames'] == 10
+    for name in ('streams', 'chunk_frames', 'chunk_text', 'silences'):
+        del c.data.sources.three.layout[name]
+    assert dialogue.layout_of(c, 'three') == whole
