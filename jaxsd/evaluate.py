@@ -163,9 +163,9 @@ def check(config, name: str, vocab) -> None:
     task = _task(config, name)
     given = {k: p.default for k, p in inspect.signature(task.func).parameters.items()
              if p.default is not p.empty} | task.keywords
-    for source in (given.get('listener'), given.get('given')):
-        if source and source not in config.data.sources:
-            raise unknown(f'evals.{name}: data.sources', source, config.data.sources)
+    source = given.get('listener')
+    if source and source not in config.data.sources:
+        raise unknown(f'evals.{name}: data.sources', source, config.data.sources)
     for source in filter(None, (given.get('source'), *given.get('sources', ()))):
         try:
             next(data.one_pass(config, source, vocab, batch=1, limit=1), None)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 from flax import nnx
-from test_configs import on, read
+from test_configs import NAMES, on, read
 
 from jaxsd import (
     answering,
@@ -659,3 +659,16 @@ def test_what_is_not_a_number_is_written_as_none(tmp_path):
     evaluate.record(str(tmp_path), [dict(entry, split='voice')])
     assert len(evaluate.recorded(str(tmp_path))) == 2
     assert os.listdir(tmp_path) == ['evaluation.json']
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_what_a_demo_is_judged_by_can_be_read(corpus, name):
+    """Sources that are there, and what is no source is not taken for one."""
+    c = on(corpus, read(name, 'demo'))
+    vocab = model.make_vocab(c)
+    for task in c.evals:
+        evaluate.check(c, task, vocab)
+    if 'likelihood' in c.evals:
+        c.evals.likelihood.sources = ('nowhere',)
+        with pytest.raises(ConfigError, match='evals.likelihood: .*nowhere'):
+            evaluate.check(c, 'likelihood', vocab)
