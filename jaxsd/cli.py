@@ -169,9 +169,11 @@ def _parser() -> argparse.ArgumentParser:
                    help='for a run directory per arm and seed, results.json and report.html')
     p.add_argument('--budget', type=float, metavar='N', help="in place of the question's, in its "
                                                              'unit')
-    p.add_argument('--only', metavar='N', help='only this run of the list that --dry-run prints; '
-                                               'or the environment variable that holds it')
-    p.add_argument('--launch', choices=('slurm', 'gke'), help='as jobs of a cluster')
+    p.add_argument('--only', metavar='N', help='only this run of the list that --dry-run prints, '
+                                               'or several as in 0,3; or the environment variable '
+                                               'that holds it')
+    p.add_argument('--launch', choices=('local', 'slurm', 'gke'),
+                   help='several runs at once: here, on a core each, or as jobs of a cluster')
     p.add_argument('--dry-run', action='store_true',
                    help='say what differs between arms and what would run, and stop')
     p.add_argument('--doc', metavar='OUT.md', help='put the answer into this page')
@@ -378,22 +380,25 @@ def _ablate(args, overrides):
     import subprocess
 
     from jaxsd import ablate, report
-    only = os.environ.get(args.only, args.only) if args.only else None
-    if only is not None and not only.isdecimal():
-        raise ConfigError(f'--only {only}: write the number of a run, or the name of an '
-                          'environment variable that holds one')
+    asked = os.environ.get(args.only, args.only) if args.only else None
+    only = asked.split(',') if asked else []
+    if not all(n.isdecimal() for n in only):
+        raise ConfigError(f'--only {asked}: write the number of a run, or several as in 0,3, or '
+                          'the name of an environment variable that holds one')
     question = ablate.read(args.sweep, args.budget)
     _devices()
     arms = ablate.arms_of(question, args.workdir, overrides)
-    print(ablate.described(question, arms))
+    if not only:
+        print(ablate.described(question, arms))
     runs = ablate.runs_of(question, arms, args.workdir)
     if args.launch:
-        if args.doc:
+        if args.doc and args.launch != 'local':
             raise ConfigError('--doc: with --launch there is no answer yet; give it to the same '
                               'command without --launch when the jobs have ended')
         flags = [f'--config.{path}={value}' for path, value in overrides]
         flags += [f'--budget={args.budget}'] if args.budget else []
         lines = ablate.jobs(args.launch, question, args.workdir, runs, flags)
+        lines[-1] += f' --doc {shlex.quote(args.doc)}' if args.doc else ''
         print('\n'.join(lines))
         if not args.dry_run:
             subprocess.run(['bash', '-euc', '\n'.join(lines)], check=True)
@@ -401,8 +406,8 @@ def _ablate(args, overrides):
     if args.dry_run:
         print('\n'.join(f'run {i}: {r.folder}' for i, r in enumerate(runs)))
         return
-    found = ablate.run(question, arms, args.workdir, only=None if only is None else int(only))
-    if only is None:
+    found = ablate.run(question, arms, args.workdir, only=[int(n) for n in only])
+    if not only:
         print(ablate.table(found))
         print(report.write([args.workdir], os.path.join(args.workdir, 'report.html')))
         if args.doc:

@@ -2,6 +2,7 @@
 """Is an ablation fair, does it survive being killed, and is its answer what the numbers say?"""
 
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -130,6 +131,16 @@ def test_one_run_of_a_sweep_is_the_same_run(straight, tmp_path, capsys):
     assert cli.main(argv) == 0
     assert answer(work) == answer(straight[0])
     assert (work / 'other' / '5' / 'ledger.jsonl').stat().st_mtime == stamp
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_the_same_runs(straight, tmp_path, capfd):
+    """Each core gets its share; what one of them cannot do, the last line tries again and says."""
+    work, page = tmp_path / 'work', tmp_path / 'page.md'
+    argv = [*straight[1][:4], str(work), *straight[1][5:], '--launch', 'local', '--doc', str(page)]
+    assert cli.main(argv) == 0
+    assert answer(work) == answer(straight[0]) and '## Does a name matter?' in page.read_text()
+    assert '2 of 2 runs are done' in ''.join(capfd.readouterr())
 
 
 def pretended(question, arms, work, values):
@@ -380,6 +391,14 @@ def test_jobs_are_those_of_the_launchers(asked, corpus, tmp_path, capsys):
     array, last = capsys.readouterr().out.splitlines()[-2:]
     assert '--array=0-1 launch/slurm.sbatch ablate --sweep' in array and '--budget=4096.0' in array
     assert array.endswith('--only SLURM_ARRAY_TASK_ID)') and 'afterany:$job' in last
+    assert cli.main([*common, '--launch', 'local', '--dry-run', '--budget', '4096']) == 0
+    here, last = capsys.readouterr().out.splitlines()[-2:]
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    shares = [f'{c} {runs}' for c, runs in zip(cores, ('0', '1') if cores[1:] else ('0,1',),
+                                               strict=True)]
+    words = shlex.split(here)
+    assert words[2:2 + len(cores)] == shares and words[-3] == (
+        f'exec taskset -c $0 {last} --only $1') and shlex.split(last)[1:3] == ['-m', 'jaxsd']
     (tmp_path / 'a|b&c\\d "e"').symlink_to(corpus)
     odd = f'--config.data.path={tmp_path}' + '/a|b&c\\d "e"'
     assert cli.main([*common, odd, '--launch', 'gke', '--dry-run']) == 0

@@ -29,8 +29,11 @@ import math
 import os
 import re
 import shlex
+import shutil
+import sys
 import time
 import traceback
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -125,8 +128,9 @@ def _draw(config, folder: str) -> None:
                  columns=(0, 48), pieces=piece)
 
 
-def run(question: Question, arms: list[Arm], workdir: str, *, only: int | None = None) -> dict:
-    """Trains and measures what is left of all runs, or run number `only`; returns the results.
+def run(question: Question, arms: list[Arm], workdir: str, *, only: Sequence[int] = ()) -> dict:
+    """Trains and measures what is left of all runs, or of those numbered `only`; returns the
+    results, which are written where all were to be done.
 
     A run that fails is said in one line and the others go on. Raises ConfigError for a directory
     that holds something else, SystemExit when asked to stop (what is trained is saved).
@@ -134,23 +138,24 @@ def run(question: Question, arms: list[Arm], workdir: str, *, only: int | None =
     if jax.process_count() > 1:
         raise ConfigError('ablate runs its arms in one process; --launch gives each a job')
     runs = runs_of(question, arms, workdir)
-    if only is not None and not 0 <= only < len(runs):
-        raise ConfigError(f'--only {only}: there are runs 0..{len(runs) - 1}')
+    if beyond := [i for i in only if not 0 <= i < len(runs)]:
+        raise ConfigError(f'--only {beyond[0]}: there are runs 0..{len(runs) - 1}')
     failures: dict[str, str] = {}
     if not _begin(question, workdir, runs):
         os.makedirs(workdir, exist_ok=True)
         _write(workdir, results(question, arms, runs, failures, {}))
     flops = {a.name: a.per_step if question.unit == 'flops' else [
         per_step(a.config, s, 'flops') for s in stages.stages(a.config)]
-             for a in arms} if only is None else {}
-    left = [r for i, r in enumerate(runs) if only in (None, i) and _measured(question, r) is None]
-    if done := len(runs if only is None else [only]) - len(left):
-        log.info('%d of %d runs are done', done, len(runs) if only is None else 1)
+             for a in arms} if not only else {}
+    asked = [runs[i] for i in only] or runs
+    left = [r for r in asked if _measured(question, r) is None]
+    if len(left) < len(asked):
+        log.info('%d of %d runs are done', len(asked) - len(left), len(asked))
     spent = []
     for i, one in enumerate(left):
         log.info('arm %s, seed %d: run %d of the %d that are left', one.arm.name, one.seed, i + 1,
                  len(left))
-        if only is None:
+        if not only:
             _write(workdir, results(question, arms, runs, failures, flops))
         begun = time.perf_counter()
         try:
@@ -166,7 +171,7 @@ def run(question: Question, arms: list[Arm], workdir: str, *, only: int | None =
                  one.seed, spent[-1] / 60, len(left) - i - 1,
                  (len(left) - i - 1) * sum(spent) / len(spent) / 60)
     found = results(question, arms, runs, failures, flops)
-    if only is None:
+    if not only:
         _write(workdir, found)
     return found
 
@@ -279,11 +284,24 @@ def results(question: Question, arms: list[Arm], runs: list[Run], failures: dict
 
 
 def jobs(how: str, question: Question, workdir: str, runs: list[Run], flags) -> list[str]:
-    """Shell lines that run everything as a Slurm array, or as one JobSet per run; `flags` of the
-    verb are handed on. Raises ConfigError for a budget that each job would measure for itself."""
+    """Shell lines that run everything as a Slurm array, as one JobSet per run, or here, side by
+    side, on a core each; `flags` of the verb are handed on. Raises ConfigError for a budget that
+    each job would measure for itself."""
     if question.unit == 'wall_s':
         raise ConfigError(f'--launch {how}: every job would measure for itself how many steps '
                           'wall_s buys, and arms would get unequal budgets; name another budget')
+    if how == 'local':
+        if not shutil.which('taskset'):
+            raise ConfigError('--launch local gives every core its runs by taskset (util-linux), '
+                              'which is not here; leave --launch out')
+        verb = shlex.join([sys.executable, '-m', 'jaxsd', 'ablate', '--sweep', question.path,
+                           '--workdir', workdir, *flags])
+        cores = sorted(os.sched_getaffinity(0))[:len(runs)]
+        shares = shlex.join(f'{core} ' + ','.join(map(str, range(i, len(runs), len(cores))))
+                            for i, core in enumerate(cores))
+        each = shlex.quote(f'exec taskset -c $0 {verb} --only $1')
+        # Who fails is tried again, and said to have failed, by the last line.
+        return [f"printf '%s\\n' {shares} | xargs -P {len(cores)} -L 1 sh -c {each} || true", verb]
     if how == 'slurm':
         verb = shlex.join(['launch/slurm.sbatch', 'ablate', '--sweep', question.path, '--workdir',
                            workdir, *flags])
