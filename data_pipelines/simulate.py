@@ -261,7 +261,8 @@ def main(argv=None) -> int:
     parser.add_argument('--hours', type=float, required=True, help='of simulated dialogues')
     parser.add_argument('--fto', type=float, nargs=2, default=usual.fto_s, metavar=('MEAN', 'SD'),
                         help="seconds from the other's end to a turn's begin, a normal "
-                             'distribution (default: %(default)s)')
+                             'distribution; what comes out below 0 overlaps, which may break '
+                             'in, too (default: %(default)s)')
     for name, what in (('interruption', 'a turn is broken into'),
                        ('pause', 'it pauses and goes on'),
                        ('backchannel', 'the other murmurs in it')):

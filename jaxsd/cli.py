@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def sampled(p):
         p.add_argument('--temperature', type=float, default=None,
-                       help='0 is greedy (default: 0; duplex: 0.8)')
+                       help='0 is greedy (default: 0; duplex: 0.8, and 0.7 of the 25 '
+                            'likeliest for a row of text)')
         p.add_argument('--top-k', type=int, default=None,
                        help='of so many likeliest (default: all; duplex: 250)')
         p.add_argument('--top-p', type=float, default=None,

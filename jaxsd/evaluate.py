@@ -201,7 +201,9 @@ def measured(config, task: str) -> tuple[str, ...] | None:
     bound = bind(plain(config.evals[task]), 'jaxsd.evaluate', f'evals.{task}',
                  given=('split', 'limit'))
     if bound.func is not likelihood:
-        return MEASURED.get(bound.func, getattr(bound.func, 'metrics', None))
+        known = MEASURED.get(bound.func, getattr(bound.func, 'metrics', None))
+        alone = known and bound.func is replies and not bound.keywords.get('listener')
+        return tuple(m for m in known if 'spoken' not in m) if alone else known
     ranges = model.make_vocab(config).ranges
     kinds = [f'loss/{term}' for term in config.objective.terms] + [
         f'{kind}/{name}' for kind in ('nats', 'accuracy') for name in ranges]

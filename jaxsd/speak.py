@@ -161,6 +161,13 @@ def sampler_of(usual_temperature: float, usual_top_k: int, usual_top_p: float, t
     return generate.Sampler(temperature, top_k, top_p)
 
 
+def conversing(sampler: generate.Sampler) -> dict[str, generate.Sampler]:
+    """Samplers of the rows of two speakers; what is written beside the voice is drawn as Moshi
+    draws it (kyutai-labs/moshi, LMGen), unless the voice is greedy."""
+    text = generate.Sampler(0.7, 25) if sampler.temperature else sampler
+    return dict(mine=sampler, tokens=sampler, text=text)
+
+
 def _spelled(config, said: str) -> str:
     """`said`, if every word of it can be written in the config's pieces."""
     path = model.make_vocab(config).tokenizer
@@ -421,7 +428,7 @@ def _duplex(lm, codec, wavs, sampler, seed, records=None):
     out = []
     for codes, said in zip(heard, dialogue.talk(
             lm, heard, layout, batch=len(heard), key=jax.random.key(seed),
-            samplers=dict(mine=sampler, tokens=sampler)), strict=True):
+            samplers=conversing(sampler)), strict=True):
         n = said.codes.shape[1]
         if not n:
             raise ValueError('--input is too short to answer')
@@ -455,7 +462,7 @@ def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
     both channels, mine first, on the model's clock, and beside it the words with their times."""
     import soundfile
     rate, hz = codec.identity['sample_rate_hz'], codec.identity['frame_hz']
-    room = live.room(lm, slots=1, samplers=dict(mine=sampler, tokens=sampler), seed=seed)
+    room = live.room(lm, slots=1, samplers=conversing(sampler), seed=seed)
     frame, late = round(rate / hz), room.late
     if wav is not None and wav.shape[1] <= late * frame:
         raise ValueError(f'--input is too short to answer: it needs {late + 1} frames of '

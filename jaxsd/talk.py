@@ -226,8 +226,8 @@ def run(config, workdir: str, *, stage_name, host: str, port: int, slots: int, t
     codec = bind(config.codec, 'jaxsd.codec', 'codec')()
     lm = trained.load(config, workdir, stage_name)
     try:
-        server = Server(lm, codec, (host, port), slots=slots,
-                        samplers=dict(mine=sampler, tokens=sampler), seed=seed)
+        server = Server(lm, codec, (host, port), slots=slots, samplers=speak.conversing(sampler),
+                        seed=seed)
     except OSError as e:
         flag = f'--port {port} on {host}' if e.errno in (errno.EADDRINUSE, errno.EACCES) else (
             f'--host {host}')

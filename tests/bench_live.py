@@ -72,12 +72,11 @@ def main() -> None:
     p.add_argument('--every', type=float, default=5, help='minutes of conversation in a row')
     args = p.parse_args()
     sys.path.insert(0, str(ROOT))
-    from jaxsd import config, generate, live, run, trained
+    from jaxsd import config, generate, live, run, speak, trained
     c = config.stored(run.read_run(args.workdir), os.path.join(args.workdir, 'config.json'))
     codec = config.bind(c.codec, 'jaxsd.codec', 'codec')()
     lm = trained.load(c, args.workdir)
-    sampler = generate.Sampler(0.8, 250)
-    room = live.room(lm, slots=1, samplers=dict(mine=sampler, tokens=sampler))
+    room = live.room(lm, slots=1, samplers=speak.conversing(generate.Sampler(0.8, 250)))
     what = 'frame' if room.chunk == 1 else 'chunk'
     number = itertools.count(1)
 

@@ -672,3 +672,12 @@ def test_what_a_demo_is_judged_by_can_be_read(corpus, name):
         c.evals.likelihood.sources = ('nowhere',)
         with pytest.raises(ConfigError, match='evals.likelihood: .*nowhere'):
             evaluate.check(c, 'likelihood', vocab)
+
+
+def test_without_a_listener_nothing_is_heard():
+    c = read('mini_omni', 'demo')
+    task = next(t for t, o in c.evals.items() if o.name == 'replies')
+    for listener in ('asr', None):
+        c.evals[task].listener = listener
+        assert ('spoken WER %' in evaluate.measured(c, task)) == bool(listener)
+        assert 'UER %/floor' in evaluate.measured(c, task)
