@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import time
+import types
 import zlib
 from collections.abc import Iterable, Mapping
 
@@ -222,6 +223,28 @@ def _features_in_order():
         ExampleSerializer.serialize_example = before
 
 
+@contextlib.contextmanager
+def _spilling_without_tensorflow():
+    """TFDS sorts up to 1 GB of a split in memory and the rest through a thousand files, which it
+    opens by TensorFlow's functions; Python's own do the same.
+    """
+    import resource
+
+    from tensorflow_datasets.core import shuffle
+    files = types.SimpleNamespace(GFile=open, exists=os.path.exists, remove=os.remove)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = shuffle.tf
+    shuffle.tf = types.SimpleNamespace(
+        io=types.SimpleNamespace(gfile=files),
+        errors=types.SimpleNamespace(ResourceExhaustedError=()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        shuffle.tf = before
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 # ------------------------------------------------------------------------------- the directory
 
 def begin(out: str, arguments: dict) -> str:
@@ -341,7 +364,8 @@ def write(out: str, splits: Mapping[str, Iterable[Record]], *, units: dict | Non
     builder.splits = kept
     # TFDS announces itself on stdout, which belongs to the pipeline that calls.
     try:
-        with contextlib.redirect_stdout(io.StringIO()), _features_in_order():
+        with (contextlib.redirect_stdout(io.StringIO()), _features_in_order(),
+              _spilling_without_tensorflow()):
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(
                 compute_stats=tfds.download.ComputeStatsMode.SKIP, try_download_gcs=False))
     except concurrent.futures.BrokenExecutor:       # a RuntimeError too, of the caller's own

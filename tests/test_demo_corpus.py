@@ -5,6 +5,7 @@ import collections
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -449,6 +450,20 @@ def test_records_come_back_as_they_were(tmp_path):
         found, true = decode(row), made[row['id'].decode()]
         np.testing.assert_equal(found.__dict__, true.__dict__)
         assert row['crc32'] == records.crc32(true)
+
+
+def test_what_memory_does_not_hold_is_sorted_through_files(tmp_path, monkeypatch):
+    """A split of over a gigabyte, here of over a byte: the same shards, and no other limit of open files."""
+    from tensorflow_datasets.core import shuffle
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shards = []
+    for name in ('memory', 'files'):
+        write(tmp_path / name, {'train': some_records()})
+        shards.append([(p.name, p.read_bytes())
+                       for p in sorted((tmp_path / name / 'speech').glob('*.array_record*'))])
+        monkeypatch.setattr(shuffle, 'MAX_MEM_BUFFER_SIZE', 1)
+    assert shards[0] == shards[1] and shards[0]
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 
 
 @pytest.mark.parametrize('change, what', [
