@@ -453,7 +453,8 @@ def test_records_come_back_as_they_were(tmp_path):
 
 
 def test_what_memory_does_not_hold_is_sorted_through_files(tmp_path, monkeypatch):
-    """A split of over a gigabyte, here of over a byte: the same shards, and no other limit of open files."""
+    """A split of over a gigabyte, here of over a byte: the same shards; the limit of open files is
+    what it was."""
     from tensorflow_datasets.core import shuffle
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     shards = []
