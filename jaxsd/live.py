@@ -187,13 +187,17 @@ class Talk:
         found = trained.words_at(self._vocab, self._text, np.array([token]))
         piece = int(token) - self._vocab.ranges['text'][0]
         if self._word and (not found or self._text.piece(piece).startswith('\u2581')):
-            done = [(self._began / self.hz, self._text.decode(self._word))]
-            self._word = []
+            done = self.last()
         if found:
             if not self._word:
                 self._began = now
             self._word.append(piece)
         return done
+
+    def last(self) -> list[tuple[float, str]]:
+        """The word that is being written: complete when nothing comes any more."""
+        word, self._word = self._word, []
+        return [(self._began / self.hz, self._text.decode(word))] if word else []
 
 
 def stream(lm: trained.LM, codec: Codec, one: _Columns | _Chunks, pieces,
@@ -214,6 +218,8 @@ def stream(lm: trained.LM, codec: Codec, one: _Columns | _Chunks, pieces,
             if heard <= one.answers:
                 first_s = time.perf_counter() - start
         work_s += time.perf_counter() - start
+    if words := talk.last():
+        say(np.zeros(0, np.float32), words)
     first_ms = 1000 * (one.answers * frame_s + REACH_S + FADE_S + SHIFT_S + first_s)
     return dict(first_audio_ms=first_ms if heard >= one.answers else float('nan'), frames=heard,
                 real_time_factor=work_s / max(heard * frame_s, 1e-9))

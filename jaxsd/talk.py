@@ -178,7 +178,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
                     self._line(dict(pcm=base64.b64encode(part.tobytes()).decode(),
                                     mine=int(said[0][0, i]), theirs=int(codes[0, i]),
                                     words=words if i == 0 else []))
-        return dict(done=True, first_audio_compute_ms=round(first_ms or 0.0, 1),
+        return dict(done=True, words=talk.last(), first_audio_compute_ms=round(first_ms or 0.0, 1),
                     real_time_factor=round((time.perf_counter() - start) * talk.hz
                                            / max(heard, 1), 3))
 

@@ -74,7 +74,7 @@ def answered(where, path):
         first, *rest = map(json.loads, response.read().splitlines())
     frames = [x for x in rest if 'pcm' in x]
     pcm = b''.join(base64.b64decode(x['pcm']) for x in frames)
-    return first, np.frombuffer(pcm, '<i2') / 32768, [w for x in frames for w in x['words']]
+    return first, np.frombuffer(pcm, '<i2') / 32768, [w for x in rest for w in x['words']]
 
 
 def level(samples, rate_hz, hz):
