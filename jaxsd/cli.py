@@ -10,6 +10,7 @@ import ctypes
 import dis
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -377,21 +378,47 @@ def _plan(args, config):
         raise ConfigError('not everything fits; --search tries other meshes and batches')
 
 
-def _ablate(args, overrides):
+def _launched(how: str, lines: list[str]) -> None:
+    """Runs shell lines; who is asked to stop asks all that they began, and waits for them."""
+    import signal
     import subprocess
+    bash = subprocess.Popen(['bash', '-euc', '\n'.join(["trap 'wait; exit 0' TERM", *lines])],
+                            start_new_session=True)
+    before = {n: signal.signal(n, lambda *_: os.killpg(bash.pid, signal.SIGTERM))
+              for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = bash.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if status:
+        if how == 'local':          # the last line has said why
+            raise SystemExit(status)
+        raise ConfigError(f'--launch {how}: a line of it failed with status {status}')
 
+
+def _ablate(args, overrides):
     from jaxsd import ablate, report
-    asked = os.environ.get(args.only, args.only) if args.only else None
-    only = asked.split(',') if asked else []
-    if not all(n.isdecimal() for n in only):
-        raise ConfigError(f'--only {asked}: write the number of a run, or several as in 0,3, or '
-                          'the name of an environment variable that holds one')
+    only = []
+    if args.only is not None:
+        asked = os.environ.get(args.only, args.only)
+        if not re.fullmatch(r'\d{1,6}(,\d{1,6})*', asked):
+            raise ConfigError(f'--only {asked[:80]!r}: write the number of a run, or several as in '
+                              '0,3, or the name of an environment variable that holds one')
+        if args.launch or args.doc:
+            raise ConfigError(f'--only does not go with {"--launch" if args.launch else "--doc"}, '
+                              'which is of all runs')
+        only = [int(n) for n in asked.split(',')]
     question = ablate.read(args.sweep, args.budget)
     _devices()
     arms = ablate.arms_of(question, args.workdir, overrides)
     if not only:
         print(ablate.described(question, arms))
     runs = ablate.runs_of(question, arms, args.workdir)
+    if beyond := [i for i in only if i >= len(runs)]:
+        raise ConfigError(f'--only {beyond[0]}: there are runs 0..{len(runs) - 1}')
+    if args.doc and not os.path.isdir(os.path.dirname(os.path.abspath(args.doc))):
+        raise ConfigError(f'--doc {args.doc}: there is no such directory')
     if args.launch:
         if args.doc and args.launch != 'local':
             raise ConfigError('--doc: with --launch there is no answer yet; give it to the same '
@@ -402,12 +429,12 @@ def _ablate(args, overrides):
         lines[-1] += f' --doc {shlex.quote(args.doc)}' if args.doc else ''
         print('\n'.join(lines))
         if not args.dry_run:
-            subprocess.run(['bash', '-euc', '\n'.join(lines)], check=True)
+            _launched(args.launch, lines)
         return
     if args.dry_run:
         print('\n'.join(f'run {i}: {r.folder}' for i, r in enumerate(runs)))
         return
-    found = ablate.run(question, arms, args.workdir, only=[int(n) for n in only])
+    found = ablate.run(question, arms, args.workdir, only=only)
     if not only:
         print(ablate.table(found))
         print(report.write([args.workdir], os.path.join(args.workdir, 'report.html')))

@@ -185,11 +185,27 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
     """
     began_s = time.time() if began_s is None else began_s
     processes.stopped_status()          # a wrong one is told now and not when it is needed
+    which, probes = ready(config, workdir, stage_name=stage_name, probe_of=probe_of)
+    mesh, v = mesh_of(config), model.make_vocab(config)
+    rundir.open_run(workdir, config, made=made)
+    loss = None
+    with rundir.held(workdir), _asked_to_stop() as stop:
+        for stage, probe in zip(which, probes, strict=True):
+            done = _run_stage(config, stage, workdir, mesh, v, probe, profile_steps, stop, began_s)
+            if done is not None:
+                loss, began_s = done, time.time()
+    return loss
+
+
+def ready(config, workdir: str, *, stage_name: str | None = None, probe_of=None
+          ) -> tuple[list[Stage], list]:
+    """The stages that `run` would train, and their probes. Raises ConfigError or CheckpointError
+    for whatever can be wrong with them on the devices here, before a directory is made."""
     which = [stages.find(config, stage_name)] if stage_name else stages.stages(config)
     mesh = mesh_of(config)
     v = model.make_vocab(config)
     probes = []
-    for i, stage in enumerate(which):   # whatever can be wrong, before a directory is made
+    for i, stage in enumerate(which):
         data.check(config, dataclasses.asdict(stage), v)
         target = abstract_state(config, stage, mesh)[1]
         check_batch(config, stage, mesh)
@@ -199,14 +215,7 @@ def run(config, workdir: str, *, stage_name: str | None = None, probe_of=None, p
             there = checkpoint.fits(folder, begin.held(folder, stage, target))
             data.same_codec(there['data'], config)
         probes.append(probe_of(stage) if probe_of else None)
-    rundir.open_run(workdir, config, made=made)
-    loss = None
-    with rundir.held(workdir), _asked_to_stop() as stop:
-        for stage, probe in zip(which, probes, strict=True):
-            done = _run_stage(config, stage, workdir, mesh, v, probe, profile_steps, stop, began_s)
-            if done is not None:
-                loss, began_s = done, time.time()
-    return loss
+    return which, probes
 
 
 def check_batch(config, stage: Stage, mesh) -> None:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,7 +115,11 @@ def test_the_directory_of_an_ablation_is_its_own(straight, corpus, asked, tmp_pa
         ('one', '--config.stages[0].lr=1e-5'), ('other',))), work)
     assert 'stages[0].steps' in refused(asked(), work, '--budget', '4096')
     assert '--only 2: there are runs 0..1' in refused(asked(), work, '--only', '2')
-    assert 'write the number of a run' in refused(asked(), work, '--only', 'NO_SUCH_VARIABLE')
+    for wrong in ('NO_SUCH_VARIABLE', '', '1,', '9' * 5000):
+        assert 'write the number of a run' in refused(asked(), work, '--only', wrong)
+    for flag in ('--launch=local', '--doc=x.md'):
+        assert '--only does not go with' in refused(asked(), work, '--only', '0', flag, '--dry-run')
+    assert 'no such directory' in refused(asked(), work, '--doc', 'nowhere/x.md', '--dry-run')
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'mine.txt').write_text('')
     assert 'is not empty and no ablation' in refused(asked(), tmp_path / 'full')
@@ -131,6 +136,13 @@ def test_one_run_of_a_sweep_is_the_same_run(straight, tmp_path, capsys):
     assert cli.main(argv) == 0
     assert answer(work) == answer(straight[0])
     assert (work / 'other' / '5' / 'ledger.jsonl').stat().st_mtime == stamp
+
+
+def test_a_warm_up_may_be_longer_than_the_steps_of_the_base(asked, corpus):
+    question = ablate.read(asked(arms=(('one', '--config.stages[0].warmup_steps=5'),),
+                                 metrics=ASKED['metrics'][:1]))
+    arm, = ablate.arms_of(question, overrides=[*pairs(corpus)])
+    assert arm.steps == (6,) and arm.differences == {'stages[0].warmup_steps': (0, 5)}
 
 
 @pytest.mark.slow
@@ -162,27 +174,34 @@ def pretended(question, arms, work, values):
 
 
 def test_measurements_become_the_verdict(asked, corpus, tmp_path):
-    """Lower is better; seeds differ by more than arms; one seed of an arm is missing."""
+    """Lower is better; seeds differ by more than arms. Where one seed of an arm is missing or gave
+    no number, nothing is decided."""
     question = ablate.read(asked(
         arms=(('a',), ('b',), ('c',)), seeds=(0, 1, 2, 3), expected=('a > b', 'c > a'),
         source='nobody', metrics=ASKED['metrics'][:1]))
     arms = ablate.arms_of(question, '', pairs(corpus))
-    found = pretended(question, arms, tmp_path / 'w', dict(
-        a={0: 2.0, 1: 3.0, 2: 7.0, 3: 1.0}, b={0: 2.5, 1: 3.45, 2: 7.55},
-        c={0: 2.2, 1: 3.2, 2: 7.2, 3: 1.2}))
-    first, second = found['comparisons']
-    assert (first['better'], first['worse'], first['seeds']) == ('a', 'b', 3)
-    assert first['difference'] == pytest.approx(-.5) and first['low'] < -.5 < first['high'] < -.3
-    assert first['verdict'] == 'confirmed'          # a is better: its loss is lower
-    assert second['difference'] == pytest.approx(.2) and second['seeds'] == 4
+    values = dict(a={0: 2.0, 1: 3.0, 2: 7.0, 3: 1.0}, b={0: 2.5, 1: 3.45, 2: 7.55},
+                  c={0: 2.2, 1: 3.2, 2: 7.2, 3: 1.21})
+    for last, state in ((None, 'left'), (float('nan'), 'failed: likelihood aligned/loss/tokens is '
+                                                       'nan'), (1.49, 'done')):
+        b = values['b'] if last is None else values['b'] | {3: last}
+        found = pretended(question, arms, tmp_path / f'w{last}', values | dict(b=b))
+        first, second = found['comparisons']
+        assert found['arms'][1]['runs'][3]['state'] == state
+        assert (first['better'], first['worse']) == ('a', 'b')
+        assert first['low'] < first['difference'] < first['high'] < -.3
+        # a is better: its loss is lower
+        assert (first['seeds'], first['verdict']) == (
+            (4, 'confirmed') if last == 1.49 else (3, 'not decided'))
+    assert second['difference'] == pytest.approx(.2025) and second['seeds'] == 4
     assert second['verdict'] == found['verdict'] == 'contradicted'
     estimates = {a['name']: a['estimates']['likelihood aligned/loss/tokens']
                  for a in found['arms']}
-    assert estimates['b']['by_seed'] == [2.5, 3.45, 7.55] and estimates['b']['mean'] == 4.5
+    assert estimates['b']['by_seed'] == [2.5, 3.45, 7.55, 1.49]
     best = {x['arm']: x for x in found['against_best']}
     assert best.keys() == {'b', 'c'} and {x['best'] for x in best.values()} == {'a'}
-    assert best['b']['mean'] == pytest.approx(.5) and best['c']['mean'] == pytest.approx(.2)
-    assert best['c']['low'] == pytest.approx(.2) == pytest.approx(best['c']['high'])
+    assert best['b']['mean'] == pytest.approx(.4975) and best['c']['mean'] == pytest.approx(.2025)
+    assert best['c']['low'] == pytest.approx(.1945, abs=1e-3)
     page = tmp_path / 'page.md'
     page.write_text('# Ours\n\nAn interval of 95 % is what it was.\n\n## Another?\n\nYes.\n')
     ablate.document(found, str(page), 'again')
@@ -321,6 +340,13 @@ def test_arms_that_differ_in_layout_read_the_same_records_in_the_same_order(aske
      "arm one: evals.asr: data.sources has no option 'nope'"),
     (dict(arms=(('one', "--config.evals.likelihood.sources=('nope',)"),)),
      "task likelihood has no option 'aligned/loss/tokens'"),
+    (dict(arms=(('results', (('json',),)),)), 'no arm can be called'),
+    (dict(arms=(('results.json',),)), 'must have a plain name'),
+    (dict(arms=(('x' * 101,),)), 'of up to 100 letters'), (dict(arms=(('one', ''),)), 'an arm is'),
+    (dict(arms=(('one', '--config.vocab.tokenizer=/nope'),)), 'arm one: '),
+    (dict(arms=(('one', '--config.mesh.fsdp=3'),)), 'arm one: mesh'),
+    (dict(arms=(('one', '--config.stages[0].start=nope'),)), 'arm one: '),
+    (dict(arms=(('one', '--config.evals.likelihood.batch=0'),)), 'arm one: evals.likelihood'),
     (dict(source=''), 'expected needs a source'), (dict(items=0), 'items is a whole number')])
 def test_a_bad_question_ends_in_one_line_before_anything_runs(asked, corpus, tmp_path, capsys,
                                                               changes, says):
@@ -384,7 +410,7 @@ def test_what_is_shipped_resolves_by_any_budget(path, demo):
 
 # Jobs.
 
-def test_jobs_are_those_of_the_launchers(asked, corpus, tmp_path, capsys):
+def test_jobs_are_those_of_the_launchers(asked, corpus, tmp_path, capsys, monkeypatch):
     path, work = asked(), tmp_path / 'work'
     common = ['ablate', '--sweep', path, '--workdir', str(work), *on(corpus)]
     assert cli.main([*common, '--launch', 'slurm', '--dry-run', '--budget', '4096']) == 0
@@ -394,11 +420,9 @@ def test_jobs_are_those_of_the_launchers(asked, corpus, tmp_path, capsys):
     assert cli.main([*common, '--launch', 'local', '--dry-run', '--budget', '4096']) == 0
     here, last = capsys.readouterr().out.splitlines()[-2:]
     cores = sorted(os.sched_getaffinity(0))[:2]
-    shares = [f'{c} {runs}' for c, runs in zip(cores, ('0', '1') if cores[1:] else ('0,1',),
-                                               strict=True)]
-    words = shlex.split(here)
-    assert words[2:2 + len(cores)] == shares and words[-3] == (
-        f'exec taskset -c $0 {last} --only $1') and shlex.split(last)[1:3] == ['-m', 'jaxsd']
+    assert here == ''.join(f'taskset -c {c} {last} --only {share} & ' for c, share in zip(
+        cores, ('0', '1') if cores[1:] else ('0,1',), strict=True)) + 'wait'
+    assert shlex.split(last)[1:3] == ['-m', 'jaxsd']
     (tmp_path / 'a|b&c\\d "e"').symlink_to(corpus)
     odd = f'--config.data.path={tmp_path}' + '/a|b&c\\d "e"'
     assert cli.main([*common, odd, '--launch', 'gke', '--dry-run']) == 0
@@ -420,6 +444,9 @@ def test_jobs_are_those_of_the_launchers(asked, corpus, tmp_path, capsys):
         ablate.Run(types.SimpleNamespace(name=n), 0, '') for n in ('a_b', 'a-b', 'c' * 80)], [])
     names = [re.search('NAME=([a-z0-9-]+) ', line)[1] for line in lines[:-1]]
     assert len(set(names)) == 3 and max(map(len, names)) < 50
+    monkeypatch.setenv('PATH', os.path.dirname(shutil.which('bash')))
+    assert cli.main([*common[:2], asked(), *common[3:], '--launch', 'slurm']) == 1
+    assert '--launch slurm: a line of it failed with status 127' in capsys.readouterr().err
     timed = asked(budget=dict(wall_s=5.0))
     with pytest.raises(ConfigError, match='every job would measure for itself'):
         ablate.jobs('slurm', ablate.read(timed), 'w', [], [])
@@ -486,6 +513,13 @@ def test_a_difference_is_better_minus_worse_of_the_same_seeds():
     _, low, high = verdict.difference(a, turned)
     assert high - low > 1
     assert verdict.difference(a[:1], [(1.0, None)]) == (a[0][0] - 1, None, None)
+    # Other items, or of one seed others, and ties of seeds without items.
+    fewer = [(x.mean(), evaluate.shares(x)) for x in worse[:, :-1]]
+    for other in (fewer, [*b[:2], fewer[2]], [*b[:2], (b[2][0], None)]):
+        mean, low, high = verdict.difference(a, other)
+        assert abs(mean - 2) < 3 and low is None is high
+    assert verdict.difference([(61., None)] * 2, [(60., None)] * 2) == (1.0, None, None)
+    assert verdict.difference([(61., None), (62., None)], [(60., None)] * 2)[1] is not None
 
 
 def test_a_share_of_items_stays_between_0_and_100():

@@ -43,7 +43,7 @@ from jaxsd import data, evaluate, model, train, verdict
 from jaxsd import run as rundir
 from jaxsd import stage as stages
 from jaxsd.ablate.answer import document, table
-from jaxsd.ablate.arms import RESULTS, Arm, arms_of, described, per_step
+from jaxsd.ablate.arms import RESULTS, Arm, arms_of, described, per_step, read_results
 from jaxsd.ablate.question import Question, amounts, read
 from jaxsd.config import ConfigError, fingerprint, plain
 from jaxsd.layout import show
@@ -96,7 +96,7 @@ def _begin(question: Question, workdir: str, runs: list[Run]) -> bool:
             raise ConfigError(f'--workdir {workdir} holds the ablation {asked}; name another '
                               'directory')
     elif os.path.exists(workdir) and (not os.path.isdir(workdir) or [
-            n for n in os.listdir(workdir) if not n.startswith(f'.{RESULTS}.')]):
+            n for n in os.listdir(workdir) if n != RESULTS and not n.startswith(f'.{RESULTS}.')]):
         raise ConfigError(f'--workdir {workdir} is not empty and no ablation (no {RESULTS}); name '
                           'another directory')
     for run in runs:
@@ -138,17 +138,22 @@ def run(question: Question, arms: list[Arm], workdir: str, *, only: Sequence[int
     if jax.process_count() > 1:
         raise ConfigError('ablate runs its arms in one process; --launch gives each a job')
     runs = runs_of(question, arms, workdir)
-    if beyond := [i for i in only if not 0 <= i < len(runs)]:
-        raise ConfigError(f'--only {beyond[0]}: there are runs 0..{len(runs) - 1}')
     failures: dict[str, str] = {}
-    if not _begin(question, workdir, runs):
+    exists = _begin(question, workdir, runs)
+    asked = [runs[i] for i in only] or runs
+    left = [r for r in asked if _measured(question, r) is None]
+    for one in {r.arm.name: r for r in left}.values():      # what a device here cannot do
+        config = one.arm.seeded(one.seed)[0]
+        try:
+            train.ready(config, one.folder, probe_of=lambda s, c=config: evaluate.probe(c, s))
+        except (ValueError, OSError) as e:
+            raise ConfigError(f'arm {one.arm.name}: {e}') from None
+    if not exists:
         os.makedirs(workdir, exist_ok=True)
         _write(workdir, results(question, arms, runs, failures, {}))
     flops = {a.name: a.per_step if question.unit == 'flops' else [
         per_step(a.config, s, 'flops') for s in stages.stages(a.config)]
              for a in arms} if not only else {}
-    asked = [runs[i] for i in only] or runs
-    left = [r for r in asked if _measured(question, r) is None]
     if len(left) < len(asked):
         log.info('%d of %d runs are done', len(asked) - len(left), len(asked))
     spent = []
@@ -180,19 +185,6 @@ def _write(workdir: str, found: dict) -> None:
     rundir.write_atomic(os.path.join(workdir, RESULTS), json.dumps(found, indent=1) + '\n')
 
 
-def read_results(workdir: str) -> dict:
-    """WORKDIR/results.json. Raises ConfigError where there is none."""
-    path = os.path.join(workdir, RESULTS)
-    try:
-        with open(path, encoding='utf-8') as f:
-            found = json.load(f)
-        if not isinstance(found, dict) or 'arms' not in found or 'name' not in found:
-            raise ValueError('it holds no ablation')
-        return found
-    except (OSError, ValueError) as e:
-        raise ConfigError(f'{path} cannot be read: {e}') from None
-
-
 def results(question: Question, arms: list[Arm], runs: list[Run], failures: dict, flops: dict
             ) -> dict:
     """Everything that the table and the report say, from what lies in the run directories."""
@@ -209,9 +201,12 @@ def results(question: Question, arms: list[Arm], runs: list[Run], failures: dict
             last = {e['stage']: e['consumed'] for e in ledger if 'consumed' in e}
             state['consumed'] = {k: sum(c[k] for by in last.values() for c in by.values())
                                  for k in ('tokens', 'audio_s')}
-            for task, metric, _ in question.metrics:
+            for task, metric, better in question.metrics:
                 value = kept[task]['metrics'].get(metric)
-                if value is not None and math.isfinite(value):
+                if value is None or not math.isfinite(value):
+                    if better != 'shown':
+                        state['state'] = f'failed: {task} {metric} is {value}'
+                else:
                     measured.setdefault((one.arm.name, f'{task} {metric}'), {})[one.seed] = (
                         value, kept[task]['per_item'].get(metric))
         told[one.arm.name].append(state)
@@ -248,7 +243,8 @@ def results(question: Question, arms: list[Arm], runs: list[Run], failures: dict
             comparisons.append(dict(
                 better=better, worse=worse, metric=f'{task} {metric}', seeds=len(a),
                 difference=mean, low=low, high=high,
-                verdict=verdict.of_difference(low, high, seeds=len(a), better=direction)))
+                verdict=verdict.of_difference(low, high, better=direction, seeds=(
+                    len(a) if len(a) == len(question.seeds) else 0))))
     against_best = []
     for task, metric, direction in (m for m in question.metrics if m[2] != 'shown'):
         label = f'{task} {metric}'
@@ -296,12 +292,14 @@ def jobs(how: str, question: Question, workdir: str, runs: list[Run], flags) -> 
                               'which is not here; leave --launch out')
         verb = shlex.join([sys.executable, '-m', 'jaxsd', 'ablate', '--sweep', question.path,
                            '--workdir', workdir, *flags])
+        if jax.default_backend() != 'cpu':
+            raise ConfigError('--launch local shares out cores, and this machine trains on '
+                              f'{jax.default_backend()}; leave --launch out')
         cores = sorted(os.sched_getaffinity(0))[:len(runs)]
-        shares = shlex.join(f'{core} ' + ','.join(map(str, range(i, len(runs), len(cores))))
-                            for i, core in enumerate(cores))
-        each = shlex.quote(f'exec taskset -c $0 {verb} --only $1')
+        shares = [','.join(map(str, range(i, len(runs), len(cores)))) for i in range(len(cores))]
         # Who fails is tried again, and said to have failed, by the last line.
-        return [f"printf '%s\\n' {shares} | xargs -P {len(cores)} -L 1 sh -c {each} || true", verb]
+        return [' & '.join(f'taskset -c {core} {verb} --only {share}'
+                           for core, share in zip(cores, shares, strict=True)) + ' & wait', verb]
     if how == 'slurm':
         verb = shlex.join(['launch/slurm.sbatch', 'ablate', '--sweep', question.path, '--workdir',
                            workdir, *flags])

@@ -16,7 +16,9 @@ def _law_said(found: dict) -> str:
                 'more).')
     by = found['exponents']
     return (f'Best size: parameters grow as computation to the power {by["parameters"]:.2f}, '
-            f'positions as {by["positions"]:.2f}, by {len(found["optima"])} budgets.')
+            f'positions as {by["positions"]:.2f}, by {len(found["optima"])} budgets'
+            + (', a line through two points: how sure it is cannot be said.'
+               if len(found['optima']) == 2 else '.'))
 
 
 def _with_interval(x: dict) -> str:

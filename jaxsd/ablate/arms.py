@@ -103,15 +103,27 @@ def whole_steps(budget: float, steps, costs) -> tuple[int, ...]:
     return out
 
 
+def read_results(workdir: str) -> dict:
+    """WORKDIR/results.json. Raises ConfigError where there is none."""
+    path = os.path.join(workdir, RESULTS)
+    try:
+        with open(path, encoding='utf-8') as f:
+            found = json.load(f)
+        if not isinstance(found, dict) or 'name' not in found or not all(
+                {'name', 'budget', 'stages'} <= set(a) for a in found['arms']):
+            raise ValueError('it holds no ablation')
+        return found
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise ConfigError(f'{path} cannot be read: {e}') from None
+
+
 def _measured_before(workdir: str, name: str, budget: float) -> tuple[tuple, tuple] | None:
     """(steps, what one costs) of an arm as results.json has them: a budget of time is measured
     once, so that who goes on spends what the first start decided. Raises ConfigError for another
     budget."""
-    path = os.path.join(workdir, RESULTS)
-    if not os.path.exists(path):
+    if not os.path.exists(os.path.join(workdir, RESULTS)):
         return None
-    with open(path, encoding='utf-8') as f:
-        arm = next((a for a in json.load(f)['arms'] if a['name'] == name), None)
+    arm = next((a for a in read_results(workdir)['arms'] if a['name'] == name), None)
     if arm is None:
         return None
     if arm['budget'] != budget:
@@ -145,6 +157,9 @@ def arms_of(question: Question, workdir: str = '', overrides=()) -> list[Arm]:
             for task in dict.fromkeys(task for task, _, _ in question.metrics):
                 evaluate.check(config, task, v)
             _buildable(config)
+            shares = [s.get('steps') for s in config.stages]
+            differences = rundir.differing(base, config)
+            config.stages = tuple(map(_long_enough, config.stages))
             every = stages.stages(config)
             for stage in every:
                 data.check(config, dataclasses.asdict(stage), v)
@@ -154,16 +169,23 @@ def arms_of(question: Question, workdir: str = '', overrides=()) -> list[Arm]:
                 steps, costs = before
             else:
                 costs = tuple(per_step(config, s, question.unit) for s in every)
-                steps = whole_steps(budget, [s.steps for s in every], costs)
+                steps = whole_steps(budget, shares, costs)
             arm = Arm(name=name, budget=budget, spec=spec, overrides=tuple(own), config=config,
-                      steps=steps, per_step=costs, differences=rundir.differing(base, config),
+                      steps=steps, per_step=costs, differences=differences,
                       same_order=_reads(base) == _reads(config))
             stages.stages(arm.seeded(question.seeds[0])[0])
-        except ConfigError as e:
+        except (ValueError, OSError) as e:
             raise ConfigError(f'{question.path}: arm {name}: '
                               + str(e).removeprefix(f'arm {name}: ')) from None
         out.append(arm)
     return out
+
+
+def _long_enough(stage: dict) -> dict:
+    """A stage for whose warm-up the budget may have steps, whatever the base's are."""
+    steps, warm = stage.get('steps'), stage.get('warmup_steps', 0)
+    short = isinstance(steps, int) and isinstance(warm, int) and steps <= warm
+    return dict(stage, steps=warm + 1) if short else stage
 
 
 def _buildable(config) -> None:
@@ -199,7 +221,8 @@ def described(question: Question, arms: list[Arm]) -> str:
         out.append(f'arm {arm.name}: '
                    + ', '.join(f'{n} steps of {s}' for n, s in zip(arm.steps, names, strict=True))
                    + f', {about}{spent:,.6g} {question.unit}; '
-                   + ("the base's records, of every source in its order" if arm.same_order else
+                   + ("the base's records of every source in its order, as far as the budget goes"
+                      if arm.same_order else
                       'other records than the base, or in another order'))
         out += [f'  {k}: {_clip(a)} -> {_clip(b)}' for k, (a, b) in arm.differences.items()] or [
             '  as the base']

@@ -55,7 +55,7 @@ def _leaves(arms, path: str) -> list[tuple[str, tuple[str, ...]]]:
     out = []
     for arm in arms:
         if not (isinstance(arm, tuple | list) and arm and isinstance(arm[0], str)
-                and all(isinstance(x, str | tuple | list) for x in arm)):
+                and all(x and isinstance(x, str | tuple | list) for x in arm)):
             raise ConfigError(f'{path}: an arm is (name, *changes), got {arm!r}')
         if not re.fullmatch(r'\w[\w-]*', arm[0]):
             raise ConfigError(f'{path}: arm {arm[0]!r} must have a plain name: it becomes a '
@@ -81,7 +81,10 @@ def read(path: str, budget: float | None = None) -> Question:
     if not isinstance(asked['question'], str) or not asked['question'].endswith('?'):
         raise ConfigError(f'{path}: question is a sentence that ends in a question mark, got '
                           f'{asked["question"]!r}')
-    arms = _leaves(asked['arms'], path)
+    try:
+        arms = _leaves(asked['arms'], path)
+    except RecursionError:
+        raise ConfigError(f'{path}: arms are within themselves') from None
     given = asked['budget']
     if not isinstance(given, dict) or len(given) != 1:
         raise ConfigError(f'{path}: budget names exactly one of {", ".join(UNITS)}, got {given!r}')
@@ -102,6 +105,9 @@ def read(path: str, budget: float | None = None) -> Question:
     if twice := sorted({n for n in names if folders.count(n.lower()) > 1}):
         raise ConfigError(f'{path}: two arms are called {twice[-1]}; every arm needs a name of its '
                           'own')
+    if odd := [n for n in names if len(n) > 100 or n in ('results.json', 'report.html')]:
+        raise ConfigError(f'{path}: no arm can be called {odd[0][:120]}: it becomes a directory '
+                          'beside results.json and report.html, of up to 100 letters')
     seeds = asked['seeds']
     if not isinstance(seeds, tuple | list) or not all(
             isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 1 << 32

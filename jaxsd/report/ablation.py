@@ -91,10 +91,10 @@ def answer(folder: pathlib.Path, found: dict) -> str:
     out.append(f'<div class="wide" style="margin-bottom:14px">{"".join(figures)}</div>')
     rows = [(_key(color) + esc(arm['name']),
              f'{sum(r.get("state") == "done" for r in arm["runs"])} of {len(arm["runs"])}',
-             esc(' + '.join(number(s.get('steps')) for s in arm['stages'])),
+             esc(' + '.join(number(s.get('steps')) for s in arm['stages'])), _heard(arm),
              *(_between(as_dict(arm['estimates'].get(label))) for label in labels))
             for arm, color in zip(arms, colors, strict=True)]
-    out.append(table_of(('arm', 'seeds', 'steps', *(esc(x) + b for x, b in zip(
+    out.append(table_of(('arm', 'seeds', 'steps', 'hours heard', *(esc(x) + b for x, b in zip(
         labels, better, strict=True))), rows, words=(0,)))
     if found['comparisons']:
         out.append('<h4>Against what was expected</h4>' + table_of(
@@ -114,6 +114,12 @@ def answer(folder: pathlib.Path, found: dict) -> str:
         ('limits', '<b>Limits.</b> '), ('rule', '<b>How it is decided.</b> ')) if found.get(key)]
     return (f'<article>{"".join(out)}{_law(found)}{_differences(found)}{_learned(folder, found)}'
             f'<p class="soft small">Below, each arm with its first seed.</p></article>')
+
+
+def _heard(arm: dict) -> str:
+    """Hours of sound that a run of the arm read, on average."""
+    heard = [s for r in arm['runs'] if finite(s := as_dict(r.get('consumed')).get('audio_s'))]
+    return number(sum(heard) / len(heard) / 3600) if heard else '–'
 
 
 def _differences(found: dict) -> str:
@@ -136,7 +142,8 @@ def _differences(found: dict) -> str:
     table = table_of(('option', 'base', *(esc(arm['name']) for arm in arms)), rows,
                    words=range(len(arms) + 2))
     orders = [arm['name'] for arm in arms if arm.get('same_order') is False]
-    told = ('All arms read the same records, of every source in the same order.' if not orders else
+    told = ('All arms read the records of every source in the same order, each as far as its '
+            'budget goes.' if not orders else
             f'{", ".join(orders)}: other records than the base, or in another order.')
     details = f'<details><summary>{len(keys)} options</summary>{table}{more}</details>'
     return f'{head}<p>{esc(told)}</p>' + (table if len(keys) <= 12 else details)
