@@ -52,7 +52,8 @@ class Manners(NamedTuple):
 
     fto_s: mean and standard deviation of the normal distribution of a turn's begin after the
     other's end, negative where they overlap (by no more than half of either). interruption: the
-    probability that a turn is broken into at 0.3 to 0.7 of it, and stops 0.25 to 0.6 s later.
+    probability that a turn is broken into at 0.3 to 0.7 of it, and stops 0.25 to 0.6 s later; who
+    broke in is heard out.
     pause: that it goes on with another utterance after 0.25 to 1 s. backchannel: that the other
     murmurs in it, if there is room.
     """
@@ -99,8 +100,8 @@ def plan(longs: Sequence[Sequence[int]], shorts: Sequence[Sequence[int]], *, cou
             free = max([0, *(p.end + least for p in out if p.channel == channel)])
             start = max(free, before.start + int(round(rng.uniform(0.3, 0.7) * long)))
             end = min(start + within(0.25, 0.6), before.end)
-            if (rng.random() < manners.interruption and end - start >= least
-                    and start + length > end):
+            if (rng.random() < manners.interruption and before.kind != 'interruption'
+                    and end - start >= least and start + length > end):
                 out[-1], kind, fto = before._replace(end=end), 'interruption', None
             else:
                 earliest = max(free, before.end - min(length, long) // 2)
