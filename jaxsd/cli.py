@@ -53,12 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=__version__)
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
 
-    def sampled(p):
+    def sampled(p, temperature='0; duplex: 0.8', top_k='all; duplex: 250'):
         p.add_argument('--temperature', type=float, default=None,
-                       help='0 is greedy (default: 0; duplex: 0.8, and 0.7 of the 25 '
-                            'likeliest for a row of text)')
+                       help=f'of voices, 0 is greedy (default: {temperature}); a row of text '
+                            'beside them is drawn at 0.7 from the 25 likeliest, or greedily')
         p.add_argument('--top-k', type=int, default=None,
-                       help='of so many likeliest (default: all; duplex: 250)')
+                       help=f'of so many likeliest (default: {top_k})')
         p.add_argument('--top-p', type=float, default=None,
                        help='of the likeliest of so much mass (default: 1, all)')
         p.add_argument('--seed', type=int, default=0)
@@ -104,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
                         'duplex: answer the other speaker')
     p.add_argument('--input', help='a wav file (duplex: the other speaker, or two channels, mine '
                                    'and theirs; - for raw 16-bit mono sound at the codec\'s rate '
-                                   'on standard input), or text in quotes (default: examples of '
-                                   '--split)')
+                                   'on standard input; with silence where an answer is to come), '
+                                   'or text in quotes (default: examples of --split)')
     p.add_argument('--output', required=True, metavar='OUT',
                    help='a wav or txt file; with examples, a directory for them')
     p.add_argument('--split', default='test', help='split of the dataset (default: test)')
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
                    help='address to listen at (default: this machine alone can reach it)')
     p.add_argument('--port', type=int, default=8765, help='0: any that is free (default: 8765)')
     p.add_argument('--slots', type=_positive, default=4, help='how many talk at once (default: 4)')
-    sampled(p)
+    sampled(p, '0.8', '250')
 
     p = verb('export', 'write a trained model in the format of another program')
     p.add_argument('--stage', help='the stage to export (default: the last)')

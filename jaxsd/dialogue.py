@@ -65,6 +65,11 @@ def own_layout(lm: trained.LM) -> dict:
     return layout_of(lm.config, source) if source else _with_defaults(plain(lm.config.layout))
 
 
+def writes(layout: dict, vocab) -> bool:
+    """Whether words are written beside what is said."""
+    return vocab.rows[0].name == 'text' or 'text' in layout.get('streams', ())
+
+
 def tokens_of(record: Record, channel: int, layout: dict) -> np.ndarray:
     """What the layout is told of a channel: codes [books, T], or units [1, T]."""
     if layout['name'] == 'duplex.columns':
@@ -153,9 +158,10 @@ def _synchronous(lm, speaker, heard, layout, key) -> list[Said]:
 
 
 def by_chunks(lm: trained.LM, speaker: generate.Speaker, layout: dict, key):
-    """One conversation in a layout of chunks, for as long as it goes on: once started, send codes
-    [1, chunk_frames] of theirs and get what I say during them, as (codes [1, chunk_frames], text
-    ids [chunk_frames] or None); see `Said` and `_cells`."""
+    """One conversation in a layout of chunks, for as long as it goes on: send codes [1,
+    chunk_frames] of theirs and get a chunk of mine, as (codes [1, chunk_frames], text ids
+    [chunk_frames] or None); see `Said` and `_cells`. Who speaks a chunk ahead gives the first when
+    started, codes alone, and then the one after what was heard."""
     kept = dict(rows=1, columns=speaker.ring_columns, key=key)
     if layout['name'] == 'chunks.flattened':
         said = generate.chunk_by_chunk(speaker, lm.vocab, **kept,
@@ -168,14 +174,14 @@ def by_chunks(lm: trained.LM, speaker: generate.Speaker, layout: dict, key):
     said = generate.step_by_step(speaker, lm.vocab, **kept, chunk_frames=frames,
                                  speakers=layout['speakers'])
     (mine,), _ = next(said)
-    last = before = NOTHING
-    out = None
+    codes = chunks.filled(np.array(mine, np.int32) - start, NOTHING, frames)
+    heard, before = (yield codes[None]), NOTHING
     while True:
-        heard = yield out
-        codes = chunks.filled(np.array(mine, np.int32) - start, last, frames)
         new, = chunks.fresh(heard[0], frames, before)
-        last, before, out = codes[-1], heard[0, -1], (codes[None], None)
         (mine,), _ = said.send([new])
+        codes = chunks.filled(np.array(mine, np.int32) - start, codes[-1], frames)
+        before = heard[0, -1]
+        heard = yield codes[None], None
 
 
 # What is measured.

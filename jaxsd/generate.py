@@ -539,20 +539,24 @@ def converse(speaker: Speaker, plans: list[np.ndarray], *, key=None) -> list[np.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-def _next(graph, rows, samplers, manners, params, state, plan_BK, begins_B, there_B):
-    """One column of every slot that is `there`, from its initial column where it begins."""
+def _next(graph, rows, samplers, manners, params, state, plan_BK, ahead_BK, begins_B, there_B):
+    """Reads a column in every slot that is `there`, the initial one where it begins: what was drawn
+    for it but where the plan says more. Returns (state, the column, what is drawn for the next,
+    for which `ahead` is the plan)."""
     lm = nnx.merge(graph, params)
     begins, there = begins_B[:, None], there_B[:, None]
-    before = jnp.where(begins, jnp.asarray([initial(row) for row in rows]), state['column'])
+    column, _ = _settled(manners, plan_BK, jnp.where(plan_BK == FREE, state['drawn'], plan_BK),
+                         jnp.zeros(plan_BK.shape, bool))
+    column = jnp.where(begins, jnp.asarray([initial(row) for row in rows]), column)
     position = jnp.where(begins_B, 0, state['position'])
     cache = state['cache'] | dict(segment=jnp.where(begins, 0, state['cache']['segment']))
     where = Where(position[:, None], there.astype(jnp.int32))
-    sampled, cache = lm.step(before[:, :, None], where, cache,
-                             jax.random.fold_in(state['key'], state['step']),
-                             _pick(rows, samplers, None, plan_BK))
-    column, _ = _settled(manners, plan_BK, sampled, jnp.zeros(plan_BK.shape, bool))
-    return dict(cache=cache, column=jnp.where(there, column, before), key=state['key'],
-                position=position + there_B, step=state['step'] + 1), column
+    drawn, cache = lm.step(column[:, :, None], where, cache,
+                           jax.random.fold_in(state['key'], state['step']),
+                           _pick(rows, samplers, None, ahead_BK))
+    drawn = jnp.where(there, drawn, state['drawn'])
+    return dict(cache=cache, drawn=drawn, key=state['key'], position=position + there_B,
+                step=state['step'] + 1), column, drawn
 
 
 class Room:
@@ -572,47 +576,63 @@ class Room:
         self._first = np.array([initial(row) for row in speaker.rows], np.int32)
         self._state = dict(
             cache=cache | dict(written=jnp.zeros(slots, jnp.int32)), key=key,
-            column=jnp.zeros((slots, K), jnp.int32), position=jnp.zeros(slots, jnp.int32),
+            drawn=jnp.zeros((slots, K), jnp.int32), position=jnp.zeros(slots, jnp.int32),
             step=jnp.int32(0))
         self._frames = np.zeros(slots, np.int64)            # heard in each slot
-        # The last max(late) + 1 columns said, and frames heard, of each slot; newest at the end.
-        self._said = np.zeros((max(late) + 1, slots, K), np.int32)
+        # The last max(late) + 2 columns, of which the newest is drawn and not read yet, and the
+        # last max(late) + 1 frames heard, of each slot; newest at the end.
+        self._said = np.zeros((max(late) + 2, slots, K), np.int32)
         self._heard = np.zeros((max(late) + 1, slots, K), np.int32)
 
     def begin(self, slot: int) -> None:
         """The next frame of `slot` is the first of a new conversation."""
         self._frames[slot] = 0
 
-    def step(self, heard: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Hears a frame in each of some slots (codes [books]) and says one in each.
+    def _read(self, plan: np.ndarray, there: np.ndarray, begins: bool) -> None:
+        """The next column of some slots, and what is drawn for the one after it."""
+        s = self._speaker
+        heard = self._frames if begins else self._frames + 1
+        early = np.array(self._late) > heard[:, None]
+        self._state, column, drawn = _next(
+            s.graph, s.rows, s.samplers, s.manners, s.params, self._state, jnp.asarray(plan),
+            jnp.asarray(np.where(early, self._first, FREE)), jnp.asarray(there & begins),
+            jnp.asarray(there))
+        self._said[-1, there] = np.asarray(column)[there]
+        self._said[:-1, there] = self._said[1:, there]
+        self._said[-1, there] = np.asarray(drawn)[there]
 
-        Returns, where delays allow, the newest complete frame of all rows [K]: what was said
-        max(late) frames before the newest.
+    def step(self, heard: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Hears a frame in each of some slots (codes [books]) and says what it can in each.
+
+        Returns, where delays allow, the newest complete frame of my rows [K]: what is said
+        max(late) - 1 frames before the newest heard, and so a frame after it where nothing is late.
+        The first frame, which nothing was heard before, comes with the second where nothing is
+        late: [K, 2]; else [K, 1]. Their rows hold what happens to be drawn for them.
         """
-        s, late = self._speaker, self._late
+        late = self._late
         there = np.zeros(self.slots, bool)
         there[list(heard)] = True
-        plan = np.full((self.slots, len(s.rows)), FREE, np.int32)
+        free = np.full((self.slots, len(self._speaker.rows)), FREE, np.int32)
+        if (begins := there & (self._frames == 0)).any():
+            self._read(free, begins, True)
+        plan = free.copy()
         for slot, codes in heard.items():
             self._heard[:-1, slot] = self._heard[1:, slot]
             for book, k in enumerate(self._theirs):
-                row, code = s.rows[k], int(codes[book])
+                row, code = self._speaker.rows[k], int(codes[book])
                 if not 0 <= code < row.size - 1:
                     raise ValueError(f'{row.name} ids must lie in 0..{row.size - 2}, got {code}')
                 self._heard[-1, slot, k] = row.start + code
                 plan[slot, k] = self._heard[-1 - late[k], slot, k]
             early = np.array(late) > self._frames[slot]
             plan[slot, early] = self._first[early]
-        begins = there & (self._frames == 0)
-        self._state, column = _next(s.graph, s.rows, s.samplers, s.manners, s.params, self._state,
-                                    jnp.asarray(plan), jnp.asarray(begins), jnp.asarray(there))
-        column = np.array(column)       # a copy: the state's is given away with the next call
+        self._read(plan, there, False)
         out = {}
         for slot in heard:
-            self._said[:-1, slot] = self._said[1:, slot]
-            self._said[-1, slot] = column[slot]
-            if self._frames[slot] >= max(late):
-                out[slot] = np.array([self._said[-1 - max(late) + d, slot, k]
-                                      for k, d in enumerate(late)])
             self._frames[slot] += 1
+            if self._frames[slot] >= max(late):
+                count = 2 if self._frames[slot] == 1 and not max(late) else 1
+                out[slot] = np.stack([np.array([self._said[d - max(late) - n, slot, k]
+                                                for k, d in enumerate(late)])
+                                      for n in range(count, 0, -1)], 1)
         return out

@@ -88,8 +88,8 @@ class _Columns:
 
     def __init__(self, lm: trained.LM, layout: dict, *, slots: int, samplers: dict, key):
         late = dialogue.delays(lm, layout)
-        self.late, self.answers = max(late), 1 + max(late)
-        self.rest = max(2, self.answers)
+        self.answers = self.least = 1 + max(late)
+        self.rest = 2
         self._vocab = lm.vocab
         self._room = generate.Room(lm.speaker(samplers), late, slots=slots,
                                    columns=lm.config.columns, key=key)
@@ -98,42 +98,47 @@ class _Columns:
     def step(self, heard: dict[int, np.ndarray]) -> dict[int, tuple]:
         said = self._room.step({slot: codes[:, 0] for slot, codes in heard.items()})
         written = self._vocab.rows[0].name == 'text'
-        return {slot: (dialogue.local(self._vocab, frame[:, None]), frame[:1] if written else None)
-                for slot, frame in said.items()}
+        return {slot: (dialogue.local(self._vocab, rows), rows[0] if written else None)
+                for slot, rows in said.items()}
 
 
 class _Chunks:
     """Conversations in one row each, a chunk of frames at a time, one after the other."""
 
-    late = 0
-
     def __init__(self, lm: trained.LM, layout: dict, *, slots: int, samplers: dict, key):
         self.chunk = layout['chunk_frames']
         # Who speaks a chunk ahead answers after another one.
         self.answers = self.chunk * (1 if layout['name'] == 'chunks.flattened' else 2)
-        self.rest = max(2, self.chunk)
+        self.rest, self.least = max(2, self.chunk), self.chunk
         self._lm, self._layout, self._speaker = lm, layout, lm.speaker(samplers)
         self._key, self._begun = key, 0
-        self._talks = [None] * slots
+        self._talks, self._ahead = [None] * slots, [None] * slots
 
     def begin(self, slot: int) -> None:
         self._begun += 1
         self._talks[slot] = dialogue.by_chunks(self._lm, self._speaker, self._layout,
                                                jax.random.fold_in(self._key, self._begun))
-        next(self._talks[slot])
+        self._ahead[slot] = next(self._talks[slot])
 
     def step(self, heard: dict[int, np.ndarray]) -> dict[int, tuple]:
-        return {slot: self._talks[slot].send(codes) for slot, codes in heard.items()}
+        out = {}
+        for slot, codes in heard.items():
+            said, line = self._talks[slot].send(codes)
+            if self._ahead[slot] is not None:
+                said, self._ahead[slot] = np.concatenate([self._ahead[slot], said], 1), None
+            out[slot] = said, line
+        return out
 
 
 def room(lm: trained.LM, *, slots: int, samplers: dict, seed: int = 0) -> _Columns | _Chunks:
     """A room for `slots` conversations, compiled. Raises ConfigError for other layouts.
 
     begin(slot): the next that is heard there is the first of a new conversation.
-    step: hears codes [books, chunk] in each of some slots; says, where delays allow, codes
-    [books, chunk] of mine and the ids of its text [chunk] (None where none is written).
-    chunk, late, answers, rest: frames of an exchange; that mine stays behind; after which it can
-    be an answer; of silence after which everything is answered, for the ear is up to two behind.
+    step: hears codes [books, chunk] in each of some slots; says, where delays allow, codes of mine
+    [books, n] and the ids of its text [n] (None where none is written), on from what it said last.
+    chunk, answers: frames of an exchange, and those after which what is said can be an answer.
+    least, rest: frames that a conversation has to have, and of silence after which everything is
+    answered, for the ear is up to two behind.
     """
     layout = dialogue.own_layout(lm)
     if layout['name'] not in dialogue.LAYOUTS:
@@ -252,6 +257,10 @@ class Lobby:
     def rest(self) -> int:
         """See `room`."""
         return self._room.rest
+
+    @property
+    def least(self) -> int:
+        return self._room.least
 
     def enter(self) -> tuple[int, Talk] | None:
         """A slot and its conversation, or None when all are taken."""

@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 
@@ -27,7 +28,6 @@ from jaxsd.vocab import Text
 
 log = logging.getLogger('jaxsd')
 
-OTHERS = ('.mp3', '.flac', '.ogg', '.opus', '.m4a')     # kinds of sound that are not written
 TITLES = {'tts': 'Reads {} aloud', 's2s': 'Hears the first half of {} and goes on',
           'duplex': 'Answers the caller of {}'}
 MOST_INPUT_S = 600.0
@@ -43,7 +43,9 @@ def read_wav(path: str, rate_hz: int) -> np.ndarray:
     try:
         whole_wav(path)
         with soundfile.SoundFile(path) as f:
-            if not 0 < f.frames <= MOST_INPUT_S * f.samplerate:
+            if not f.frames:
+                raise ValueError(f'--input {path} holds no sound')
+            if f.frames > MOST_INPUT_S * f.samplerate:
                 raise ValueError(f'--input {path}: its length is {f.frames / f.samplerate:.1f} s, '
                                  f'allowed are up to {MOST_INPUT_S:.0f} s')
             if not RATES_HZ[0] <= f.samplerate <= RATES_HZ[1]:
@@ -107,20 +109,29 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
     if source == '-' and task != 'duplex':
         raise ConfigError(f'--input -: raw sound is heard by duplex only, not by {task}')
     rundir.same_run(workdir, config, moved=True)
-    default = (0.8, 250, 1.0) if streams else (0.0, 0, 1.0)
+    default = (0.8, 250, 1.0) if task == 'duplex' else (0.0, 0, 1.0)
     sampler = sampler_of(*default, temperature, top_k, top_p)
     if not 0 <= seed < 1 << 32:
         raise ConfigError(f'--seed lies in 0..{(1 << 32) - 1}, got {seed}')
     if os.path.exists(out) and os.path.isdir(out) == (source is not None):
         raise ConfigError(f'--output {out} is a directory; name a file' if source is not None else
                           f'--output {out} is a file; name a directory for the examples')
+    if source == '':
+        raise ConfigError('--input is empty: name a file, or give a text')
+    if source == '-' and (sys.stdin is None or sys.stdin.isatty()):
+        raise ConfigError('--input -: nothing is piped in; as in: arecord ... | jaxsd generate ...')
+    above = os.path.dirname(os.path.abspath(out))
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not (os.path.isdir(above) and os.access(above, os.W_OK)):
+        raise ConfigError(f'--output {out}: {above} is no directory that can be written to')
     if source is not None and task in ('asr', 't2t') and out.endswith('.wav'):
         raise ConfigError(f'--task {task} writes text, no sound: name --output {out} .txt')
     kind = os.path.splitext(out)[1]
-    if source is None and kind in ('.wav', '.txt', *OTHERS):
+    if source is None and kind in ('.wav', '.txt'):
         raise ConfigError(f'--output {out}: examples go to a folder; name one without {kind}, or '
                           'give --input')
-    if source is not None and kind in OTHERS:
+    if source is not None and kind not in ('.wav', '.txt'):
         raise ConfigError(f'--output {out}: sound is written as wav; name it .wav, or .txt for the '
                           'words alone')
     codec = bind(config.codec, 'jaxsd.codec', 'codec')()
@@ -448,6 +459,8 @@ def _raw(stream, samples: int):
     left, begun = b'', False
     while part := stream.read1(2 * samples):
         left += part
+        if not begun and len(left) < 4:
+            continue
         if not begun and left[:4] == b'RIFF':
             raise ValueError('--input - takes raw samples, 16 bits each, and this is a wav file: '
                              'name it instead')
@@ -463,10 +476,12 @@ def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
     import soundfile
     rate, hz = codec.identity['sample_rate_hz'], codec.identity['frame_hz']
     room = live.room(lm, slots=1, samplers=conversing(sampler), seed=seed)
-    frame, late = round(rate / hz), room.late
-    if wav is not None and wav.shape[1] <= late * frame:
-        raise ValueError(f'--input is too short to answer: it needs {late + 1} frames of '
-                         f'{1 / hz:.2f} s')
+    frame = round(rate / hz)
+    writes = dialogue.writes(dialogue.own_layout(lm), lm.vocab)
+    if out.endswith('.txt') and not writes:
+        raise ConfigError(f'--output {out}: this system writes no words; name it .wav')
+    if wav is not None and wav.shape[1] < room.least * frame:
+        raise ValueError(f'--input is too short to answer: it needs {room.least / hz:.2f} s')
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     stem, new = os.path.splitext(out)[0], f'{out}.{os.getpid()}.new'
     reach, held = round(live.REACH_S * rate), round((live.FADE_S + live.SHIFT_S) * rate)
@@ -496,6 +511,7 @@ def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
         n = min(map(len, both))
         written.write(np.clip(np.stack([x[:n] for x in both], 1), -1, 1))
         mine[:], theirs[:] = ([x[n:]] for x in both)
+    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)     # ends it as Ctrl-C
     try:
         with soundfile.SoundFile(new, 'w', rate, 2, 'PCM_16', format='WAV') as written:
             try:
@@ -504,14 +520,16 @@ def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
                 if wav is not None:
                     raise
                 stopped = e     # how a conversation ends: what was said until then is kept
-        if samples <= late * frame:
+        if samples < room.least * frame:
             raise stopped or ValueError('--input - ended before anything could be answered')
         if not out.endswith('.txt'):
             os.replace(new, out)
     finally:
+        signal.signal(signal.SIGTERM, terminated)
         if os.path.exists(new):
             os.unlink(new)
-    rundir.write_atomic(f'{stem}.txt', ''.join(f'{line}\n' for line in lines))
+    if writes:
+        rundir.write_atomic(f'{stem}.txt', ''.join(f'{line}\n' for line in lines))
     if stopped:
         log.info('%s: written, up to the interruption', out)
         raise stopped

@@ -29,6 +29,7 @@ log = logging.getLogger('jaxsd')
 
 MOST_BYTES = 64 << 20       # of a recording: ten minutes of two channels at 48 kHz in 16 bits
 LINGER_S = 5.0              # for which what was refused is still read
+AFTER_S = 3.0               # of silence after a recording, in which it may be answered
 IDLE_S = 30.0               # after which a connection that says nothing is closed
 LOCAL = ('127.0.0.1', 'localhost', '::1')
 HEADERS = {'Content-Security-Policy': "default-src 'self'; style-src 'unsafe-inline'; "
@@ -109,7 +110,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
             raise _Refused(404, 'recordings go to /talk')
         length = self.headers.get('Content-Length', '')
         if not length.isdecimal() or not length.strip('0') or len(length) > 18:
-            raise _Refused(411, 'no recording came')
+            raise _Refused(411, 'no recording came whose length was told (Content-Length)')
         if int(length) > MOST_BYTES:
             raise _Refused(413, f'the recording has {int(length) / 2**20:.0f} MiB; up to '
                                 f'{MOST_BYTES >> 20} are taken')
@@ -126,7 +127,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
             except ValueError as e:
                 raise _Refused(400, str(e).replace(f'--input {f.name}', 'the recording')
                                .replace(f.name, 'the recording')) from None
-        if len(wav) < 2 * self.server.frame:
+        if len(wav) < self.server.lobby.least * self.server.frame:
             raise _Refused(400, 'the recording is too short to answer')
         return wav
 
@@ -135,7 +136,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
         lobby = self.server.lobby
         entered = lobby.enter()
         if entered is None:
-            raise _Refused(503, f'{lobby.slots} are talking already; try again in a moment')
+            raise _Refused(503, f'all {lobby.slots} slots are taken; try again in a moment')
         slot, talk = entered
         try:
             try:
@@ -160,10 +161,13 @@ class _Page(http.server.BaseHTTPRequestHandler):
         self.send_header('Content-Type', 'application/x-ndjson')
         self.send_header('Transfer-Encoding', 'chunked')
         self.end_headers()
-        self._line(dict(hz=talk.hz, rate_hz=self.server.codec.identity['sample_rate_hz'],
-                        frames=-(-len(wav) // frame)))
+        rate = self.server.codec.identity['sample_rate_hz']
+        self._line(dict(hz=talk.hz, rate_hz=rate, frames=-(-len(wav) // frame),
+                        lead=round(live.REACH_S * rate),
+                        held=round((live.FADE_S + live.SHIFT_S) * rate)))
         start, heard, first_ms = time.perf_counter(), 0, None
-        wav = np.concatenate([wav, np.zeros(lobby.rest * frame, np.float32)])
+        after = lobby.rest + round(AFTER_S * talk.hz)
+        wav = np.concatenate([wav, np.zeros(after * frame, np.float32)])
         for at in range(0, len(wav), frame):
             for codes in talk.hear(wav[at:at + frame]):
                 heard += codes.shape[1]
@@ -176,8 +180,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
                 pcm = (np.clip(sound, -1, 1) * 32767).astype('<i2').reshape(-1, frame)
                 for i, part in enumerate(pcm):
                     self._line(dict(pcm=base64.b64encode(part.tobytes()).decode(),
-                                    mine=int(said[0][0, i]), theirs=int(codes[0, i]),
-                                    words=words if i == 0 else []))
+                                    mine=int(said[0][0, i]), words=words if i == 0 else []))
         return dict(done=True, words=talk.last(), first_audio_compute_ms=round(first_ms or 0.0, 1),
                     real_time_factor=round((time.perf_counter() - start) * talk.hz
                                            / max(heard, 1), 3))
@@ -225,6 +228,7 @@ def run(config, workdir: str, *, stage_name, host: str, port: int, slots: int, t
         raise ConfigError(f'--port lies in 0..65535, got {port}')
     codec = bind(config.codec, 'jaxsd.codec', 'codec')()
     lm = trained.load(config, workdir, stage_name)
+    log.info('compiling for %d at once', slots)
     try:
         server = Server(lm, codec, (host, port), slots=slots, samplers=speak.conversing(sampler),
                         seed=seed)

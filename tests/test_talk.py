@@ -70,17 +70,17 @@ def test_a_recording_is_answered(system, server):
     status, lines = asked(server, body=recording(wav))
     assert status == 200
     about, frames, over = lines[0], lines[1:-1], lines[-1]
-    assert about == dict(hz=12.5, rate_hz=16000, frames=25)
+    assert about == dict(hz=12.5, rate_hz=16000, frames=25, lead=432, held=400)
     assert over['done'] and over['real_time_factor'] > 0
     ear = live.Ear(rvq)
     sent = soundfile.read(io.BytesIO(recording(wav)), dtype='float32')[0]
-    codes = np.array(ear.push(np.concatenate([sent, np.zeros(2 * 1280, np.float32)]))).T
+    codes = np.array(ear.push(np.concatenate([sent, np.zeros((2 + 38) * 1280, np.float32)]))).T
     plan = generate.conversation_plan(lm.vocab, codes,
                                       trained.layout_delays(plain(lm.config.layout), lm.vocab))
     said = generate.converse(lm.speaker(), [plan])[0]
     assert [f['mine'] for f in frames] == (said[1, 1:len(frames) + 1]
                                            - lm.vocab.rows[1].start).tolist()
-    assert len(frames) == codes.shape[1] - 1
+    assert len(frames) == codes.shape[1]
     assert all(len(base64.b64decode(f['pcm'])) == 2 * 1280 for f in frames)
     wanted = ''.join(w for _, w in trained.words_at(lm.vocab, lm.text(),
                                                         said[0, 1:len(frames) + 1]))
@@ -107,7 +107,7 @@ def test_two_people_at_once_and_a_third(system, server):
         assert found[i][0] == 200 and found[i][1][1:-1] == alone
     held = [server.lobby.enter() for _ in range(2)]
     status, content = asked(server, body=recording(wav))
-    assert status == 503 and '2 are talking already' in json.loads(content)['error']
+    assert status == 503 and 'all 2 slots are taken' in json.loads(content)['error']
     for slot, _ in held:
         server.lobby.leave(slot)
     assert asked(server, body=recording(wav))[0] == 200
