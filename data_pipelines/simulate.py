@@ -256,14 +256,19 @@ def build(source: str, out: str, *, hours: float, manners: Manners, seed: int = 
 def main(argv=None) -> int:
     usual = Manners()
     parser = Parser(prog='python -m data_pipelines.simulate', description=(
-        'Adds dialogues simulated from the utterances of a dataset.'))
+        'Adds dialogues simulated from the utterances of a dataset that keeps its audio, of two '
+        'voices at least. Channel 0 is the model\'s, channel 1 the user\'s; labels.jsonl says what '
+        'was placed where.'), epilog=(
+            'python -m data_pipelines.demo --hours 2 --keep-wav --out data/clean && '
+            'python -m data_pipelines.simulate --source data/clean --out data/talk --hours 2'))
     parser.add_argument('--source', required=True, help='dataset directory that keeps its audio')
     parser.add_argument('--out', required=True, help='dataset directory to make')
     parser.add_argument('--hours', type=float, required=True, help='of simulated dialogues')
     parser.add_argument('--fto', type=float, nargs=2, default=usual.fto_s, metavar=('MEAN', 'SD'),
                         help="seconds from the other's end to a turn's begin, a normal "
-                             'distribution; what comes out below 0 overlaps, which may break '
-                             'in, too (default: %(default)s)')
+                             'distribution; what comes out below 0 overlaps, by half of a turn '
+                             f'at most, which may break in, too (default: {usual.fto_s[0]} '
+                             f'{usual.fto_s[1]})')
     for name, what in (('interruption', 'a turn is broken into'),
                        ('pause', 'it pauses and goes on'),
                        ('backchannel', 'the other murmurs in it')):
@@ -274,7 +279,8 @@ def main(argv=None) -> int:
                         help="gain, noise and echo on the user's channel")
     parser.add_argument('--noise', help='directory of wav files for --worse; without it, '
                         'made noise')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seed', type=int, default=0,
+                        help='the same one gives the same bytes (default: 0)')
     args = parser.parse_args(argv)
     parser.at_least(args, seed=0)
     try:
@@ -282,8 +288,11 @@ def main(argv=None) -> int:
             if not 0 <= getattr(args, name) <= 1:
                 raise ValueError(f'--{name} is a probability, got {getattr(args, name)}')
         mean, deviation = args.fto
-        if not (0 < args.hours < float('inf') and -0.5 <= mean < 10 and 0 <= deviation < 10):
-            raise ValueError('--hours is above 0, --fto a mean from -0.5 and a deviation from 0')
+        if not 0 < args.hours < float('inf'):
+            raise ValueError(f'--hours is above 0, got {args.hours:g}')
+        if not (-0.5 <= mean < 10 and 0 <= deviation < 10):
+            raise ValueError('--fto is a mean from -0.5 and a deviation from 0, both below 10, got '
+                             f'{mean:g} {deviation:g}')
         if args.noise and not args.worse:
             raise ValueError('--noise is heard with --worse alone: give both or neither')
         manners = Manners(tuple(args.fto), args.interruption, args.pause, args.backchannel)

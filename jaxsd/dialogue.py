@@ -335,16 +335,24 @@ def _agreement(written: list[str], heard: list[str]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    import argparse
+    import os
     import sys
 
     import soundfile
-    parser = argparse.ArgumentParser(prog='python -m jaxsd.dialogue', description=(
-        'Turn-taking of a recording of two channels, mine first: units, pauses, gaps and overlaps '
-        'a minute, turns of every kind, and how late the floor changes hands.'))
+
+    from jaxsd.flags import Parser
+    parser = Parser(prog='python -m jaxsd.dialogue', description=(
+        'Turn-taking of a recording of two channels, mine first, by sound alone.'), epilog=(
+        'ipu, pause, gap, overlap: stretches of sound between silences of 0.2 s, silences within a '
+        'turn and between turns, and both at once, in seconds and in events a minute. KIND/mine, '
+        'KIND/theirs: how many turns of a kind each has (the first is the opening; a smooth one '
+        'begins after the other, an interruption or a backchannel within it). transfer ms/mine: '
+        'the median from the end of their turn to mine, below 0 where they overlap.'))
     parser.add_argument('wav', help='as `generate --task duplex` writes it; clean channels')
     path = parser.parse_args(argv).wav
     try:
+        if not os.path.exists(path):
+            raise ValueError('there is no such file')
         wav, rate_hz = soundfile.read(path, dtype='float32', always_2d=True)
         if wav.shape[1] != 2 or not len(wav):
             raise ValueError(f'it has {wav.shape[1]} channels and {len(wav)} samples; two channels '
@@ -352,6 +360,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError, ValueError) as e:
         print(f'jaxsd.dialogue: {path} cannot be measured: {e}', file=sys.stderr)
         return 1
+    for name, channel in zip(('mine', 'theirs'), wav.T, strict=True):
+        if not channel.any():
+            print(f'jaxsd.dialogue: {path}: the channel of {name} is silent', file=sys.stderr)
     for name, value in turns.of_sound(wav.T, rate_hz).items():
         print(f'{name:24} {value:10.5g}')
     return 0

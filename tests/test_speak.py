@@ -406,3 +406,30 @@ def test_generate_and_show_through_the_command_line(corpus, flat_lm, tmp_path, c
     assert cli.main(['show', *argv, '--index', '1', '--png', str(tmp_path / 'grid.png')]) == 0
     with Image.open(tmp_path / 'grid.png') as image:
         assert image.format == 'PNG' and min(image.size) > 50
+
+
+def test_what_cannot_be_heard_or_written_is_said_before_the_model_is_read(streams_lm, sounds,
+                                                                          tmp_path, monkeypatch):
+    monkeypatch.setattr(trained, 'load', None)
+    soundfile.write(tmp_path / 'none.wav', np.zeros(0), 16000)
+    good = sounds / 'mono.wav'
+    for out, source, line in (
+            ('x.wav', '', '--input is empty'), ('x.wav', tmp_path / 'none.wav', 'holds no sound'),
+            ('x.aiff', good, 'sound is written as wav'), ('x', good, 'sound is written as wav'),
+            ('none.wav/x.wav', good, 'none.wav is no directory that can be written to')):
+        with pytest.raises(ValueError, match=line):
+            run(streams_lm, 'duplex', tmp_path / out, source)
+    monkeypatch.setattr('sys.stdin', None)
+    with pytest.raises(ConfigError, match='nothing is piped in'):
+        run(streams_lm, 'duplex', tmp_path / 'x.wav', '-')
+    assert os.listdir(tmp_path) == ['none.wav']
+
+
+def test_a_wav_in_small_pieces_is_no_raw_sound():
+    class Pipe(io.BytesIO):
+        def read1(self, n=-1):
+            return super().read1(2)
+    with pytest.raises(ValueError, match='this is a wav file'):
+        list(speak._raw(Pipe(b'RIFF0000WAVE'), 8))
+    pieces = list(speak._raw(Pipe(np.arange(5, dtype='<i2').tobytes() + b'x'), 8))
+    np.testing.assert_array_equal(np.concatenate(pieces) * 32768, np.arange(5))
