@@ -453,6 +453,22 @@ def test_jobs_are_those_of_the_launchers(asked, corpus, tmp_path, capsys, monkey
     assert not work.exists()
 
 
+def test_who_is_asked_to_stop_asks_what_it_launched(tmp_path):
+    """Each of them ends in its own time, and what would follow them does not begin."""
+    each = (f"{sys.executable} -c 'import signal, sys, time; signal.signal(signal.SIGTERM,"
+            " lambda *_: (time.sleep(.5), open(sys.argv[1] + \".saved\", \"w\"), sys.exit(0)));"
+            " open(sys.argv[1], \"w\"); time.sleep(60)'")
+    lines = [' & '.join(f'{each} {tmp_path}/{n}' for n in 'ab') + ' & wait', f'touch {tmp_path}/no']
+    code = f'from jaxsd import cli; cli._launched("local", {lines!r})'
+    parent = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
+    until = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+        time.sleep(.1)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(20) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'a.saved', 'b', 'b.saved']
+
+
 # Numbers.
 
 def test_a_budget_is_spent_in_proportion_and_never_silently_changed():

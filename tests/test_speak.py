@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -423,6 +424,25 @@ def test_what_cannot_be_heard_or_written_is_said_before_the_model_is_read(stream
     with pytest.raises(ConfigError, match='nothing is piped in'):
         run(streams_lm, 'duplex', tmp_path / 'x.wav', '-')
     assert os.listdir(tmp_path) == ['none.wav']
+
+
+def test_who_is_terminated_keeps_what_was_said(streams_lm, sounds, tmp_path, monkeypatch):
+    """As after Ctrl-C; afterwards the signal is everybody's own again."""
+    raw = (soundfile.read(sounds / 'mono.wav')[0] * 32768).astype('<i2').tobytes()
+    before = signal.getsignal(signal.SIGTERM)
+
+    class Pipe(io.BytesIO):
+        def read1(self, n=-1):
+            part = super().read1(n)
+            if not part:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return part
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(Pipe(raw)))
+    with pytest.raises(KeyboardInterrupt):
+        run(streams_lm, 'duplex', tmp_path / 'said.wav', '-')
+    assert sorted(os.listdir(tmp_path)) == ['said.txt', 'said.wav']
+    assert sound_of(tmp_path / 'said.wav').shape[1] > 8000
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_wav_in_small_pieces_is_no_raw_sound():
