@@ -583,10 +583,16 @@ class Room:
         # last max(late) + 1 frames heard, of each slot; newest at the end.
         self._said = np.zeros((max(late) + 2, slots, K), np.int32)
         self._heard = np.zeros((max(late) + 1, slots, K), np.int32)
+        self._begin(np.ones(slots, bool))
 
     def begin(self, slot: int) -> None:
-        """The next frame of `slot` is the first of a new conversation."""
-        self._frames[slot] = 0
+        """The next frame of `slot` is the first of a new conversation, whose initial column is read
+        now, when nobody waits."""
+        self._begin(np.arange(self.slots) == slot)
+
+    def _begin(self, there: np.ndarray) -> None:
+        self._frames[there] = 0
+        self._read(np.full((self.slots, len(self._speaker.rows)), FREE, np.int32), there, True)
 
     def _read(self, plan: np.ndarray, there: np.ndarray, begins: bool) -> None:
         """The next column of some slots, and what is drawn for the one after it."""
@@ -612,10 +618,7 @@ class Room:
         late = self._late
         there = np.zeros(self.slots, bool)
         there[list(heard)] = True
-        free = np.full((self.slots, len(self._speaker.rows)), FREE, np.int32)
-        if (begins := there & (self._frames == 0)).any():
-            self._read(free, begins, True)
-        plan = free.copy()
+        plan = np.full((self.slots, len(self._speaker.rows)), FREE, np.int32)
         for slot, codes in heard.items():
             self._heard[:-1, slot] = self._heard[1:, slot]
             for book, k in enumerate(self._theirs):

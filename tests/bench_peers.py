@@ -8,8 +8,8 @@ optimizer (AdamW, clipping), so the first losses agree; each runs in a process o
 sleeps while the other works. PyTorch runs eagerly and compiled, and the ratio is against the faster
 of the two. Prints one line per case: medians in milliseconds, the ratio theirs / ours (above 1: we
 are faster) as the median over pairs with its quartiles, and JSON with --json FILE. Of first audio,
-a conversation is begun anew every time: milliseconds of work until a frame can be decoded, and the
-first numbers are the frames of sound that must be heard before, on whose time both sides wait.
+a conversation is begun anew every time, untimed: milliseconds of work on the two frames of sound
+that must be heard before a frame can be decoded that may answer, on whose time both sides wait.
 """
 
 import argparse
@@ -87,16 +87,15 @@ def inputs_of(case: str):
 
 def spoken(kind: str, step, begin):
     """What is timed of a conversation whose `step` hears a frame and returns one, or None: a frame,
-    or a new one up to its first answer, which returns how many frames were heard."""
+    or the first two of a new one, after which both have said what may answer the first."""
     def frame():
         step()
 
     def first():
-        begin()
-        heard = 1
-        while step() is None:
-            heard += 1
-        return heard
+        step()
+        assert step() is not None
+        return 2
+    first.before = begin
     return first if kind == 'first' else frame
 
 
@@ -253,11 +252,15 @@ def worker(side: str, case: str, folder: str, threads: int) -> None:
     said, sys.stdout = sys.stdout, sys.stderr       # what libraries print is not an answer
     once = (ours(case, folder) if side == 'ours' else
             theirs(case, folder, side == 'compiled', threads))
+    before = getattr(once, 'before', lambda: None)
+    before()
     first = once()
     for _ in range(WARM - 1):
+        before()
         once()
     print(json.dumps(first), file=said, flush=True)
     for _ in sys.stdin:
+        before()
         start = time.perf_counter()
         once()
         print(json.dumps(time.perf_counter() - start), file=said, flush=True)
