@@ -131,15 +131,15 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
     if source is None and kind in ('.wav', '.txt'):
         raise ConfigError(f'--output {out}: examples go to a folder; name one without {kind}, or '
                           'give --input')
-    if source is not None and kind not in ('.wav', '.txt'):
-        raise ConfigError(f'--output {out}: sound is written as wav; name it .wav, or .txt for the '
-                          'words alone')
     codec = bind(config.codec, 'jaxsd.codec', 'codec')()
     rate = codec.identity['sample_rate_hz']
     if source is not None:      # before the model, which takes longer to read
         written = task in ('tts', 't2t')
         given = (_spelled(config, source) if written else
                  None if source == '-' else read_wav(source, rate))
+        if kind not in ('.wav', '.txt') and task not in ('asr', 't2t'):
+            raise ConfigError(f'--output {out}: sound is written as wav; name it .wav, or .txt for '
+                              'the words alone')
     lm = trained.load(config, workdir, stage_name)
     if task == 'duplex' and source is not None and config.codec.name != 'mimi':
         _talk(lm, codec, given, sampler, seed, out)

@@ -542,7 +542,7 @@ def test_a_checkpoint_of_another_config(refused, corpus, spirit, tmp_path):
     ('generate', ['--task', 'asr', '--input', '{full}/text.wav'],
      'text.wav cannot be read as audio'),
     ('generate', ['--task', 'asr', '--input', '{full}/empty.wav'], 'empty.wav', ),
-    ('generate', ['--task', 'asr', '--input', '{full}/still.wav'], 'its length is 0.0 s'),
+    ('generate', ['--task', 'asr', '--input', '{full}/still.wav'], 'holds no sound'),
     ('generate', ['--task', 'asr', '--input', '{full}/three.wav'], 'three.wav has 3 channels'),
     ('generate', ['--task', 'asr', '--input', '{full}/long.wav'], 'its length is 601.0 s, allowed'),
     ('generate', ['--task', 'asr', '--input', '{full}/nan.wav'], 'samples that are not finite'),
