@@ -99,12 +99,11 @@ def talk(lm: trained.LM, heard: list[np.ndarray], layout: dict, *, batch: int = 
 def _columns(lm, speaker, heard, layout, key) -> list[Said]:
     v, late = lm.vocab, delays(lm, layout)
     plans = [generate.conversation_plan(v, codes, late) for codes in heard]
-    written = v.rows[0].name == 'text'
     out = []
     for columns in generate.converse(speaker, plans, key=key):
         frames = columns.shape[1] - 1 - max(late)       # the last ones lack their late rows
         rows = duplex.undelay(columns, late)[:, :max(0, frames)]
-        out.append(Said(local(v, rows), trained.words_at(v, lm.text(), rows[0]) if written
+        out.append(Said(local(v, rows), trained.words_at(v, lm.text(), rows[0]) if writes(layout, v)
                         else None))
     return out
 

@@ -90,15 +90,14 @@ class _Columns:
         late = dialogue.delays(lm, layout)
         self.answers = self.least = 1 + max(late)
         self.rest = 2
-        self._vocab = lm.vocab
+        self._vocab, self._writes = lm.vocab, dialogue.writes(layout, lm.vocab)
         self._room = generate.Room(lm.speaker(samplers), late, slots=slots,
                                    columns=lm.config.columns, key=key)
         self.begin = self._room.begin
 
     def step(self, heard: dict[int, np.ndarray]) -> dict[int, tuple]:
         said = self._room.step({slot: codes[:, 0] for slot, codes in heard.items()})
-        written = self._vocab.rows[0].name == 'text'
-        return {slot: (dialogue.local(self._vocab, rows), rows[0] if written else None)
+        return {slot: (dialogue.local(self._vocab, rows), rows[0] if self._writes else None)
                 for slot, rows in said.items()}
 
 
@@ -241,7 +240,7 @@ class Lobby:
     """
 
     def __init__(self, lm: trained.LM, codec: Codec, *, slots: int, samplers: dict, seed: int = 0):
-        self._room = room(lm, slots=slots, samplers=samplers, seed=seed)
+        self.room = room(lm, slots=slots, samplers=samplers, seed=seed)
         self._lm, self._codec, self.slots = lm, codec, slots
         self._lock = threading.Condition()
         self._free = list(range(slots))
@@ -253,23 +252,14 @@ class Lobby:
     def free(self) -> int:
         return len(self._free)
 
-    @property
-    def rest(self) -> int:
-        """See `room`."""
-        return self._room.rest
-
-    @property
-    def least(self) -> int:
-        return self._room.least
-
     def enter(self) -> tuple[int, Talk] | None:
         """A slot and its conversation, or None when all are taken."""
         with self._lock:
             if not self._free:
                 return None
             slot = self._free.pop(0)
-            self._room.begin(slot)
-            return slot, Talk(self._lm, self._codec, self._room.chunk)
+            self.room.begin(slot)
+            return slot, Talk(self._lm, self._codec, self.room.chunk)
 
     def leave(self, slot: int) -> None:
         with self._lock:
@@ -297,7 +287,7 @@ class Lobby:
                     if self._over:
                         return
                     heard, self._waiting = self._waiting, {}
-                    said = self._room.step(heard)
+                    said = self.room.step(heard)
                     self._answers |= {slot: said.get(slot) for slot in heard}
                     self._lock.notify_all()
         finally:

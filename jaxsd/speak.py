@@ -525,7 +525,7 @@ def _talk(lm, codec, wav, sampler, seed: int, out: str) -> None:
         if not out.endswith('.txt'):
             os.replace(new, out)
     finally:
-        signal.signal(signal.SIGTERM, terminated)
+        signal.signal(signal.SIGTERM, terminated or signal.SIG_DFL)
         if os.path.exists(new):
             os.unlink(new)
     if writes:

@@ -127,7 +127,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
             except ValueError as e:
                 raise _Refused(400, str(e).replace(f'--input {f.name}', 'the recording')
                                .replace(f.name, 'the recording')) from None
-        if len(wav) < self.server.lobby.least * self.server.frame:
+        if len(wav) < self.server.lobby.room.least * self.server.frame:
             raise _Refused(400, 'the recording is too short to answer')
         return wav
 
@@ -166,7 +166,7 @@ class _Page(http.server.BaseHTTPRequestHandler):
                         lead=round(live.REACH_S * rate),
                         held=round((live.FADE_S + live.SHIFT_S) * rate)))
         start, heard, first_ms = time.perf_counter(), 0, None
-        after = lobby.rest + round(AFTER_S * talk.hz)
+        after = lobby.room.rest + round(AFTER_S * talk.hz)
         wav = np.concatenate([wav, np.zeros(after * frame, np.float32)])
         for at in range(0, len(wav), frame):
             for codes in talk.hear(wav[at:at + frame]):

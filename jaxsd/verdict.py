@@ -19,10 +19,10 @@ RULE = (f'An interval of 95 % joins two kinds of luck. Items are drawn again {DR
         'widths are added as squares. Arms are compared seed by seed, by the interval of their '
         'difference: an ordering is confirmed where it lies wholly on the expected side of zero, '
         'contradicted where it lies wholly on the other, and else not decided at this budget. '
-        'Nothing is decided with one seed, before all seeds are there, by arms that were measured '
-        'on different items, or where every seed gives the same number and no items are kept. '
-        'Below some twenty items the intervals are too narrow. Nothing is corrected for the number '
-        'of comparisons.')
+        'Nothing is decided with one seed, before all seeds are there, by arms measured on '
+        'different numbers of items, or where every seed gives the same number and no items are '
+        'kept. Below some twenty items the intervals are too narrow. Nothing is corrected for the '
+        'number of comparisons.')
 
 
 @functools.lru_cache(4)

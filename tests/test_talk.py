@@ -139,7 +139,7 @@ def test_a_model_that_stopped_is_no_answer(system, monkeypatch):
     with talk.Server(lm, rvq, ('127.0.0.1', 0), slots=2, samplers={}) as broken:
         def step(heard):
             raise SystemExit('as a thread ends')
-        monkeypatch.setattr(broken.lobby._room, 'step', step)
+        monkeypatch.setattr(broken.lobby.room, 'step', step)
         threading.Thread(target=broken.serve_forever, daemon=True).start()
         for _ in range(2):
             status, lines = asked(broken, body=recording(wav))
