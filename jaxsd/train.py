@@ -268,7 +268,9 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
             state, meta = found
             first, counted = int(meta['step']), meta['data'].get('consumed', {})
             data.resume(meta['data'], marks)
-            if first >= stage.steps:
+            if first >= stage.steps and rundir.on_first_process(
+                    lambda: any(e.get('event') == 'finished' and e.get('stage') == stage.name
+                                for e in rundir.read_ledger(workdir))):
                 log.info('stage %s is done (%d steps)', stage.name, stage.steps)
                 return None
             begun = dict(event='resume', stage=stage.name, step=first)
@@ -388,13 +390,13 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
         rundir.ledger(workdir, dict(event='consumed', stage=stage.name, step=n, consumed_to=n,
                                     consumed=counted, spent=journal.rounded(spent)))
 
-    def over(event):
+    def over(event, n):
         """Waits for the last checkpoint and writes the last word of this life of the stage."""
         start = time.perf_counter()
         saved.wait()
         commit_s = time.perf_counter() - start
         spent['save_s'] += commit_s
-        rundir.ledger(workdir, dict(event=event, stage=stage.name, step=n + 1, saves=saves,
+        rundir.ledger(workdir, dict(event=event, stage=stage.name, step=n, saves=saves,
                                     **journal.rounded(dict(first_save_s=first_save_s,
                                                            commit_s=commit_s)),
                                     spent=journal.rounded(spent)))
@@ -449,9 +451,11 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
                 measure(n + 1)
             since += time.perf_counter() - paused       # a step's time is without these
             if leaving:
-                over('stopped')
+                over('stopped', n + 1)
                 log.info('asked to stop: saved step %d of stage %s; the same command goes on',
                          n + 1, stage.name)
                 raise SystemExit(processes.stopped_status())
-        over('finished')
+        if first == stage.steps and probe:      # killed after the last save, before the last word
+            measure(first)
+        over('finished', stage.steps)
     return loss

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -210,6 +211,27 @@ def test_a_finished_run_does_nothing_and_another_config_is_refused(done, caplog)
         train.run(other, work)
     assert before == {p: p.read_bytes() for p in sorted(pathlib.Path(work).rglob('*'))
                       if p.is_file()}
+
+
+def test_who_is_killed_after_the_last_save_gets_the_last_numbers(done, tmp_path):
+    c, work, _, _ = done
+    again = shutil.copytree(work, tmp_path / 'run')
+    for name, told in (('metrics.jsonl', 'held_out'), ('ledger.jsonl', 'saves')):
+        (again / name).write_text(''.join((again / name).open().readlines()[:-1]))
+        assert told in lines(work, name)[-1] and told not in lines(again, name)[-1]
+    heard = []
+
+    def probe(step, params):
+        heard.append(step)
+        return {'aligned/loss': float(jax.numpy.abs(flatten(params)['head/out/kernel']).sum())}
+    for _ in range(2):      # and once only
+        train.run(c, str(again), probe_of=lambda stage: probe)
+        assert heard == [7]
+    assert lines(again)[:-1] == lines(work)[:-1]
+    was, new = lines(work)[-1], lines(again)[-1]
+    assert new['held_out']['aligned/loss'] == was['held_out']['aligned/loss']
+    ends = [e['step'] for e in lines(again, 'ledger.jsonl') if e['event'] == 'finished']
+    assert ends == [7]
 
 
 def test_a_run_that_another_program_trains_in_is_refused(done):
