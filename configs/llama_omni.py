@@ -71,12 +71,12 @@ def stages(common: dict) -> tuple:
 
 
 def demo(c, marks: dict) -> None:
-    """The system on the demo corpus, kept with its audio (--keep-wav); 16 units a word at most.
+    """The system on the demo corpus, kept with its audio (--keep-wav); up to 10 units per word.
 
     The first stage also reads exchanges, which stand in for what a text model knows.
     """
     c.codec = parts.demo_units()
-    c.vocab = dict(name='parallel', rows=parts.rows(16), **marks, **parts.DEMO_TEXT)
+    c.vocab = dict(name='parallel', rows=parts.rows(10), **marks, **parts.DEMO_TEXT)
     c.columns = 128
 
     def upsampled(**options):
@@ -85,8 +85,9 @@ def demo(c, marks: dict) -> None:
     c.frontend = dict(name='summed', dtype='float32', heard=('text',), encoder=parts.DEMO_EAR)
     c.backbone = parts.small(c.backbone, width=160, layers=5, heads=4, mlp=448, block_columns=64,
                              theta=10_000.0, rope_scaling='none')
+    # The repeats of all but the longest answers; those of a whole row are ten times its columns.
     c.head = dict(name='ctc', most_units=192, decoder=parts.small(
-        c.backbone, width=128, layers=2, heads=4, mlp=352))
+        c.backbone, width=128, layers=2, heads=4, mlp=352, window_columns=192))
     c.data = dict(path=parts.DEMO, sources=dict(
         voice=dict(select=('dialogue',)),
         written=dict(select=('dialogue',), layout=upsampled(said='text')),
@@ -98,7 +99,7 @@ def demo(c, marks: dict) -> None:
     understand, speak = stages(common)
     c.stages = (
         understand | dict(steps=1_000, lr=3e-3, data=dict(written=0.4, asr=0.4, spelled=0.2)),
-        speak | dict(steps=600, lr=2e-3, data=dict(voice=0.5, aloud=0.5)))
+        speak | dict(steps=600, batch=8, lr=2e-3, data=dict(voice=0.5, aloud=0.5)))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('voice',)),
                    replies=dict(name='replies', source='voice'),
                    aloud=dict(name='replies', source='aloud', listener='asr'))

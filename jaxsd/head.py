@@ -593,15 +593,20 @@ class Ctc(_Beside):
             return nn.log_prob(self.text_out(h), _local(target, text))
         logp, hit = nn.by_columns(chunk, self.chunk_columns, h_BTD, target_BKT[:, 0],
                                   place=place)
-        cells = jnp.swapaxes(target_BKT[:, 1:], 1, 2).reshape(B, -1)        # in the order of time
-        logits, where = self._frames(h_BTD, target_BKT[:, 1] != NOTHING, place)
-        local = cells - unit.start
-        local = jnp.where((local >= 0) & (local < unit.predicted), local, -1)
-        # A path runs through all frames of a row, so every device takes whole rows.
-        frames = place(jax.nn.log_softmax(logits), 'batch', None, None)
-        share = objective.ctc(frames, *(place(x, 'batch', None) for x in (local, where.segment)),
-                              blank=unit.predicted, most_units=self.most_units)
-        share = jnp.swapaxes(share.reshape(B, T, K - 1), 1, 2)
+
+        def spoken(h):
+            cells = jnp.swapaxes(target_BKT[:, 1:], 1, 2).reshape(B, -1)    # in the order of time
+            logits, where = self._frames(h, target_BKT[:, 1] != NOTHING, place)
+            local = cells - unit.start
+            local = jnp.where((local >= 0) & (local < unit.predicted), local, -1)
+            # A path runs through all frames of a row, so every device takes whole rows.
+            frames = place(jax.nn.log_softmax(logits), 'batch', None, None)
+            share = objective.ctc(frames, *(place(x, 'batch', None) for x in (local, where.segment)),
+                                  blank=unit.predicted, most_units=self.most_units)
+            return jnp.swapaxes(share.reshape(B, T, K - 1), 1, 2)
+        # Stages that only write pay nothing for a voice.
+        share = jax.lax.cond(jnp.any(target_BKT[:, 1] != NOTHING), spoken,
+                             lambda h: jnp.zeros((B, K - 1, T)), h_BTD)
         return (jnp.concatenate([logp[:, None], share], axis=1),
                 jnp.concatenate([hit[:, None].astype(jnp.float32), jnp.zeros_like(share)], axis=1))
 

@@ -192,7 +192,7 @@ def ctc(logp_BTV, unit_BU, segment_BT, *, blank: int, most_units: int):
     by_time = (jnp.moveaxis(logp_BTV.astype(jnp.float32), 1, 0), first.T, begun.T, count_BT.T)
     _, said = jax.lax.scan(frame, jnp.full((B, states), NEVER), by_time)
     said = jnp.where(last, said.T, 0.0)
-    said = jnp.where(said > 0.1 * NEVER, said, 0.0)
+    said = jnp.where(said < 0.1 * NEVER, 0.0, said)     # NaN stays NaN
     total = jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, T + 1))(said, segment)
     share = jnp.take_along_axis(total, segment, axis=1) / jnp.maximum(count_BT, 1)
     return jnp.where(there & (before - begun < most_units), share, 0.0)

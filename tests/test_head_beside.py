@@ -305,6 +305,25 @@ def test_ctc_head_speaks_what_it_scores():
     np.testing.assert_allclose(log_prob(lm, other, target, None)[0][:, 1:], logp[:, 1:], atol=1e-5)
 
 
+def test_who_only_writes_pays_for_no_voice():
+    """Where a batch speaks nowhere, the decoder is not run: what it would say is not a number."""
+    lm, sizes = made('ctc')
+    h, target = inputs(sizes)
+    written = target.at[:, 1:].set(NOTHING)
+    graph, state = nnx.split(nnx.clone(lm))
+    state['inputs']['kernel'].set_value(jnp.full_like(state['inputs']['kernel'][...], jnp.nan))
+
+    def scored(state, target):
+        return jnp.sum(nnx.merge(graph, state).log_prob(h, target, None)[0], axis=(0, 2))
+    want, (spoken, written_only) = log_prob(lm, h, written, None)[0], (
+        jax.jit(scored)(state, x) for x in (target, written))
+    np.testing.assert_allclose(written_only, jnp.sum(want, axis=(0, 2)), rtol=1e-6)
+    assert not np.asarray(want)[:, 1:].any() and np.isnan(spoken[1:]).all()
+    grads = jax.jit(jax.grad(lambda s: scored(s, written).sum()))(state)
+    assert not any(np.any(x) for x in jax.tree.leaves((grads['inputs'], grads['decoder'])))
+    assert np.any(grads['text_out']['kernel'][...])
+
+
 def test_ctc_streams_as_it_scores_and_looks_never_ahead():
     """Column by column with a cache of its own: the logits of training. A later column changes no
     earlier one's."""
