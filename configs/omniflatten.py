@@ -98,10 +98,10 @@ def demo(c) -> None:
         name: dict(select=('story',) if name in ('asr', 'tts') else ('dialogue',), layout=layout)
         for name, layout in drawn.items()})
     c.stages = (
-        parts.demo_stage('align', 200, dict(asr=0.5, tts=0.5), batch=8),
-        parts.demo_stage('half', 100, dict(half=1.0), batch=8, start='align'),
-        parts.demo_stage('three', 200, dict(three=1.0), batch=8, start='half', lr=2e-3),
-        parts.demo_stage('two', 300, dict(two=1.0), batch=8, start='three', lr=2e-3))
+        parts.demo_stage('align', 200, dict(asr=0.5, tts=0.5), batch=4),
+        parts.demo_stage('half', 80, dict(half=1.0), batch=4, start='align'),
+        parts.demo_stage('three', 120, dict(three=1.0), batch=4, start='half', lr=2e-3),
+        parts.demo_stage('two', 250, dict(two=1.0), batch=4, start='three', lr=2e-3))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('half', 'three', 'two')),
                    matched=dict(name='matched', source='two', given='half'),
                    turns=parts.turn_taking('two'))
