@@ -10,6 +10,7 @@ roll, and those who do not answer are the lost ones.
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -80,12 +81,14 @@ def _seconds(name: str, default: int) -> int:
     return int(text)
 
 
-def stopped_status() -> int:
-    """The exit status of a run that was asked to stop and saved: 0, or JAXSD_STOPPED_STATUS.
+def stopped_status(number: int = signal.SIGTERM) -> int:
+    """The exit status of a run that was asked to stop by a signal and saved: 0, after Ctrl-C 130,
+    so that no script goes on to what comes after; or JAXSD_STOPPED_STATUS.
 
     Schedulers that start only failed jobs again need another one, say 75.
     """
-    text = os.environ.get('JAXSD_STOPPED_STATUS', '') or '0'
+    text = os.environ.get('JAXSD_STOPPED_STATUS', '') or (
+        '130' if number == signal.SIGINT else '0')
     if not text.isdecimal() or int(text) > 255:
         raise ConfigError(f'JAXSD_STOPPED_STATUS must be an exit status, 0..255, got {text!r}')
     return int(text)

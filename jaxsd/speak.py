@@ -56,7 +56,8 @@ def read_wav(path: str, rate_hz: int) -> np.ndarray:
                 raise ValueError(f'--input {path} was cut short: its header says {f.frames} '
                                  f'samples, {len(wav)} could be read')
     except (OSError, RuntimeError) as e:        # soundfile's own error is a RuntimeError
-        raise ValueError(f'--input {path} cannot be read as audio: {e}') from None
+        raise ValueError(f'--input {path} cannot be read as audio: '
+                         f'{getattr(e, "error_string", e)}') from None
     if wav.shape[1] > 2:
         raise ValueError(f'--input {path} has {wav.shape[1]} channels; give one, or two of a '
                          'dialogue (mine, theirs)')

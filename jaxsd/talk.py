@@ -128,7 +128,8 @@ class _Page(http.server.BaseHTTPRequestHandler):
                 raise _Refused(400, str(e).replace(f'--input {f.name}', 'the recording')
                                .replace(f.name, 'the recording')) from None
         if len(wav) < self.server.lobby.room.least * self.server.frame:
-            raise _Refused(400, 'the recording is too short to answer')
+            least_s = self.server.lobby.room.least / self.server.codec.identity['frame_hz']
+            raise _Refused(400, f'the recording is too short to answer: it needs {least_s:.2f} s')
         return wav
 
     def _talk(self):

@@ -137,7 +137,8 @@ def abstract_batch(config, stage: Stage, mesh) -> dict:
 
 @contextlib.contextmanager
 def _asked_to_stop():
-    """A function to call after every step: True once SIGTERM or SIGINT came (save, then leave).
+    """A function to call after every step: which of SIGTERM and SIGINT came, if any (save, then
+    leave).
 
     The processes of a distributed run agree on the step: jax's own service hears SIGTERM there and
     tells the others, so SIGINT is passed on as that. A second SIGINT interrupts at once.
@@ -155,12 +156,12 @@ def _asked_to_stop():
         else:
             asked.append(number)
 
-    def stop() -> bool:
+    def stop() -> int | None:
         if shared:
             from jax.experimental import multihost_utils
             if multihost_utils.reached_preemption_sync_point(next(calls)):
                 asked.append(signal.SIGTERM)
-        return bool(asked)
+        return (interrupts or asked)[0] if asked else None
 
     numbers = (signal.SIGINT,) if shared else (signal.SIGTERM, signal.SIGINT)
     if threading.current_thread() is not threading.main_thread():
@@ -454,7 +455,7 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
                 over('stopped', n + 1)
                 log.info('asked to stop: saved step %d of stage %s; the same command goes on',
                          n + 1, stage.name)
-                raise SystemExit(processes.stopped_status())
+                raise SystemExit(processes.stopped_status(leaving))
         if first == stage.steps and probe:      # killed after the last save, before the last word
             measure(first)
         over('finished', stage.steps)

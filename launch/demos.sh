@@ -5,6 +5,7 @@
 # Running again resumes what was interrupted and skips what is done. SYSTEMS='twist voxtlm' runs
 # those alone, LIMIT bounds the things measured by a task.
 set -euo pipefail
+trap 'exit 130' INT; trap 'exit 143' TERM        # who was stopped has saved, but is not done
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} runs=${RUNS:-runs/demos} failed=()
 jaxsd() { "$python" -m jaxsd "$@"; }

@@ -4,6 +4,7 @@
 # Each part leaves a stamp in $RUNS/.quickstart: running again skips what is finished and resumes
 # what was interrupted. HOURS of speech, MOSHI_SHARE of its steps, LIMIT of things measured.
 set -euo pipefail
+trap 'exit 130' INT; trap 'exit 143' TERM        # who was stopped has saved, but is not done
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} runs=${RUNS:-runs}
 stamps=$runs/.quickstart begun=$SECONDS previous=; mkdir -p "$stamps"

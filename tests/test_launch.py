@@ -202,6 +202,26 @@ def test_the_quickstart_skips_what_is_done(tmp_path):
     assert other.returncode == 1 and 'move it away' in other.stderr
 
 
+@pytest.mark.parametrize(('name', 'status'), (('INT', 130), ('TERM', 143)))
+@pytest.mark.parametrize('script', ('quickstart.sh', 'demos.sh'))
+def test_who_was_stopped_is_not_done(tmp_path, script, name, status):
+    """Training that was asked to stop has saved and leaves with 0: nothing comes after it, and it
+    goes on when started again."""
+    shutil.copytree(LAUNCH, tmp_path / 'launch')
+    for path in ('configs/twist.py', 'data/demo/manifest.json'):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text('"--hours 12 "')
+    python, log = tmp_path / 'python', tmp_path / 'log'
+    python.write_text(f'#!/bin/bash\necho "$*" >> {log}\n'
+                      f'[[ "$*" == *" train "* ]] && kill -{name} $PPID; exit 0\n')
+    python.chmod(0o755)
+    for _ in range(2):
+        log.unlink(missing_ok=True)
+        out = run(script, folder=tmp_path / 'launch', PYTHON=python, RUNS=tmp_path / 'runs')
+        assert out.returncode == status, out.stderr
+        assert ' train ' in log.read_text().splitlines()[-1]
+
+
 def test_demos_go_on_and_skip_what_is_done(tmp_path):
     """Every stage by one train, measured twice; a system that fails holds nobody up."""
     for name in ('_parts', 'moshi', 'twist', 'voxtlm'):

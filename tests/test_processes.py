@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is a wrong setting told in one line? What a lost process does is in tests/test_resume.py."""
 
+import signal
 import subprocess
 import sys
 
@@ -28,8 +29,9 @@ def test_wrong_settings(settings, said, monkeypatch):
 def test_the_status_of_a_stopped_run(monkeypatch):
     monkeypatch.delenv('JAXSD_STOPPED_STATUS', raising=False)
     assert processes.stopped_status() == 0
+    assert processes.stopped_status(signal.SIGINT) == 130
     monkeypatch.setenv('JAXSD_STOPPED_STATUS', '75')
-    assert processes.stopped_status() == 75
+    assert processes.stopped_status() == processes.stopped_status(signal.SIGINT) == 75
     for wrong in ('256', '-1', 'yes'):
         monkeypatch.setenv('JAXSD_STOPPED_STATUS', wrong)
         with pytest.raises(ConfigError, match=f"JAXSD_STOPPED_STATUS.*'{wrong}'"):

@@ -140,6 +140,18 @@ def page_of(*folders, out):
     return Page(report.write([str(f) for f in folders], str(out / 'report.html')))
 
 
+def test_who_stopped_halfway_has_no_final_loss(run, tmp_path):
+    (run / 'metrics.jsonl').write_text(''.join(
+        json.dumps(line) + '\n' for line in lines(100, 'learn')))
+    page = page_of(run, out=tmp_path)
+    assert 'loss so far' in page.words and 'step of learn, of 400' in page.words
+    assert 'final loss' not in page.words
+    (run / 'metrics.jsonl').write_text(''.join(
+        json.dumps(line) + '\n' for line in lines(400, 'learn')))
+    page = page_of(run, out=tmp_path)
+    assert 'final loss' in page.words and 'loss so far' not in page.words
+
+
 def test_what_was_measured_at_the_probes_is_drawn(run, tmp_path):
     """Turn-taking, as training writes it down: a drawing of what has one unit, numbers of all."""
     with open(run / 'metrics.jsonl', 'a') as f:

@@ -202,8 +202,10 @@ def test_saved_by_two_goes_on_with_any_number(corpus, tmp_path):
         assert resumed['processes'] == count and resumed['step'] in (4, 8)
 
 
-def test_terminated_saves_and_goes_on(corpus, tmp_path):
-    """SIGTERM: the step in hand is saved, the exit status is 0, the same command finishes."""
+@pytest.mark.parametrize(('number', 'status'), ((signal.SIGTERM, 0), (signal.SIGINT, 130)))
+def test_terminated_saves_and_goes_on(corpus, tmp_path, number, status):
+    """SIGTERM: the step in hand is saved, the exit status is 0, the same command finishes. So does
+    Ctrl-C, whose exit status tells a script not to go on."""
     work = tmp_path / 'run'
     options = (*quick('spirit_lm', 400), '--config.stages[0].save_steps=1000')
     process = subprocess.Popen(command('spirit_lm', corpus, work, *options), cwd=ROOT,
@@ -212,9 +214,9 @@ def test_terminated_saves_and_goes_on(corpus, tmp_path):
     while max(losses(work), default=0) < 3:
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.005)
-    process.terminate()
+    process.send_signal(number)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and 'asked to stop: saved step' in said
+    assert process.returncode == status and 'asked to stop: saved step' in said
     saved = checkpoint.steps(checkpoint.folder_of(str(work), 'pretrain'))
     assert len(saved) == 1 and 3 <= saved[0] < 400
     assert max(losses(work)) == saved[0]

@@ -28,7 +28,7 @@ from jaxsd.report.elements import (
     with_unit,
     xy,
 )
-from jaxsd.report.files import read_json
+from jaxsd.report.files import as_dicts, read_json
 
 GRIDS, GRID_BYTES = 8, 3 << 20
 CLIPS, CLIP_S = 16, 30.0
@@ -71,8 +71,13 @@ def _tiles(run: dict) -> str:
         return ''
     rows = list(run['stages'].values())
     last = rows[-1][-1]
-    tiles = [('final loss', number(last.get('loss'))),
-             (f'step of {esc(next(reversed(run["stages"])) or "training")}', number(last['step']))]
+    name = next(reversed(run['stages']))
+    planned = next((s.get('steps') for s in as_dicts(run['config'].get('stages'))
+                    if s.get('name') == name), None)
+    whole = not finite(planned) or last['step'] >= planned
+    tiles = [('final loss' if whole else 'loss so far', number(last.get('loss'))),
+             (f'step of {esc(name or "training")}' + (
+                 '' if whole else f', of {number(planned)}'), number(last['step']))]
 
     def in_all(key):        # each stage counts from its own start
         return sum(stage[-1][key] for stage in rows if finite(stage[-1].get(key)))
