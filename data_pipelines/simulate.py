@@ -306,7 +306,10 @@ def main(argv=None) -> int:
         return 130
     hours = sum(x['hours_by_source'].get('simulated', 0.0)
                 for x in done['manifest']['splits'].values())
-    print(f'{args.out}: {done["records"]} records, {hours:.3f} h of simulated dialogues')
+    with open(os.path.join(args.out, 'labels.jsonl'), encoding='utf-8') as f:
+        count = sum(1 for _ in f)
+    print(f'{args.out}: {count} simulated dialogues, {hours:.3f} h, and the '
+          f'{done["records"] - count} records of the source')
     print(records.overrides(args.out, done['manifest'], ('simulated',)))
     return 0
 

@@ -119,7 +119,12 @@ def made(corpus, tmp_path_factory):
                               '--seed', '5', '--mine', 'voice=en-us']) == 0
     manifest = json.loads((out / 'manifest.json').read_text())
     hours = sum(s['hours_by_source'].get('simulated', 0) for s in manifest['splits'].values())
-    assert hours > 0 and f'{hours:.3f} h of simulated dialogues' in said.getvalue()
+    with open(out / 'labels.jsonl') as f:
+        labels = f.read().splitlines()
+    source = json.loads((corpus / 'manifest.json').read_text())
+    assert hours > 0 and labels and said.getvalue().startswith(
+        f'{out}: {len(labels)} simulated dialogues, {hours:.3f} h, and the '
+        f'{sum(s["records"] for s in source["splits"].values())} records of the source\n')
     assert said.getvalue().endswith(records.overrides(str(out), manifest, ['simulated']) + '\n')
     assert said.getvalue().endswith('"--config.data.sources.SOURCE.select=(\'simulated\',)"\n')
     return out
