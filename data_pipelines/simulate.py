@@ -51,9 +51,10 @@ class Manners(NamedTuple):
     """How two voices take turns.
 
     fto_s: mean and standard deviation of the normal distribution of a turn's begin after the
-    other's end, negative where they overlap (by no more than half of either). interruption: the
-    probability that a turn is broken into at 0.3 to 0.7 of it, and stops 0.25 to 0.6 s later; who
-    broke in is heard out.
+    other's end, negative where they overlap (by no more than half of either).
+    interruption: the probability that a turn is broken into at 0.3 to 0.7 of it, and stops 0.25 to
+    0.6 s later. Who broke in is heard out, and nobody breaks into the last turn: of all turns fewer
+    are.
     pause: that it goes on with another utterance after 0.25 to 1 s. backchannel: that the other
     murmurs in it, if there is room.
     """

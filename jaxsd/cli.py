@@ -417,6 +417,8 @@ def _ablate(args, overrides):
     runs = ablate.runs_of(question, arms, args.workdir)
     if beyond := [i for i in only if i >= len(runs)]:
         raise ConfigError(f'--only {beyond[0]}: there are runs 0..{len(runs) - 1}')
+    if args.doc and os.path.isdir(args.doc):
+        raise ConfigError(f'--doc {args.doc} is a directory; name a page in it')
     if args.doc and not os.path.isdir(os.path.dirname(os.path.abspath(args.doc))):
         raise ConfigError(f'--doc {args.doc}: there is no such directory')
     if args.launch:

@@ -199,6 +199,18 @@ def last_seen_s(workdir: str) -> float | None:
     return None
 
 
+def measured(workdir: str, stage: str, step: int) -> bool:
+    """Whether the run has held-out numbers of that step."""
+    with contextlib.suppress(FileNotFoundError), open(
+            os.path.join(workdir, 'metrics.jsonl'), encoding='utf-8', errors='replace') as f:
+        for line in f:
+            with contextlib.suppress(ValueError, AttributeError):
+                entry = json.loads(line)
+                if 'held_out' in entry and (entry.get('stage'), entry.get('step')) == (stage, step):
+                    return True
+    return False
+
+
 def rounded(seconds: dict) -> dict:
     return {k: round(x, 3) for k, x in seconds.items()}
 

@@ -269,9 +269,8 @@ def _run_stage(config, stage: Stage, workdir, mesh, v, probe, profile_steps, sto
             state, meta = found
             first, counted = int(meta['step']), meta['data'].get('consumed', {})
             data.resume(meta['data'], marks)
-            if first >= stage.steps and rundir.on_first_process(
-                    lambda: any(e.get('event') == 'finished' and e.get('stage') == stage.name
-                                for e in rundir.read_ledger(workdir))):
+            if first >= stage.steps and (not probe or rundir.on_first_process(
+                    lambda: journal.measured(workdir, stage.name, first))):
                 log.info('stage %s is done (%d steps)', stage.name, stage.steps)
                 return None
             begun = dict(event='resume', stage=stage.name, step=first)
@@ -456,7 +455,7 @@ def _loop(config, stage, workdir, mesh, rows, batches, drawn_from, step_fn, stat
                 log.info('asked to stop: saved step %d of stage %s; the same command goes on',
                          n + 1, stage.name)
                 raise SystemExit(processes.stopped_status(leaving))
-        if first == stage.steps and probe:      # killed after the last save, before the last word
+        if first == stage.steps and probe:      # killed after the last save
             measure(first)
         over('finished', stage.steps)
     return loss

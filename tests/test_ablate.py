@@ -120,6 +120,7 @@ def test_the_directory_of_an_ablation_is_its_own(straight, corpus, asked, tmp_pa
     for flag in ('--launch=local', '--doc=x.md'):
         assert '--only does not go with' in refused(asked(), work, '--only', '0', flag, '--dry-run')
     assert 'no such directory' in refused(asked(), work, '--doc', 'nowhere/x.md', '--dry-run')
+    assert 'is a directory' in refused(asked(), work, '--doc', str(tmp_path), '--dry-run')
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'mine.txt').write_text('')
     assert 'is not empty and no ablation' in refused(asked(), tmp_path / 'full')

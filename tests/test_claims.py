@@ -101,8 +101,9 @@ def test_who_has_heard_interruptions_gives_way_and_answers(tmp_path):
     """Moshi §4.2, 4.4: a model that is to be interrupted should have heard interruptions.
 
     Two corpora of 14 hours of simulated dialogues, of the same voices and gaps; in one every second
-    turn is broken into. Both models are measured on the held-out dialogues of a third, in which the
-    listener also murmurs in every second turn, and whose callers are played. Who is interrupted
+    turn that can be is broken into (the last cannot, nor one that breaks in). Both models are
+    measured on the held-out dialogues of a third, in which the listener also murmurs, and whose
+    callers are played. Who is interrupted
     should stop, wait and answer (success), have the floor when the caller has ended (takeover, as
     Full-Duplex-Bench measures it), and go on while one murmurs. Who has heard no overlap falls
     silent at any sound of the caller.
@@ -134,4 +135,4 @@ def test_who_has_heard_interruptions_gives_way_and_answers(tmp_path):
     for kind in ('interruption', 'murmur'):
         assert all(x.get(f'events/{kind}', 0) >= 200 for x in found.values()), kind
     for metric in ('success %/interruption', 'takeover %/interruption', 'went on %/murmur'):
-        assert found['interruptions'][metric] > found['none'][metric], metric
+        assert found['interruptions'][metric] > found['none'][metric] + 5, metric

@@ -3,6 +3,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 
 import numpy as np
@@ -102,13 +103,21 @@ def test_how_often_each_happens():
     every = [p for placed in plans(2000) for p in placed]
     turn = [p for p in every if p.kind in ('opening', 'smooth', 'interruption')]
     assert sum(p.kind == 'pause' for p in every) / len(turn) == pytest.approx(0.15, abs=0.02)
-    broken = sum(p.fto is None and p.kind == 'interruption' for p in every)
-    assert broken / len(turn) == pytest.approx(0.1 * 7 / 8, abs=0.02)
     murmured = sum(p.kind == 'backchannel' for p in every)
     assert murmured / (len(turn) + sum(p.kind == 'pause' for p in every)) == pytest.approx(
         0.2, abs=0.03)
     still = simulate.Manners(interruption=0.0, pause=0.0, backchannel=0.0, fto_s=(0.5, 0.0))
     assert {p.kind for placed in plans(20, still) for p in placed} == {'opening', 'smooth'}
+
+
+@pytest.mark.parametrize('asked', (0.1, 0.5, 1.0))
+def test_how_many_of_those_that_can_be_are_broken_into(asked):
+    """The last turn cannot be, nor one that breaks in."""
+    able = []
+    for placed in plans(1000, simulate.Manners(interruption=asked, pause=0.0, backchannel=0.0)):
+        able += [(after.fto is None) for before, after in itertools.pairwise(placed)
+                 if before.kind != 'interruption']
+    assert np.mean(able) == pytest.approx(asked, abs=0.03)
 
 
 @pytest.fixture(scope='module')

@@ -216,7 +216,8 @@ def test_a_finished_run_does_nothing_and_another_config_is_refused(done, caplog)
 def test_who_is_killed_after_the_last_save_gets_the_last_numbers(done, tmp_path):
     c, work, _, _ = done
     again = shutil.copytree(work, tmp_path / 'run')
-    for name, told in (('metrics.jsonl', 'held_out'), ('ledger.jsonl', 'saves')):
+
+    def cut(name, told):
         (again / name).write_text(''.join((again / name).open().readlines()[:-1]))
         assert told in lines(work, name)[-1] and told not in lines(again, name)[-1]
     heard = []
@@ -224,7 +225,11 @@ def test_who_is_killed_after_the_last_save_gets_the_last_numbers(done, tmp_path)
     def probe(step, params):
         heard.append(step)
         return {'aligned/loss': float(jax.numpy.abs(flatten(params)['head/out/kernel']).sum())}
-    for _ in range(2):      # and once only
+    cut('ledger.jsonl', 'saves')
+    train.run(c, str(again), probe_of=lambda stage: probe)
+    assert heard == []          # it has them
+    cut('metrics.jsonl', 'held_out')
+    for _ in range(2):          # and once only
         train.run(c, str(again), probe_of=lambda stage: probe)
         assert heard == [7]
     assert lines(again)[:-1] == lines(work)[:-1]
