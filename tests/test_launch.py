@@ -7,6 +7,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,13 @@ VERB = ['train', '--config', 'configs/a b.py:demo', "--config.data.path='x y'", 
 
 def run(script, *args, folder=LAUNCH, **env):
     return subprocess.run(['bash', str(folder / script), *args], capture_output=True, text=True,
-                          timeout=60, env=os.environ | {k: str(v) for k, v in env.items()})
+                          timeout=60, env=os.environ | {k: str(v) for k, v in env.items()},
+                          preexec_fn=_interruptible)
+
+
+def _interruptible():
+    """As in a terminal: what runs in the background may ignore Ctrl-C, and then bash must, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_launchers_are_short():
