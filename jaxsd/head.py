@@ -601,8 +601,9 @@ class Ctc(_Beside):
             local = jnp.where((local >= 0) & (local < unit.predicted), local, -1)
             # A path runs through all frames of a row, so every device takes whole rows.
             frames = place(jax.nn.log_softmax(logits), 'batch', None, None)
-            share = objective.ctc(frames, *(place(x, 'batch', None) for x in (local, where.segment)),
-                                  blank=unit.predicted, most_units=self.most_units)
+            local, segment = (place(x, 'batch', None) for x in (local, where.segment))
+            share = objective.ctc(frames, local, segment, blank=unit.predicted,
+                                  most_units=self.most_units)
             return jnp.swapaxes(share.reshape(B, T, K - 1), 1, 2)
         # Stages that only write pay nothing for a voice.
         share = jax.lax.cond(jnp.any(target_BKT[:, 1] != NOTHING), spoken,
