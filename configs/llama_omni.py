@@ -71,7 +71,8 @@ def stages(common: dict) -> tuple:
 
 
 def demo(c, marks: dict) -> None:
-    """The system on the demo corpus, kept with its audio (--keep-wav); up to 10 units per word.
+    """The system on the demo corpus, kept with its audio (--keep-wav); an answer has 10 units
+    for each of its words, which long ones take from short ones.
 
     The first stage also reads exchanges, which stand in for what a text model knows.
     """
@@ -85,7 +86,7 @@ def demo(c, marks: dict) -> None:
     c.frontend = dict(name='summed', dtype='float32', heard=('text',), encoder=parts.DEMO_EAR)
     c.backbone = parts.small(c.backbone, width=160, layers=5, heads=4, mlp=448, block_columns=64,
                              theta=10_000.0, rope_scaling='none')
-    # The repeats of all but the longest answers; those of a whole row are ten times its columns.
+    # A window of the decoder holds most answers whole; all columns of a row would be 1,280 repeats.
     c.head = dict(name='ctc', most_units=192, decoder=parts.small(
         c.backbone, width=128, layers=2, heads=4, mlp=352, window_columns=192))
     c.data = dict(path=parts.DEMO, sources=dict(

@@ -11,9 +11,9 @@ channel can be made worse as in §4.4 (`augment`). What was drawn is what is lab
     python -m data_pipelines.simulate --source data/clean --out data/talk --hours 2
 
 adds records of the source `simulated`, with `labels.jsonl`: of every one its placed utterances with
-channel, kind and times. Everything begins and ends on frames of the codec, so that a grid
-can hold the labels exactly; codes of the sound are often silent a frame before an utterance's end,
-where its last frame holds little. The same arguments give the same bytes.
+channel, kind and times. Everything begins and ends on frames of the codec, so that a grid can hold
+the labels exactly; codes of the sound are often silent a frame before an utterance's end, where its
+last frame holds little. The same arguments give the same bytes.
 """
 
 import io

@@ -103,10 +103,9 @@ def test_who_has_heard_interruptions_gives_way_and_answers(tmp_path):
     Two corpora of 14 hours of simulated dialogues, of the same voices and gaps; in one every second
     turn that can be is broken into (the last cannot, nor one that breaks in). Both models are
     measured on the held-out dialogues of a third, in which the listener also murmurs, and whose
-    callers are played. Who is interrupted
-    should stop, wait and answer (success), have the floor when the caller has ended (takeover, as
-    Full-Duplex-Bench measures it), and go on while one murmurs. Who has heard no overlap falls
-    silent at any sound of the caller.
+    callers are played. Who is interrupted should stop, wait and answer (success), have the floor
+    when the caller has ended (takeover, as Full-Duplex-Bench measures it), and go on while one
+    murmurs. Who has heard no overlap falls silent at any sound of the caller.
     """
     clean, talk = tmp_path / 'clean', tmp_path / 'talk'
     run('data_pipelines.demo', '--out', str(clean), '--hours', '2', '--keep-wav')
