@@ -12,10 +12,11 @@ channel can be made worse as in §4.4 (`augment`). What was drawn is what is lab
 
 adds records of the source `simulated`, with `labels.jsonl`: of every one its placed utterances with
 channel, kind and times. Everything begins and ends on frames of the codec, so that a grid can hold
-the labels exactly; codes of the sound are often silent a frame before an utterance's end, where its
-last frame holds little. The same arguments give the same bytes.
+the labels exactly, and with frames that hold enough to be heard in their codes. The same arguments
+give the same bytes.
 """
 
+import bisect
 import io
 import json
 import os
@@ -26,13 +27,14 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines import augment, records
-from jaxsd import dataset
+from jaxsd import dataset, turns
 from jaxsd.flags import Parser
 from jaxsd.types import Record, Turn, Word
 
 RATE_HZ = augment.RATE_HZ
 FLOOR = 5 / 32768       # standard deviation of silence: that of the demo corpus
-LEVEL = 0.01            # an utterance begins and ends where it is this loud, relative to its peak
+PIECE_S = 0.01          # by pieces of this length sound is loud or quiet,
+QUIET_DB = 25.0         # this much below the loud ones, where codes are often those of silence
 TURN_S = 0.2            # shorter overlaps interrupt nobody, shorter silences separate nothing
 DRAWS = 1000            # of a turn's begin, after which it is as early as may be
 SHORT_S = 1.0           # utterances below are backchannels
@@ -41,11 +43,15 @@ FADE_S = 0.01
 
 
 class Utterance(NamedTuple):
-    """One turn as sound int16 [S] from its first loud sample, with its words from there."""
+    """One turn as sound int16 [S] of whole frames, with its words from its begin.
+
+    filled: bool [F], the frames that are loud for half of their length or more. The last one is.
+    """
 
     text: str
     wav: np.ndarray
     words: tuple[Word, ...]
+    filled: np.ndarray
 
 
 class Manners(NamedTuple):
@@ -81,9 +87,13 @@ class Placed(NamedTuple):
     fto: int | None = None
 
 
-def plan(longs: Sequence[Sequence[int]], shorts: Sequence[Sequence[int]], *, count: int,
-         frame_hz: float, manners: Manners, rng: np.random.Generator) -> list[Placed]:
-    """A dialogue of `count` turns, by start. longs, shorts: frames of each channel's utterances."""
+def plan(longs: Sequence[Sequence[np.ndarray]], shorts: Sequence[Sequence[np.ndarray]], *,
+         count: int, frame_hz: float, manners: Manners, rng: np.random.Generator) -> list[Placed]:
+    """A dialogue of `count` turns, by start.
+
+    longs, shorts: of each channel's utterances the frames that are filled, bool [F]. Whoever is
+    broken into stops after one of those.
+    """
     least = int(np.ceil(TURN_S * frame_hz - 1e-9))      # frames that are at least 0.2 s
     channel = int(rng.integers(2))
 
@@ -93,7 +103,7 @@ def plan(longs: Sequence[Sequence[int]], shorts: Sequence[Sequence[int]], *, cou
     out: list[Placed] = []
     for _ in range(count):
         index = int(rng.integers(len(longs[channel])))
-        length = longs[channel][index]
+        length = len(longs[channel][index])
         if not out:
             start, kind, fto = within(0.2, 0.6), 'opening', None
         else:
@@ -102,6 +112,9 @@ def plan(longs: Sequence[Sequence[int]], shorts: Sequence[Sequence[int]], *, cou
             free = max([0, *(p.end + least for p in out if p.channel == channel)])
             start = max(free, before.start + int(round(rng.uniform(0.3, 0.7) * long)))
             end = min(start + within(0.25, 0.6), before.end)
+            said = longs[before.channel][before.index]
+            while end < before.end and not said[end - 1 - before.start]:
+                end += 1
             if (rng.random() < manners.interruption and before.kind != 'interruption'
                     and end - start >= least and start + length > end):
                 out[-1], kind, fto = before._replace(end=end), 'interruption', None
@@ -119,14 +132,14 @@ def plan(longs: Sequence[Sequence[int]], shorts: Sequence[Sequence[int]], *, cou
         if rng.random() < manners.pause:
             index = int(rng.integers(len(longs[channel])))
             start = out[-1].end + within(0.25, 1.0)
-            out.append(Placed(channel, index, start, start + longs[channel][index], 'pause'))
+            out.append(Placed(channel, index, start, start + len(longs[channel][index]), 'pause'))
         channel = 1 - channel
     for turn in list(out):
         other = 1 - turn.channel
         if not len(shorts[other]) or rng.random() >= manners.backchannel:
             continue
         index = int(rng.integers(len(shorts[other])))
-        length = shorts[other][index]
+        length = len(shorts[other][index])
         own = [p for p in out if p.channel == other]
         low = max([turn.start + 1, *(p.end + least for p in own if p.start < turn.start)])
         high = min([turn.end - 1, *(p.start - least for p in own if p.start >= turn.start)])
@@ -136,28 +149,49 @@ def plan(longs: Sequence[Sequence[int]], shorts: Sequence[Sequence[int]], *, cou
     return sorted(out, key=lambda p: p.start)
 
 
-def utterances(record: Record) -> Iterator[tuple[str, Utterance]]:
-    """(voice, utterance) of every turn of a record that keeps its audio, in silence trimmed."""
+def utterances(record: Record, frame_hz: float) -> Iterator[tuple[str, Utterance]]:
+    """(voice, utterance) of every turn of a record that keeps its audio, of each part of one that
+    pauses. What does not fill its frames lies in their middle; where it ends, it is faded out."""
     import soundfile
     if not record.wav:
         raise ValueError(f'record {record.id} keeps no audio: make the dataset with --keep-wav')
     wav = soundfile.read(io.BytesIO(record.wav), dtype='int16', always_2d=True)[0].T
+    piece, frame = round(PIECE_S * RATE_HZ), round(RATE_HZ / frame_hz)
     for turn in record.turns:
-        sound = wav[turn.channel, round(turn.start_s * RATE_HZ):round(turn.end_s * RATE_HZ)]
-        level = np.abs(sound.astype(np.float32))
-        heard = np.flatnonzero(level > LEVEL * level.max(initial=0))
-        if not len(heard):
-            continue
-        first, last = int(heard[0]), int(heard[-1]) + 1
-        begin_s = turn.start_s + first / RATE_HZ
-        long_s = (last - first) / RATE_HZ
-        said = tuple(Word(w.text, 0, max(0.0, w.start_s - begin_s), min(w.end_s - begin_s, long_s))
-                     for w in record.words if w.channel == turn.channel
-                     and turn.start_s - 1e-3 <= w.start_s < begin_s + long_s < turn.end_s + 1e-3
-                     and w.end_s > begin_s)
-        voice = (record.style[turn.channel].split()[0] if record.style else
-                 f'{record.id} {turn.channel}')
-        yield voice, Utterance(turn.text, sound[first:last].copy(), said)
+        begin = round(turn.start_s * RATE_HZ)
+        sound = wav[turn.channel, begin:round(turn.end_s * RATE_HZ)]
+        loud = turns.loud(sound / 32768, RATE_HZ, 1 / PIECE_S, below_db=QUIET_DB)
+        parts = turns.units(loud[None], 1 / PIECE_S)
+        ends_s = [(begin + u.end * piece) / RATE_HZ for u in parts]
+        own = [(min(bisect.bisect(ends_s, (w.start_s + w.end_s) / 2), len(parts) - 1), w)
+               for w in record.words if w.channel == turn.channel
+               and turn.start_s - 1e-3 <= w.start_s < turn.end_s]
+        for i, part in enumerate(parts):
+            one = sound[part.start * piece:part.end * piece]
+            spare = -len(one) % frame
+            before = spare // 2
+            filled = np.pad(np.repeat(loud[part.start:part.end], piece)[:len(one)],
+                            (before, spare - before)).reshape(-1, frame).mean(1) >= 0.5
+            if not filled.any():
+                continue
+            frames = int(np.flatnonzero(filled)[-1]) + 1
+            one = faded(one[:frames * frame - before])
+            one = np.pad(one, (before, frames * frame - before - len(one)))
+            begin_s = (begin + part.start * piece - before) / RATE_HZ
+            said = tuple(Word(w.text, 0, max(0.0, w.start_s - begin_s),
+                              min(w.end_s - begin_s, frames / frame_hz))
+                         for k, w in own if k == i and w.start_s - begin_s < frames / frame_hz)
+            text = turn.text if len(parts) == 1 else ' '.join(w.text for w in said)
+            voice = (record.style[turn.channel].split()[0] if record.style else
+                     f'{record.id} {turn.channel}')
+            yield voice, Utterance(text, one, said, filled[:frames])
+
+
+def faded(wav: np.ndarray) -> np.ndarray:
+    """`wav` [S] with its end faded out."""
+    out, fade = wav.copy(), min(len(wav), round(FADE_S * RATE_HZ))
+    out[-fade:] = out[-fade:] * np.linspace(1, 0, fade, dtype=np.float32)
+    return out
 
 
 def render(placed: Sequence[Placed], longs, shorts, *, frame_hz: float, rng: np.random.Generator
@@ -171,8 +205,7 @@ def render(placed: Sequence[Placed], longs, shorts, *, frame_hz: float, rng: np.
         one = (shorts if p.kind == 'backchannel' else longs)[p.channel][p.index]
         sound = one.wav[:(p.end - p.start) * frame].astype(np.float32) / 32768
         if len(sound) < len(one.wav):       # broken off
-            fade = min(len(sound), int(FADE_S * RATE_HZ))
-            sound[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
+            sound = faded(sound)
         at, end_s = p.start * frame, p.end / frame_hz
         wav[p.channel, at:at + len(sound)] += sound
         begin_s = at / RATE_HZ
@@ -204,13 +237,11 @@ def build(source: str, out: str, *, hours: float, manners: Manners, seed: int = 
             yield record
             if record.codes is not None:
                 heard_s += record.duration_s
-                for voice, one in utterances(record):
+                for voice, one in utterances(record, hz):
                     voices.setdefault(voice, []).append(one)
 
-        def frames(one):
-            return int(np.ceil(len(one.wav) * hz / RATE_HZ))
-        short = {v: [u for u in us if frames(u) / hz < SHORT_S] for v, us in voices.items()}
-        long = {v: [u for u in us if frames(u) / hz >= SHORT_S] for v, us in voices.items()}
+        short = {v: [u for u in us if len(u.filled) / hz < SHORT_S] for v, us in voices.items()}
+        long = {v: [u for u in us if len(u.filled) / hz >= SHORT_S] for v, us in voices.items()}
         able = sorted(v for v in voices if long[v])
         if len(able) < 2 and split == 'train':
             raise ValueError(f'--source {source}: split {split} has utterances of {len(able)} '
@@ -225,8 +256,8 @@ def build(source: str, out: str, *, hours: float, manners: Manners, seed: int = 
             if mine in able:
                 pair = [mine, pair[pair[0] == mine]]
             longs, shorts = ([of[v] for v in pair] for of in (long, short))
-            placed = plan([[frames(u) for u in us] for us in longs],
-                          [[frames(u) for u in us] for us in shorts],
+            placed = plan([[u.filled for u in us] for us in longs],
+                          [[u.filled for u in us] for us in shorts],
                           count=int(rng.integers(TURNS[0], TURNS[1])), frame_hz=hz,
                           manners=manners, rng=rng)
             wav, words, said = render(placed, longs, shorts, frame_hz=hz, rng=rng)
