@@ -289,37 +289,57 @@ class Depth(nnx.Module):
         self.outs = nn.stack(lambda *, rngs: nn.Dense((D,), (card,), ('embed', 'vocab'), rngs=rngs),
                              P, rngs=rngs)
 
-    def _before(self, target_K, p: int, dtype, place: Place = anywhere):
-        """The embedding of the token before step p, of [B, T]; zeros where that cell holds nothing.
-        """
-        token_BT = target_K[p] - self.rows[p].start
+    def _before(self, target_K, p: int, dtype):
+        """The embedding of the token before step p, of [B]; zeros where that cell holds nothing."""
+        token = target_K[p] - self.rows[p].start
         table = self.text_table[...] if p == 0 else self.tables[...][p - 1]
-        return nn.embedded(table, token_BT[:, None], place, rows='stream').astype(dtype)
+        return nn.embedded(table, token[:, None, None], rows='stream')[:, 0].astype(dtype)
+
+    def _all_before(self, target_BTK, dtype, place: Place):
+        """`_before` of every step, [P, B, T, D]."""
+        token_BKT = jnp.swapaxes(target_BTK, 1, 2)[:, :self.steps]
+        local = token_BKT - jnp.asarray([row.start for row in self.rows[:self.steps]])[:, None]
+        text = nn.embedded(self.text_table[...], local[:, :1], place, 'stream')[None]
+        count, size, width = self.tables.shape
+        has = (local[:, 1:] >= 0) & (local[:, 1:] < size)
+        audio = nn.each_embedded(
+            self.tables[...].reshape(count * size, width),      # one table below the other
+            jnp.where(has, local[:, 1:] + size * jnp.arange(self.steps - 1)[:, None], -1), place,
+            'stream')
+        return jnp.concatenate([text, jnp.moveaxis(audio, 1, 0)]).astype(dtype)
+
+    def _mapped(self, stack, x):
+        """x [P, ...], or of all steps alike [1, ...], by the map of each step. P leads: one batched
+        dot; where all steps share one map, no copies of it."""
+        if max(self.slots) == 0:
+            return nn.nth(stack, 0)(x)
+        own = self.slots == tuple(range(self.steps))
+        maps = stack if own else nn.nth(stack, jnp.asarray(self.slots))
+        if len(x) == 1:
+            return jax.vmap(lambda dense: dense(x[0]))(maps)
+        return jax.vmap(lambda dense, x: dense(x))(maps, x)
 
     def _logits(self, h_BTD, target_BTK, place: Place = anywhere):
-        """Logits [P, B, T, V] of the audio rows, all steps at once. P leads: one batched dot."""
-        P, slots = self.steps, jnp.asarray(self.slots)
-        per_step = jax.vmap(lambda dense, x: dense(x))
-        target = jnp.moveaxis(target_BTK, -1, 0)
+        """Logits [P, B, T, V] of the audio rows, all steps at once."""
+        P = self.steps
 
         def spread(x_PBTD):     # else the compiler has every device take the columns of all
             return place(x_PBTD, None, 'batch', 'column', 'width')
-        x = jax.vmap(lambda dense: dense(h_BTD))(nn.nth(self.inputs, slots))
-        x = spread(x + jnp.stack([self._before(target, p, h_BTD.dtype, place)
-                                  for p in range(P)]))
+        x = self._mapped(self.inputs, h_BTD[None])
+        x = spread(x + self._all_before(target_BTK, h_BTD.dtype, place))
         causal = jnp.tril(jnp.ones((P, P), bool))
 
         def layer(x, block):
             y = block.norm_attention(x)
-            qkv = per_step(nn.nth(block.qkv, slots), y)            # [P, B, T, 3, N, H]
+            qkv = self._mapped(block.qkv, y)                       # [P, B, T, 3, N, H]
             q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
             s = jnp.einsum('PBTNH,QBTNH->BTNPQ', q, k, preferred_element_type=jnp.float32)
             s = jnp.where(causal, s / jnp.sqrt(jnp.float32(q.shape[-1])), -1e30)
             o = jnp.einsum('BTNPQ,QBTNH->PBTNH', jax.nn.softmax(s, -1).astype(v.dtype), v)
-            x = spread(x + per_step(nn.nth(block.out, slots), o))
+            x = spread(x + self._mapped(block.out, o))
             y = block.norm_mlp(x)
-            return spread(x + nn.gated(y, lambda y: per_step(nn.nth(block.gate_up, slots), y),
-                                       lambda y: per_step(nn.nth(block.down, slots), y))), None
+            return spread(x + nn.gated(y, lambda y: self._mapped(block.gate_up, y),
+                                       lambda y: self._mapped(block.down, y))), None
         x, _ = jax.lax.scan(layer, x, self.blocks, unroll=nn.unroll(self.layers, place))
         return jax.vmap(lambda dense, x: dense(x))(self.outs, x)
 
@@ -375,7 +395,7 @@ class Depth(nnx.Module):
         keys = jnp.zeros((L, P, B, N, H), h_BD.dtype)
         values = jnp.zeros_like(keys)
         for p in range(P):
-            before = self._before([c[:, None] for c in column], p, h_BD.dtype)[:, 0]
+            before = self._before(column, p, h_BD.dtype)
             x = nn.nth(self.inputs, self.slots[p])(h_BD) + before
             seen = jnp.arange(P) <= p
 

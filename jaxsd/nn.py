@@ -313,18 +313,33 @@ def embedded(table_VD, token_BKT, place: Place = anywhere, rows: str = 'vocab'):
     up its slice for the batch rows of all, and they trade. Left to itself, the compiler gathers
     whole batches.
     """
-    def here(table_VD, token_BKT):
-        token_BKT = place.meet(token_BKT, ('batch', 'stream', 'column'), 'embed')
-        token_BKT = token_BKT - place.nth(rows) * len(table_VD)
+    def looked_up(table_VD, token_BKT):
         x_BTD = 0.0
         for k in range(token_BKT.shape[1]):     # one at a time: [B, K, T, D] never exists
-            token = token_BKT[:, k]
-            row = jnp.take(table_VD, jnp.clip(token, 0, len(table_VD) - 1), axis=0)
-            has = (token >= 0) & (token < len(table_VD))
-            x_BTD = x_BTD + jnp.where(has[..., None], row, 0.0)
-        return place.part(x_BTD, ('batch', 'column', 'embed'), 'embed')
+            x_BTD = x_BTD + _rows_of(table_VD, token_BKT[:, k])
+        return x_BTD
+    return _traded(looked_up, table_VD, token_BKT, place, rows, ('batch', 'column'))
+
+
+def each_embedded(table_VD, token_BKT, place: Place = anywhere, rows: str = 'vocab'):
+    """`embedded` without the sum, [B, K, T, D]: one look-up, and one scatter backwards."""
+    return _traded(_rows_of, table_VD, token_BKT, place, rows, ('batch', 'stream', 'column'))
+
+
+def _rows_of(table_VD, token):
+    row = jnp.take(table_VD, jnp.clip(token, 0, len(table_VD) - 1), axis=0)
+    return jnp.where(((token >= 0) & (token < len(table_VD)))[..., None], row, 0.0)
+
+
+def _traded(look_up, table_VD, token_BKT, place: Place, rows: str, axes: tuple):
+    """look_up(this device's piece of the table, tokens of all that split its width) -> [*axes, D],
+    traded for this device's part of `axes`."""
+    def here(table_VD, token_BKT):
+        token_BKT = place.meet(token_BKT, ('batch', 'stream', 'column'), 'embed')
+        x = look_up(table_VD, token_BKT - place.nth(rows) * len(table_VD))
+        return place.part(x, (*axes, 'embed'), 'embed')
     return place.apart(here, (table_VD, rows, 'embed'), (token_BKT, 'batch', 'stream', 'column'),
-                       out=('batch', 'column', 'width'), summed=(rows,))
+                       out=(*axes, 'width'), summed=(rows,))
 
 
 def log_prob(logits, target):
