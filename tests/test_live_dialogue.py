@@ -35,6 +35,18 @@ def mine(v, rows):
     return rows[[k for k, row in enumerate(v.rows) if not row.name.startswith('theirs')]]
 
 
+def test_words_go_to_the_sound_that_is_nearest():
+    """Two stretches half a second apart, and a breath of 0.2 s within the first."""
+    rate = 8000
+    tone, quiet = np.sin(np.arange(rate // 5)), np.zeros(rate // 5)
+    wav = np.concatenate([quiet, tone, quiet, tone, *[quiet] * 3, tone])
+    words = [(0.1, 'a'), (0.7, 'b'), (1.0, 'c'), (1.2, 'd'), (2.0, 'e')]
+    found = bench_live.stretches(wav, words, rate)
+    assert [w for _, w in found] == ['a b c', 'd e']
+    assert [len(x) / rate for x, _ in found] == pytest.approx([0.6, 0.2], abs=0.021)
+    assert bench_live.stretches(np.zeros(rate), words, rate) == []
+
+
 # The room.
 
 @pytest.mark.parametrize('kind', ('helium', 'qwen2'))

@@ -408,6 +408,14 @@ def test_candidates_divide():
     for x in found:
         assert x.data * x.fsdp * x.tensor == t.size
         assert x.batch % (x.data * x.fsdp) == 0
+    # First what spreads over groups and has most rows of what should fit, then fewer.
+    first = found[0]
+    alike = [x.batch for x in found if x == dataclasses.replace(first, batch=x.batch)]
+    assert first.data == 8 and len(alike) > 1
+    held = [search.least(c, stage, dataclasses.replace(first, batch=n)) / 2**30 for n in alike]
+    fits = [search.TAKES * gib < t.chip.hbm_gib for gib in held]
+    assert fits == sorted(fits, reverse=True) and alike[:sum(fits)] == sorted(
+        alike[:sum(fits)], reverse=True)
     slices = search.candidates(c, stage, targets.parse('v5e:16x16*2'))
     assert slices and all(x.data % 2 == 0 for x in slices)
 

@@ -21,6 +21,7 @@ log = logging.getLogger('jaxsd')
 REMATS = ('none', 'dots', 'full')       # from most memory to least
 RECOMPUTED = dict(none=0.0, dots=0.05, full=1 / 3)      # more work, roughly
 TENSORS = (1, 2, 4, 8)
+TAKES = 1.7         # times `least`, roughly, is what a step was seen to take
 GROWTHS = (0.125, 0.25, 0.5, 1, 2, 4, 8)
 
 
@@ -86,9 +87,13 @@ def candidates(config, stage: Stage, topology: targets.Topology, batches=()) -> 
                 if batch and batch % (ways * stage.accumulate) == 0:
                     out |= {Candidate(slices * groups, rest // groups, tensor, batch, remat, slices)
                             for remat in remats}
-    if topology.chip:
-        out = {c for c in out if 1.1 * least(config, stage, c) < topology.chip.hbm_gib * 2**30}
-    return sorted(out, key=lambda c: (guess(config, c, topology), dataclasses.astuple(c)))
+    room = topology.chip.hbm_gib * 2**30 if topology.chip else float('inf')
+    out = {c for c in out if 1.1 * least(config, stage, c) < room}
+
+    def promise(c):     # of equals by the formula: what should fit, in smaller groups, of more rows
+        return (float(f'{guess(config, c, topology):.3g}'), TAKES * least(config, stage, c) > room,
+                -c.data, -c.batch, dataclasses.astuple(c))
+    return sorted(out, key=promise)
 
 
 def guess(config, c: Candidate, topology: targets.Topology) -> float:
