@@ -177,10 +177,13 @@ def utterances(record: Record, frame_hz: float) -> Iterator[tuple[str, Utterance
             frames = int(np.flatnonzero(filled)[-1]) + 1
             one = faded(one[:frames * frame - before])
             one = np.pad(one, (before, frames * frame - before - len(one)))
-            begin_s = (begin + part.start * piece - before) / RATE_HZ
+            begin_s, long_s = (begin + part.start * piece - before) / RATE_HZ, frames / frame_hz
             said = tuple(Word(w.text, 0, max(0.0, w.start_s - begin_s),
-                              min(w.end_s - begin_s, frames / frame_hz))
-                         for k, w in own if k == i and w.start_s - begin_s < frames / frame_hz)
+                              min(w.end_s - begin_s, long_s))
+                         for k, w in own if k == i and 0 < w.end_s - begin_s
+                         and w.start_s - begin_s < long_s)
+            if own and not said:        # a breath
+                continue
             text = turn.text if len(parts) == 1 else ' '.join(w.text for w in said)
             voice = (record.style[turn.channel].split()[0] if record.style else
                      f'{record.id} {turn.channel}')

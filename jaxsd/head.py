@@ -313,8 +313,7 @@ class Depth(nnx.Module):
         dot; where all steps share one map, no copies of it."""
         if max(self.slots) == 0:
             return nn.nth(stack, 0)(x)
-        own = self.slots == tuple(range(self.steps))
-        maps = stack if own else nn.nth(stack, jnp.asarray(self.slots))
+        maps = nn.nth(stack, jnp.asarray(self.slots))
         if len(x) == 1:
             return jax.vmap(lambda dense: dense(x[0]))(maps)
         return jax.vmap(lambda dense, x: dense(x))(maps, x)

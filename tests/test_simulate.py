@@ -203,12 +203,13 @@ def test_what_is_heard_gives_the_labels_back(made):
 
 def test_an_utterance_fills_the_frames_at_its_ends():
     """Hand-made: 1.0 s of tone whose last 30 ms are 30 dB under it, a silence of 0.3 s, 0.29 s of
-    tone with a closure of 60 ms and a burst of 10 ms. Frames of 80 ms."""
+    tone with a closure of 60 ms and a burst of 10 ms; then a breath, no word. Frames of 80 ms."""
     def tone(seconds, level=0.3):
         return level * np.sin(2 * np.pi * 400 * np.arange(round(seconds * 16000)) / 16000)
     quiet = np.zeros(800)
     wav = np.concatenate([quiet, tone(0.97), tone(0.03, 0.3 / 32), np.zeros(4800), tone(0.29),
-                          np.zeros(960), tone(0.01), quiet])
+                          np.zeros(960), tone(0.01), np.zeros(4800),
+                          tone(0.2, 0.1), quiet])
     flac = io.BytesIO()
     soundfile.write(flac, wav, 16000, format='FLAC')
     long_s = len(wav) / 16000
