@@ -17,7 +17,7 @@ import numpy as np
 from jaxsd import data, generate, trained, turns
 from jaxsd.config import ConfigError, options_of, plain, resolve
 from jaxsd.layout import chunks, duplex
-from jaxsd.types import NOTHING, Record, positive
+from jaxsd.types import NOTHING, Record, Turn, positive
 
 LAYOUTS = ('duplex.columns', 'duplex.units', 'chunks.flattened', 'chunks.synchronous')
 FLATTENED = ('streams', 'chunk_frames', 'chunk_text', 'silences')
@@ -192,15 +192,24 @@ def silence(config, source: str) -> frozenset[int]:
         for c in (0, 1):
             ids = tokens_of(record, c, layout)[0]
             codes.append(ids)
-            heard.append(turns.during(_spans(record, c), len(ids), config.codec.frame_hz))
+            own = [(t.start_s, t.end_s) for t in record.turns if t.channel == c]
+            heard.append(turns.during(own, len(ids), config.codec.frame_hz))
     found = turns.silent_codes(codes, heard)
     if not found:
         raise ConfigError(f'data.sources.{source}: no code is heard in silence more than in speech')
     return found
 
 
-def _spans(record: Record, channel: int) -> list[tuple[float, float]]:
-    return [(t.start_s, t.end_s) for t in record.turns if t.channel == channel]
+def _turns(record: Record, channel: int) -> list[list[Turn]]:
+    """The turns of a channel, each with all that follows before the other says anything."""
+    out: list[list[Turn]] = []
+    other = [t for t in record.turns if t.channel != channel]
+    for t in sorted(t for t in record.turns if t.channel == channel):
+        if out and not any(o.start_s < t.start_s and o.end_s > out[-1][-1].end_s for o in other):
+            out[-1].append(t)
+        else:
+            out.append([t])
+    return out
 
 
 def transcripts(lm: trained.LM, spoken: list[np.ndarray], source: str) -> list[str]:
@@ -225,15 +234,17 @@ def transcripts(lm: trained.LM, spoken: list[np.ndarray], source: str) -> list[s
             for part in trained.in_parts(plans, 16) for x in generate.converse(lm.speaker(), part)]
 
 
-def _figures(actives, theirs, words, records, hz, murmurs) -> dict[str, float]:
-    """What `turns` says of dialogues, pooled: activity [2, T] of each, spans of their turns, frames
-    of my words (None where none are written)."""
+def _figures(actives, words, records, hz, murmurs) -> dict[str, float]:
+    """What `turns` says of dialogues, pooled: activity [2, T] of each, and frames of my words (None
+    where none are written)."""
     out = turns.per_minute([turns.tally(a, hz) for a in actives], hz)
     frames = sum(a.shape[1] for a in actives)
     out['silence %'] = 100 * (1 - sum(int(a[0].sum()) for a in actives) / frames)
     found = []
-    for active, spans, said, r in zip(actives, theirs, words, records, strict=True):
-        known = [t.text in murmurs for t in r.turns if t.channel == 1] if murmurs else None
+    for active, said, r in zip(actives, words, records, strict=True):
+        theirs = _turns(r, 1)
+        spans = [(t[0].start_s, t[-1].end_s) for t in theirs]
+        known = [all(x.text in murmurs for x in t) for t in theirs] if murmurs else None
         found += turns.coped(active, spans, hz, words=said, murmurs=known)
     for kind in ('turn', 'pause', 'interruption', 'murmur'):
         these = [c for c in found if c.kind == kind]
@@ -287,9 +298,8 @@ def turn_taking(lm: trained.LM, *, split: str, limit: int | None, source: str, b
     real = [active(tokens_of(r, 0, layout), t) for r, t in zip(records, theirs, strict=True)]
     written = [None if s.words is None else [t for t, _ in s.words] for s in said]
     true_words = [[int(w.start_s * hz) for w in r.words if w.channel == 0] for r in records]
-    spans = [_spans(r, 1) for r in records]
-    mine = _figures(made, spans, written, records, hz, murmurs)
-    true = _figures(real, spans, true_words, records, hz, murmurs)
+    mine = _figures(made, written, records, hz, murmurs)
+    true = _figures(real, true_words, records, hz, murmurs)
     metrics = {}
     for name in dict.fromkeys([*mine, *true]):
         metrics |= {n: x[name] for n, x in ((name, mine), (f'{name}/true', true)) if name in x}

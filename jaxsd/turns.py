@@ -255,6 +255,9 @@ def coped(active_2T: np.ndarray, theirs: Sequence[tuple[float, float]], frame_hz
     interruption  they begin while I speak: do I stop, and take over when they have ended?
     murmur        they say 'uh huh' while I speak: taking over means that I went on, as I should
 
+    While I speak: for 0.2 s more at least. A turn that ends less than a second before the dialogue
+    does is not judged: nobody could take over.
+
     words: frames in which my words begin, where known. murmurs: which of their turns are
     backchannels; by default those shorter than 1 s that begin while I speak.
     """
@@ -271,7 +274,8 @@ def coped(active_2T: np.ndarray, theirs: Sequence[tuple[float, float]], frame_hz
     meant = [(round(a * frame_hz), round(b * frame_hz)) for a, b in theirs]
     for i, (start, end) in enumerate(meant):
         until = min((a for a, _ in meant if a >= end), default=frames)
-        speaking = next(((a, b) for a, b in own if a < start < b), None)
+        speaking = next(((a, b) for a, b in own
+                         if a < start and (b - start) / frame_hz > MERGE_S - 1e-9), None)
         short = (end - start) / frame_hz < TAKEOVER_S
         if (speaking and short) if murmurs is None else murmurs[i]:
             if speaking:
@@ -282,6 +286,8 @@ def coped(active_2T: np.ndarray, theirs: Sequence[tuple[float, float]], frame_hz
         for before, after in zip(inside, inside[1:], strict=False):
             parts = [(a, b) for a, b in own if before.start < a < after.start and b > before.end]
             out.append(Coped('pause', takes(parts, said(parts), frame_hz)))
+        if (frames - end) / frame_hz < TAKEOVER_S - 1e-9:
+            continue
         # What begins early counts if it goes on when they have ended.
         parts = [(a, b) for a, b in own if start <= a < until and b > end]
         if speaking and speaking[1] > end:      # I never stopped

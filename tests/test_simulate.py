@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Are simulated dialogues what was asked for, and does what is heard give their labels back?"""
 
+import collections
 import contextlib
 import io
 import itertools
@@ -12,7 +13,7 @@ import soundfile
 from scipy import stats
 
 from data_pipelines import records, simulate
-from jaxsd import dataset, turns
+from jaxsd import dataset, dialogue, turns
 from jaxsd import vocab as vocabs
 from jaxsd.layout import duplex
 from jaxsd.types import Record, Turn, Word
@@ -50,6 +51,23 @@ def test_every_kind_is_found_again():
         assert turns.tally(active(placed), HZ).events['pause'] == pauses
         seen |= {kind for kind, _ in found}
     assert seen == {'opening', 'smooth', 'interruption', 'backchannel'}
+
+
+def test_what_is_judged_are_the_labels():
+    """Of either speaker: so many interruptions, murmurs and pauses of the other, and no more."""
+    found, wanted = collections.Counter(), collections.Counter()
+    for placed in plans(100):
+        wanted.update(p.kind for p in placed)
+        heard = np.pad(active(placed), ((0, 0), (0, 13)))       # somebody could answer the last
+        for me in (0, 1):
+            turn = tuple(Turn(p.channel ^ me, p.start / HZ, p.end / HZ, p.kind) for p in placed)
+            theirs = dialogue._turns(Record('r', 'toy', 'en', heard.shape[1] / HZ, turns=turn), 1)
+            found.update(c.kind for c in turns.coped(
+                heard[[me, 1 - me]], [(t[0].start_s, t[-1].end_s) for t in theirs], HZ,
+                murmurs=[t[0].text == 'backchannel' for t in theirs]))
+    assert min(wanted.values()) > 50
+    assert found == dict(interruption=wanted['interruption'], murmur=wanted['backchannel'],
+                         pause=wanted['pause'], turn=wanted['opening'] + wanted['smooth'])
 
 
 @pytest.mark.parametrize('acoustic', (0, 2))

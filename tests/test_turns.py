@@ -146,7 +146,14 @@ def test_an_answer_after_their_end():
     assert coped('.' * 25 + 'a' * 12, 'b' * 10 + '.' * 10 + 'bbb', [(0, 1), (2, 2.3)]) == [
         Coped('turn', False), Coped('turn', True, pytest.approx(0.2))]
     # Nobody interrupts who begins at once.
-    assert coped('.....aaaaaaaa', '.....' + 'b' * 12, [(0.5, 1.7)])[0].kind == 'turn'
+    assert coped('.....aaaaaaaa', '.....' + 'b' * 12 + '.' * 10, [(0.5, 1.7)])[0].kind == 'turn'
+    # Nor who begins in the last 0.2 s of mine.
+    for last, kind in ((9, 'turn'), (10, 'interruption')):
+        found = coped('a' * last, '........bbbbbbbbbbbb..........', [(0.8, 2.0)])
+        assert [c.kind for c in found] == [kind]
+    # Where less than a second is left nobody is judged.
+    assert coped(mine, 'bbbbbbbbbb..........', [(0, 1)])
+    assert not coped('.' * 13, 'bbbbbbbbbb.........', [(0, 1)])
     # 'uh huh' in the middle is no answer, nor a reason to call the answer early.
     assert coped('....a........aaaaaaaaaaaa', theirs, [(0, 1)])[0].latency_s == pytest.approx(0.3)
     # Who begins before their end and goes on is not late.
@@ -191,7 +198,7 @@ def test_they_interrupt():
     assert found == [Coped('interruption', True, pytest.approx(0.5), pytest.approx(0.4))]
     deaf = coped('a' * 40, theirs, [(0.8, 2.4)])
     assert deaf == [Coped('interruption', True, 0.0, pytest.approx(1.6), True)]
-    mute = coped('aaaaaaaaaaaa', theirs, [(0.8, 2.4)])
+    mute = coped('aaaaaaaaaaaa', theirs + '.' * 10, [(0.8, 2.4)])
     assert mute[0].takeover is False and mute[0].stop_s == pytest.approx(0.4)
     slow = coped('a' * 18 + '.' * 9 + 'a' * 12, theirs, [(0.8, 2.4)])      # keeps on for 1 s
     assert slow[0].takeover and slow[0].stop_s == pytest.approx(1.0)
@@ -209,10 +216,10 @@ def test_they_interrupt():
 def test_they_murmur():
     theirs = '........bbb............'
     assert coped('a' * 30, theirs, [(0.8, 1.1)]) == [Coped('murmur', True)]
-    assert coped('aaaaaaaaa.....................', theirs, [(0.8, 1.1)]) == [Coped('murmur', False)]
-    assert coped('aaaaaaaaa.....aaaa............', theirs, [(0.8, 1.1)]) == [Coped('murmur', True)]
+    assert coped('aaaaaaaaaa....................', theirs, [(0.8, 1.1)]) == [Coped('murmur', False)]
+    assert coped('aaaaaaaaaa....aaaa............', theirs, [(0.8, 1.1)]) == [Coped('murmur', True)]
     again = 'bbb............bbb'        # what I say after they spoke again went on with nothing
-    assert coped('aa' + '.' * 20 + 'aaa', '.' + again, [(.1, .4), (1.6, 1.9)]) == [
+    assert coped('aaa' + '.' * 19 + 'aaa....', '.' + again, [(.1, .4), (1.6, 1.9)]) == [
         Coped('murmur', False), Coped('turn', False)]
     assert coped('a' * 30, theirs, [(0.8, 1.1)], murmurs=[False])[0].kind == 'interruption'
     assert coped('aaa...........................', theirs, [(0.8, 1.1)], murmurs=[True]) == []
