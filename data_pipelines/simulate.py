@@ -12,8 +12,9 @@ channel can be made worse as in §4.4 (`augment`). What was drawn is what is lab
 
 adds records of the source `simulated`, with `labels.jsonl`: of every one its placed utterances with
 channel, kind and times. Everything begins and ends on frames of the codec, so that a grid can hold
-the labels exactly, and with frames that hold enough to be heard in their codes. The same arguments
-give the same bytes.
+the labels exactly, and with frames that hold enough to be heard in their codes: those of the demo's
+codec are a frame off at one end in a hundred, and tell one turn in a thousand for another kind. The
+same arguments give the same bytes.
 """
 
 import bisect
@@ -209,14 +210,14 @@ def render(placed: Sequence[Placed], longs, shorts, *, frame_hz: float, rng: np.
         sound = one.wav[:(p.end - p.start) * frame].astype(np.float32) / 32768
         if len(sound) < len(one.wav):       # broken off
             sound = faded(sound)
-        at, end_s = p.start * frame, p.end / frame_hz
+        at, begin_s, end_s = p.start * frame, p.start / frame_hz, p.end / frame_hz
         wav[p.channel, at:at + len(sound)] += sound
-        begin_s = at / RATE_HZ
+        # Of what is broken off, the words that are heard for half of their length or more.
         kept = [Word(w.text, p.channel, w.start_s + begin_s, min(w.end_s + begin_s, end_s))
-                for w in one.words if w.start_s + begin_s < end_s]
+                for w in one.words if (w.start_s + w.end_s) / 2 + begin_s <= end_s]
         words += kept
-        text = ' '.join(w.text for w in kept) or one.text
-        said.append(Turn(p.channel, begin_s, end_s, text))
+        whole = '' if len(sound) < len(one.wav) else one.text
+        said.append(Turn(p.channel, begin_s, end_s, ' '.join(w.text for w in kept) or whole))
     return np.clip(wav, -1, 1), sorted(words, key=lambda w: w.start_s), said
 
 

@@ -102,17 +102,22 @@ def measure(lm, codec, room, pieces, *, count: int, every: int, told=lambda row:
         nonlocal began, cpu
         for piece in itertools.islice(pieces, count):
             if began is not None:
-                times.append(1e3 * (time.perf_counter() - began))
-            if len(times) == every:
-                rows.append(dict(ms=float(np.median(times)), p95_ms=float(np.percentile(times, 95)),
-                                 cpu_ms=1e3 * (time.process_time() - cpu) / every,
-                                 resident_mb=resident_mb()))
-                told(rows[-1])
-                times.clear()
+                done()
             if not times:
                 cpu = time.process_time()
             began = time.perf_counter()
             yield piece
+        if began is not None:
+            done()
+
+    def done():         # with a piece
+        times.append(1e3 * (time.perf_counter() - began))
+        if len(times) == every:
+            rows.append(dict(ms=float(np.median(times)), p95_ms=float(np.percentile(times, 95)),
+                             cpu_ms=1e3 * (time.process_time() - cpu) / every,
+                             resident_mb=resident_mb()))
+            told(rows[-1])
+            times.clear()
     return live.stream(lm, codec, room, timed(), say), rows
 
 
@@ -124,7 +129,7 @@ def main() -> None:
     p.add_argument('--judged', action='store_true', help='a recognizer listens to what was said')
     args = p.parse_args()
     sys.path.insert(0, str(ROOT))
-    from jaxsd import config, generate, live, run, speak, trained
+    from jaxsd import config, dialogue, generate, live, run, speak, trained
     c = config.stored(run.read_run(args.workdir), os.path.join(args.workdir, 'config.json'))
     codec = config.bind(c.codec, 'jaxsd.codec', 'codec')()
     lm = trained.load(c, args.workdir)
@@ -136,6 +141,8 @@ def main() -> None:
         print(f'to minute {args.every * next(number):g}: {row["ms"]:.1f} ms a {what} (p95 '
               f'{row["p95_ms"]:.1f}, of the processor {row["cpu_ms"]:.1f}), '
               f'{row["resident_mb"]:.0f} MB', flush=True)
+    if args.judged and not dialogue.writes(dialogue.own_layout(lm), lm.vocab):
+        sys.exit('bench_live: this system writes no words with which to compare what is heard')
     a_minute = 60 * codec.identity['frame_hz'] / room.chunk
     said = []
     found, rows = measure(

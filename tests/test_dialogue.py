@@ -88,9 +88,10 @@ def test_figures_against_dialogues_known_by_heart():
     actives = [np.array([[c != '.' for c in line.ljust(150, '.')] for line in (mine, theirs)])
                for mine, theirs, *_ in told]
     records = [Record(str(i), 'd', 'en', 15.0, turns=tuple(
-        Turn(1, a, b, text) for text, (a, b) in zip(texts, spans, strict=True)))
-        for i, (_, _, spans, texts, _) in enumerate(told)]
-    found = dialogue._figures(actives, [t[2] for t in told], [t[4] for t in told], records, 10.0,
+        [Turn(1, a, b, text) for text, (a, b) in zip(texts, spans, strict=True)]
+        + [Turn(0, a / 10, b / 10, '') for a, b in turns.spans(active[0])]))
+        for i, ((_, _, spans, texts, _), active) in enumerate(zip(told, actives, strict=True))]
+    found = dialogue._figures(actives, [t[4] for t in told], records, 10.0,
                               ('uh huh',))
     mine = 37 + 12 + 2 + 55 + 11
     assert found['silence %'] == pytest.approx(100 * (1 - mine / 450))
