@@ -27,7 +27,9 @@ SYSTEMS = {     # every kind of head and of layout, with what only some meshes c
     'tied': lambda: config('tied', 'qwen2'),
     'streams': lambda: config('streams', 'helium'),             # a window, a depth loop
     'parallel': lambda: config('parallel', 'mistral'),
-    'some columns': lambda: config('streams', fraction=0.3, chunk_columns=3),   # 7 of 24
+    # 7 of 24, by maps that the steps share
+    'some columns': lambda: config('streams', fraction=0.3, chunk_columns=3,
+                                   step_weights='shared'),
     'experts': lambda: balanced(config('flat', 'mixtral')),
     'groups': lambda: beside(dict(name='grouped', inside=8, layers=1, heads=2, mlp=12),
                              dict(name='group', width=8, layers=1, heads=2, mlp=12),
