@@ -13,8 +13,8 @@ channel can be made worse as in §4.4 (`augment`). What was drawn is what is lab
 adds records of the source `simulated`, with `labels.jsonl`: of every one its placed utterances with
 channel, kind and times. Everything begins and ends on frames of the codec, so that a grid can hold
 the labels exactly, and with frames that hold enough to be heard in their codes: those of the demo's
-codec are a frame off at one end in a hundred, and tell one turn in a thousand for another kind. The
-same arguments give the same bytes.
+codec are a frame off at one end in two hundred, and tell one turn in a thousand for another kind.
+The same arguments give the same bytes.
 """
 
 import bisect
