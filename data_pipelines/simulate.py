@@ -12,9 +12,8 @@ channel can be made worse as in §4.4 (`augment`). What was drawn is what is lab
 
 adds records of the source `simulated`, with `labels.jsonl`: of every one its placed utterances with
 channel, kind and times. Everything begins and ends on frames of the codec, so that a grid can hold
-the labels exactly, and with frames that hold enough to be heard in their codes: those of the demo's
-codec are a frame off at one end in two hundred, and tell one turn in a thousand for another kind.
-The same arguments give the same bytes.
+the labels exactly, and with frames that hold enough to be heard in their codes, seldom a frame off
+(a soft consonant may be coded as silence). The same arguments give the same bytes.
 """
 
 import bisect
@@ -159,6 +158,8 @@ def utterances(record: Record, frame_hz: float) -> Iterator[tuple[str, Utterance
     wav = soundfile.read(io.BytesIO(record.wav), dtype='int16', always_2d=True)[0].T
     piece, frame = round(PIECE_S * RATE_HZ), round(RATE_HZ / frame_hz)
     for turn in record.turns:
+        voice = (record.style[turn.channel].split()[0] if record.style else
+                 f'{record.id} {turn.channel}')
         begin = round(turn.start_s * RATE_HZ)
         sound = wav[turn.channel, begin:round(turn.end_s * RATE_HZ)]
         loud = turns.loud(sound / 32768, RATE_HZ, 1 / PIECE_S, below_db=QUIET_DB)
@@ -186,8 +187,6 @@ def utterances(record: Record, frame_hz: float) -> Iterator[tuple[str, Utterance
             if own and not said:        # a breath
                 continue
             text = turn.text if len(parts) == 1 else ' '.join(w.text for w in said)
-            voice = (record.style[turn.channel].split()[0] if record.style else
-                     f'{record.id} {turn.channel}')
             yield voice, Utterance(text, one, said, filled[:frames])
 
 

@@ -12,7 +12,8 @@ first audio and the real-time factor.
 
 --judged: a recognizer of the corpus' sentences (`data_pipelines.judge`) listens to what was said,
 and its words are compared with those that the system wrote beside its sound; of what the corpus'
-own answers are as codes (a ceiling), of words of other answers and of noise (floors) likewise.
+own answers are as codes (a ceiling), of words of other answers and of noise (floors) likewise. Sound
+beside which nothing is written is counted and not judged; all that is said is kept in memory.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def stretches(wav, words, rate_hz: int):
             for (a, b), w in zip(pieces, said, strict=True)]
 
 
-def judged(lm, codec, said) -> None:
+def judged(lm, codec, said, sentences, pronunciations) -> None:
     """Prints how much of `said`, (sound, words) pieces of a conversation, a recognizer hears."""
     import soxr
 
@@ -80,14 +81,15 @@ def judged(lm, codec, said) -> None:
                 texts[f'{name} {j}'] = text
             else:
                 silent += not i
-    sentences, extra = judge.sentences_of(os.path.join(lm.config.data.path, 'grammar.json'))
-    rows, heard = judge.judge(clips[0], texts, sentences, ceiling=clips[1], pronunciations=extra,
-                              task='said live')
+    if len({texts[name] for name in clips[0]}) < 2:
+        sys.exit('bench_live: fewer than two texts were said: nothing to judge; talk for longer')
+    rows, heard = judge.judge(clips[0], texts, sentences, ceiling=clips[1],
+                              pronunciations=pronunciations, task='said live')
     for name in list(clips[0])[:5]:
         print(f'wrote: {texts[name]} | heard: {heard["said live"][name]}')
     for row in rows:
         print(f'{row["task"]}: WER {row["metrics"]["wer"]:.1%} of {row["items"]} ({row["note"]})')
-    print(f'{silent} more stretches of sound had no words beside them')
+    print(f'{silent} more stretches of what was said had no words beside them')
 
 
 def measure(lm, codec, room, pieces, *, count: int, every: int, told=lambda row: None,
@@ -141,8 +143,11 @@ def main() -> None:
         print(f'to minute {args.every * next(number):g}: {row["ms"]:.1f} ms a {what} (p95 '
               f'{row["p95_ms"]:.1f}, of the processor {row["cpu_ms"]:.1f}), '
               f'{row["resident_mb"]:.0f} MB', flush=True)
-    if args.judged and not dialogue.writes(dialogue.own_layout(lm), lm.vocab):
-        sys.exit('bench_live: this system writes no words with which to compare what is heard')
+    if args.judged:
+        from data_pipelines import judge
+        if not dialogue.writes(dialogue.own_layout(lm), lm.vocab):
+            sys.exit('bench_live: this system writes no words with which to compare what is heard')
+        known = judge.sentences_of(os.path.join(c.data.path, 'grammar.json'))
     a_minute = 60 * codec.identity['frame_hz'] / room.chunk
     said = []
     found, rows = measure(
@@ -156,7 +161,7 @@ def main() -> None:
           f'{last["resident_mb"] - first["resident_mb"]:+.1f} MB, '
           f'{last["ms"] / first["ms"]:.2f} times the time of a {what}')
     if args.judged:
-        judged(lm, codec, said)
+        judged(lm, codec, said, *known)
 
 
 if __name__ == '__main__':
