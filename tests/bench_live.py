@@ -12,8 +12,8 @@ first audio and the real-time factor.
 
 --judged: a recognizer of the corpus' sentences (`data_pipelines.judge`) listens to what was said,
 and its words are compared with those that the system wrote beside its sound; of what the corpus'
-own answers are as codes (a ceiling), of words of other answers and of noise (floors) likewise. Sound
-beside which nothing is written is counted and not judged; all that is said is kept in memory.
+own answers are as codes (a ceiling), of words of other answers and of noise (floors) likewise.
+Sound beside which nothing is written is counted and not judged; all that is said stays in memory.
 """
 
 import argparse
