@@ -165,21 +165,66 @@ def _say(engine: str, why: str) -> None:
 
 def xla(q, k, v, query: Where, key: Where, at: Part, *, window_columns, block_columns):
     """Blocks of queries, each reading only the columns that it can see."""
+    B, T, N, H = q.shape
+    G, C = k.shape[2], k.shape[1]
+    blocks = [(start, min(start + block_columns, T)) for start in range(0, T, block_columns)]
+    sees = [(0, C)] * len(blocks)
+    if at.ways == 1:
+        sees = [(0 if window_columns is None else max(0, at.first + start - window_columns + 1),
+                 at.first + stop) for start, stop in blocks]
+    # Pieces rather than slices: the gradient of a slice is an array of zeros around it.
+    q = jnp.split(jnp.moveaxis(q.reshape(B, T, G, N // G, H), 1, 3),
+                  [stop for _, stop in blocks[:-1]], axis=3)
+    cuts = sorted({0, C}.union(*sees))
+    k, v = (jnp.split(jnp.moveaxis(x, 1, 2), cuts[1:-1], axis=2) for x in (k, v))
     out = []
-    for start in range(0, q.shape[1], block_columns):
-        stop = min(start + block_columns, q.shape[1])
+    for q_BGNTH, (start, stop), (first, last) in zip(q, blocks, sees, strict=True):
+        here = slice(cuts.index(first), cuts.index(last))
+        out.append(_block(window_columns, q_BGNTH, jnp.concatenate(k[here], axis=2),
+                          jnp.concatenate(v[here], axis=2),
+                          Where(*(w[:, start:stop] for w in query)),
+                          Where(*(w[:, first:last] for w in key))))
+    return jnp.moveaxis(jnp.concatenate(out, axis=3), 3, 1).reshape(B, T, N, H)
 
-        @jax.checkpoint
-        def block(q, k, v, wq, wk):
-            return attend(q, k, v, visible(wq, wk, window_columns))
 
-        now, seen = slice(start, stop), slice(None)
-        if at.ways == 1:
-            seen = slice(0 if window_columns is None else
-                         max(0, at.first + start - window_columns + 1), at.first + stop)
-        out.append(block(q[:, now], k[:, seen], v[:, seen], Where(*(w[:, now] for w in query)),
-                         Where(*(w[:, seen] for w in key))))
-    return jnp.concatenate(out, axis=1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block(window_columns, q_BGNTH, k_BGCH, v_BGCH, query: Where, key: Where):
+    """`attend` of a block, heads before columns. Its weights are made anew in the backward pass,
+    from their maximum and their sum (arXiv 2307.08691 §3.1)."""
+    return _block_forward(window_columns, q_BGNTH, k_BGCH, v_BGCH, query, key)[0]
+
+
+def _block_forward(window_columns, q_BGNTH, k_BGCH, v_BGCH, query, key):
+    s = jnp.einsum('BGNTH,BGCH->BGNTC', q_BGNTH, k_BGCH, preferred_element_type=jnp.float32)
+    mask = visible(query, key, window_columns)[:, None, None]
+    s = jnp.where(mask, s / math.sqrt(q_BGNTH.shape[-1]), -1e30)    # finite, as in `attend`
+    most = jnp.max(s, axis=-1, keepdims=True)
+    p = jnp.exp(s - most)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    o = jnp.einsum('BGNTC,BGCH->BGNTH', p.astype(v_BGCH.dtype), v_BGCH,
+                   preferred_element_type=jnp.float32)
+    o = (o / total).astype(v_BGCH.dtype)
+    return o, (q_BGNTH, k_BGCH, v_BGCH, query, key, o, most, total)
+
+
+def _block_backward(window_columns, kept, g):
+    q, k, v, query, key, o, most, total = kept
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    g = g / total
+    own = jnp.sum(g * o, axis=-1)
+    g = g.astype(v.dtype)
+    # Keys before queries, as two of the four products need them.
+    mask = jnp.swapaxes(visible(query, key, window_columns), 1, 2)[:, None, None]
+    s = product('BGCH,BGNTH->BGNCT', k, q) / math.sqrt(q.shape[-1])
+    p = jnp.exp(jnp.where(mask, s, -1e30) - jnp.moveaxis(most, -1, -2))
+    dv = product('BGNCT,BGNTH->BGCH', p.astype(v.dtype), g)
+    ds = p * (product('BGCH,BGNTH->BGNCT', v, g) - own[..., None, :])
+    ds = (jnp.where(mask, ds, 0.0) / math.sqrt(q.shape[-1])).astype(q.dtype)
+    return (product('BGNCT,BGCH->BGNTH', ds, k).astype(q.dtype),
+            product('BGNCT,BGNTH->BGCH', ds, q).astype(k.dtype), dv.astype(v.dtype), None, None)
+
+
+_block.defvjp(_block_forward, _block_backward)
 
 
 def _padded(multiple: int, *arrays):

@@ -137,8 +137,7 @@ class Decoder(nnx.Module):
                 x, _, load_2E = self._layer(block, x, where, None, place)
                 return x, load_2E
             if self.remat != 'none':
-                policy = (jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-                          if self.remat == 'dots' else None)
+                policy = nn.products_saveable if self.remat == 'dots' else None
                 step = jax.checkpoint(step, prevent_cse=False, policy=policy)
             x_BTD, load_L2E = jax.lax.scan(step, x_BTD, self.blocks,
                                     unroll=nn.unroll(self.layers, place))

@@ -6,6 +6,7 @@ carry their axis names, `__call__` is pure, stacks are made by `jax.vmap` and ru
 Weights are float32 masters, cast to the dtype of the activation where they are used.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from jaxsd.sharding import Place, anywhere
 
@@ -43,11 +46,51 @@ class Dense(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(outputs), axes=axes[len(inputs):])
 
     def __call__(self, x):
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.n_in)
+        y = product(x, self.kernel[...].astype(x.dtype), self.n_in)
         if self.lora_scale:
-            low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), self.n_in)
-            y = y + self.lora_scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), 1)
+            low = product(x, self.lora_a[...].astype(x.dtype), self.n_in)
+            y = y + self.lora_scale * product(low, self.lora_b[...].astype(x.dtype), 1)
         return y + self.bias[...].astype(x.dtype) if hasattr(self, 'bias') else y
+
+
+def product(x, kernel, n_in: int):
+    """The trailing `n_in` axes of x times the leading ones of `kernel`."""
+    return checkpoint_name(_product(x, kernel, n_in), 'product')
+
+
+products_saveable = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names('product'))
+"""What `jax.checkpoint` keeps of a layer: products of activations and weights."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, kernel, n_in: int):
+    """Its kernel's gradient is x times g and not, as `jax.grad` would have it, g times x,
+    transposed: on CPU, XLA would first write out the transpose of g, the wider of the two."""
+    return jnp.tensordot(x, kernel, n_in)
+
+
+def _product_forward(x, kernel, n_in: int):
+    kept = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+    return _product(x.value, kernel.value, n_in), kept
+
+
+def _product_backward(n_in: int, kept, g):
+    x, kernel = kept
+    if isinstance(g, SymbolicZero):
+        return None, None
+    dx = dkernel = None
+    if kernel is not None:
+        outputs = tuple(range(n_in, kernel.ndim))
+        dx = jnp.tensordot(g, kernel, (tuple(n - kernel.ndim for n in outputs), outputs))
+    if x is not None:
+        lead = tuple(range(x.ndim - n_in))
+        dkernel = jnp.tensordot(x, g, (lead, lead))
+    return dx, dkernel
+
+
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 def as_read(path: str, x, dtype):
@@ -154,20 +197,19 @@ def rotate(x_BTNH, position_BT, *, theta: float, pairs: str, scaling='none'):
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if pairs == 'half':
         cos, sin = cos.astype(x_BTNH.dtype), sin.astype(x_BTNH.dtype)
-        a, b = x_BTNH[..., :half], x_BTNH[..., half:]
+        a, b = jnp.split(x_BTNH, 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     if pairs != 'interleaved':
         raise ValueError(f"rotary pairs are 'half' or 'interleaved', got {pairs!r}")
-    x = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], half, 2)
-    a, b = x[..., 0], x[..., 1]
+    a, b = jnp.unstack(x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], half, 2), axis=-1)
     x = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return x.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
 def gated(x, gate_up: Callable, down: Callable):
     """down(silu(gate(x)) * up(x)), gate and up being the two halves of one map [.., 2, F]."""
-    y = gate_up(x)
-    return down(jax.nn.silu(y[..., 0, :]) * y[..., 1, :])
+    gate, up = jnp.unstack(gate_up(x), axis=-2)
+    return down(jax.nn.silu(gate) * up)
 
 
 class Experts(nnx.Module):
@@ -342,12 +384,34 @@ def _traded(look_up, table_VD, token_BKT, place: Place, rows: str, axes: tuple):
                        out=(*axes, 'width'), summed=(rows,))
 
 
+@jax.custom_vjp
 def log_prob(logits, target):
-    """Float32 log-probability of `target` under `logits` [..., V], and whether it is the argmax."""
-    logits = logits.astype(jnp.float32)
-    normal = jax.scipy.special.logsumexp(logits, axis=-1)
-    own = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return own - normal, own >= jnp.max(logits, axis=-1)
+    """Float32 log-probability of `target` under `logits` [..., V], and whether it is the argmax.
+
+    The target is found by comparing. Reading it at its place has a scatter for a gradient, which is
+    slow on CPU and to compile for TPU.
+    """
+    return _log_prob_forward(logits, target)[0]
+
+
+def _log_prob_forward(logits, target):
+    x = logits.astype(jnp.float32)
+    normal = jax.scipy.special.logsumexp(x, axis=-1)
+    own = jnp.sum(jnp.where(_is(target, x), x, 0.0), axis=-1)
+    return (own - normal, own >= jnp.max(x, axis=-1)), (logits, target, normal)
+
+
+def _log_prob_backward(kept, g):
+    logits, target, normal = kept
+    p = jnp.exp(logits.astype(jnp.float32) - normal[..., None])
+    return (g[0][..., None] * (_is(target, p) - p)).astype(logits.dtype), None
+
+
+def _is(target, logits):
+    return target[..., None] == jnp.arange(logits.shape[-1])
+
+
+log_prob.defvjp(_log_prob_forward, _log_prob_backward)
 
 
 def by_columns(fn, chunk_columns: int, *arrays, place: Place = anywhere):

@@ -277,7 +277,7 @@ def shapes_in(jaxpr) -> set:
 def test_windowed_blocks_never_hold_a_square():
     """With a window, a block's scores are [block, block + window - 1], forward and backward."""
     T, block, window = 64, 8, 5
-    x, where = jnp.zeros((1, T, 2, 4)), Where(jnp.arange(T)[None], jnp.ones((1, T), int))
+    x, where = jnp.zeros((1, T, 2, 1)), Where(jnp.arange(T)[None], jnp.ones((1, T), int))
 
     def areas(window):
         made = jax.make_jaxpr(jax.grad(lambda q: jnp.sum(attention.causal_attention(
@@ -285,6 +285,46 @@ def test_windowed_blocks_never_hold_a_square():
         return max(s[-1] * s[-2] for _, s in shapes_in(made.jaxpr) if len(s) == 5)
     assert areas(window) == block * (block + window - 1)
     assert areas(None) == block * T
+
+
+def products_in(jaxpr) -> int:
+    return sum((eqn.primitive.name == 'dot_general') + sum(
+        map(products_in, jax.extend.core.jaxprs_in_params(eqn.params))) for eqn in jaxpr.eqns)
+
+
+def test_a_product_has_the_gradients_that_are_asked_for():
+    """Those of `tensordot`, one matrix product each; what is frozen costs none, and who keeps
+    products need not multiply again."""
+    x, w = jnp.asarray(normal(5, 2, 3)), jnp.asarray(normal(2, 3, 4, 6))
+
+    def loss(multiply):
+        return lambda x, w: jnp.sum(jnp.sin(multiply(x, w, 2)))
+    for ours, true in zip(jax.grad(loss(nn.product), (0, 1))(x, w),
+                          jax.grad(loss(jnp.tensordot), (0, 1))(x, w), strict=True):
+        np.testing.assert_allclose(ours, true, rtol=1e-5, atol=1e-5)
+
+    def count(fn, of):
+        return products_in(jax.make_jaxpr(jax.grad(fn, of))(x, w).jaxpr)
+    once = loss(nn.product)
+    assert [count(once, 0), count(once, 1), count(once, (0, 1))] == [2, 2, 3]
+    kept = jax.checkpoint(lambda x, w: jnp.sum(jnp.sin(nn.product(jnp.sin(x), w, 2))),
+                          policy=nn.products_saveable)
+    assert count(kept, (0, 1)) == 3
+
+
+def test_log_prob_is_log_softmax():
+    logits, target = jax.random.normal(jax.random.key(0), (3, 4, 7)) * 5, jnp.arange(12) % 7
+    target = target.reshape(3, 4)
+
+    def plain(x):
+        return jnp.take_along_axis(jax.nn.log_softmax(x), target[..., None], axis=-1)[..., 0]
+    logp, hit = nn.log_prob(logits, target)
+    np.testing.assert_allclose(logp, plain(logits), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(hit, jnp.argmax(logits, -1) == target)
+    weigh = jnp.cos(jnp.arange(12.0).reshape(3, 4))
+    ours = jax.grad(lambda x: jnp.sum(weigh * nn.log_prob(x, target)[0]))(logits)
+    true = jax.grad(lambda x: jnp.sum(weigh * plain(x)))(logits)
+    np.testing.assert_allclose(ours, true, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('columns', (12, 13, 3, 4))
