@@ -66,8 +66,8 @@ products_saveable = jax.checkpoint_policies.save_from_both_policies(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x, kernel, n_in: int):
-    """Its kernel's gradient is x times g and not, as `jax.grad` would have it, g times x,
-    transposed: on CPU, XLA would first write out the transpose of g, the wider of the two."""
+    """Its kernel's gradient has x or the gradient transposed, whichever is narrower: on CPU, XLA
+    writes that transpose out first. `jax.grad` always has the gradient."""
     return jnp.tensordot(x, kernel, n_in)
 
 
@@ -86,7 +86,11 @@ def _product_backward(n_in: int, kept, g):
         dx = jnp.tensordot(g, kernel, (tuple(n - kernel.ndim for n in outputs), outputs))
     if x is not None:
         lead = tuple(range(x.ndim - n_in))
-        dkernel = jnp.tensordot(x, g, (lead, lead))
+        if x.size > g.size:
+            swapped = jnp.tensordot(g, x, (lead, lead))
+            dkernel = jnp.moveaxis(swapped, range(-n_in, 0), range(n_in))
+        else:
+            dkernel = jnp.tensordot(x, g, (lead, lead))
     return dx, dkernel
 
 

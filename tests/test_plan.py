@@ -400,6 +400,23 @@ def test_a_search_returns_the_best_of_what_it_tried(env):
     assert f'--config.stages[0].batch={which.batch}' in words and '--config.mesh.fsdp=' in words
 
 
+def test_a_search_takes_the_largest_chunks_that_fit(monkeypatch):
+    """All columns, else a half, and so on; and none larger than one that did not fit."""
+    c, seen = read('moshi'), []
+    stage, t = stages.stages(c)[0], targets.parse('v5p:8x8x8')
+    assert search.chunks(c, t) == (3750, 1875, 938, 0)
+    assert search.chunks(c, targets.parse('cpu:8')) == (0,)
+
+    def of(config, stage, *_):
+        seen.append((stage.batch, chunk := config.head.get('chunk_columns', 512)))
+        return a_plan(compiled=estimate.Compiled(error='too much')) if chunk > 2000 else a_plan()
+    monkeypatch.setattr(estimate, 'of', of)
+    monkeypatch.setattr(search.targets, 'devices', lambda topology: [])
+    best, which, tried = search.best(c, stage, t, minutes=1, batches=(stage.batch,))
+    assert best.fits and which.chunk == 1875
+    assert [n for _, n in seen[:2]] == [3750, 1875] and {n for _, n in seen} == {3750, 1875}
+
+
 def test_candidates_divide():
     c = read('moshi')
     stage, t = stages.stages(c)[0], targets.parse('v5p:8x8x8')

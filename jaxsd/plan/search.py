@@ -3,8 +3,8 @@
 
 Candidates are ordered by a rough formula, compiled one after another while time is left, and judged
 by the same estimate as any plan. A candidate that cannot win, or cannot fit because a smaller one
-did not, is not compiled. The winner then tries larger chunks of columns in its head, for every one
-of which the head's weights are gathered anew.
+did not, is not compiled. Each takes the largest chunks of columns in its head that fit: for every
+chunk the head's weights are gathered anew, and its products multiplied again.
 """
 
 import copy
@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import time
 
+from jaxsd import model
 from jaxsd.config import ConfigError, options_of, override, resolve, typed
 from jaxsd.plan import estimate, targets
 from jaxsd.stage import Stage, stages
@@ -138,7 +139,7 @@ def best(config, stage: Stage, topology: targets.Topology, *, minutes: float, ba
     found, which, tried, start = None, None, [], time.monotonic()
     refused: list[Candidate] = []
 
-    def attempt(c: Candidate, place: str) -> None:
+    def attempt(c: Candidate, place: str) -> bool:
         nonlocal found, which
         try:
             other = changed(config, c, index)
@@ -146,33 +147,50 @@ def best(config, stage: Stage, topology: targets.Topology, *, minutes: float, ba
         except ValueError as e:         # ConfigError, too
             tried.append((c, str(e)))
             log.info('search %s: %s: %s', place, c, e)
-            return
+            return True     # and not for want of memory
         tried.append((c, made))
         log.info('search %s, %.0f s: %s: %s', place, time.monotonic() - start, c, _said(made))
         if not made.fits:
             refused.append(c)
         elif found is None or _rate(made) > _rate(found):
             found, which = made, c
+        return made.fits
 
-    def time_is_up() -> bool:
-        return time.monotonic() - start > 60 * minutes
-
+    sizes = chunks(config, topology)
     for i, c in enumerate(todo):
-        if any(_needs_more(c, r) for r in refused) or (
-                which and guess(config, c, topology) > 1.15 * guess(config, which, topology)):
-            continue        # cannot fit; or far behind by a formula that errs on both alike
-        if time_is_up():
-            log.info('search: %g minutes are over, %d of %d candidates looked at', minutes, i,
-                     len(todo))
-            break
-        attempt(c, f'{i + 1}/{len(todo)}')
-    winner, chunk = which, config.head.get('chunk_columns', 512)
-    takes = options_of(resolve(config.head.name, 'jaxsd.head'))
-    for pieces in (4, 2, 1):
-        larger = -(-config.columns // pieces)
-        if which and 'chunk_columns' in takes and larger > chunk and not time_is_up():
-            attempt(dataclasses.replace(winner, chunk=larger), 'chunks')
+        if which and guess(config, c, topology) > 1.15 * guess(config, which, topology):
+            continue        # far behind by a formula that errs on both alike
+        for chunk in sizes:
+            c = dataclasses.replace(c, chunk=chunk)
+            if any(_needs_more(c, r) for r in refused) or not _has_room(config, stage, c, topology):
+                continue
+            if time.monotonic() - start > 60 * minutes:
+                log.info('search: %g minutes are over, %d of %d candidates looked at', minutes, i,
+                         len(todo))
+                return found, which, tried
+            if attempt(c, f'{i + 1}/{len(todo)}'):
+                break
     return found, which, tried
+
+
+def chunks(config, topology: targets.Topology) -> tuple[int, ...]:
+    """`head.chunk_columns` to try: all columns, a half, a quarter, and as the config has it (0),
+    which alone is tried where speeds are unknown and memory decides."""
+    if topology.chip is None or 'chunk_columns' not in options_of(
+            resolve(config.head.name, 'jaxsd.head')):
+        return (0,)
+    larger = (-(-config.columns // pieces) for pieces in (1, 2, 4))
+    return (*(n for n in larger if n > config.head.get('chunk_columns', 512)), 0)
+
+
+def _has_room(config, stage: Stage, c: Candidate, topology: targets.Topology) -> bool:
+    """Whether a chunk's logits, in float32 and as a gradient, should fit beside the rest."""
+    if not c.chunk:
+        return True
+    rows = c.batch / (c.data * c.fsdp * stage.accumulate)
+    ids = sum(row.predicted for row in model.make_vocab(config).rows)
+    logits = 6 * rows * c.chunk * ids / c.tensor
+    return TAKES * least(config, stage, c) + logits < topology.chip.hbm_gib * 2**30
 
 
 def _rate(plan: estimate.Plan) -> float:
