@@ -153,7 +153,7 @@ def _figures(entries: list[dict]) -> list[tuple]:
 
 
 def _number(x) -> str:
-    return '–' if x is None else f'{x:.1f}'
+    return '–' if x is None else f'{x:.2f}' if 0 < abs(x) < 1 else f'{x:.1f}'
 
 
 def _title(doc: str) -> tuple[str, str]:
