@@ -94,7 +94,7 @@ def test_runs_without_us(name, tmp_path):
             assert (said[:, k] == -1).all()
             continue
         assert found[row.name].std() > .5
-        np.testing.assert_allclose(found[row.name][real], np.asarray(logits)[real], atol=1e-5)
+        np.testing.assert_allclose(found[row.name][real], np.asarray(logits)[real], atol=2e-5)
         best = np.asarray(spoken[k]).argmax(-1)[:, PROMPT - 1:-1] + row.start
         np.testing.assert_array_equal(said[:, k], best)
     check_draws(rows, found, plan, noise, temperature)
