@@ -401,17 +401,17 @@ def log_prob(logits, target):
 def _log_prob_forward(logits, target):
     x = logits.astype(jnp.float32)
     normal = jax.scipy.special.logsumexp(x, axis=-1)
-    own = jnp.sum(jnp.where(_is(target, x), x, 0.0), axis=-1)
+    own = jnp.sum(jnp.where(_one_hot(target, x), x, 0.0), axis=-1)
     return (own - normal, own >= jnp.max(x, axis=-1)), (logits, target, normal)
 
 
 def _log_prob_backward(kept, g):
     logits, target, normal = kept
     p = jnp.exp(logits.astype(jnp.float32) - normal[..., None])
-    return (g[0][..., None] * (_is(target, p) - p)).astype(logits.dtype), None
+    return (g[0][..., None] * (_one_hot(target, p) - p)).astype(logits.dtype), None
 
 
-def _is(target, logits):
+def _one_hot(target, logits):
     return target[..., None] == jnp.arange(logits.shape[-1])
 
 
