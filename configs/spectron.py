@@ -89,5 +89,6 @@ def demo(c) -> None:
         told=dict(select=('story',)), aloud=dict(select=('story',), layout=told(0.0))))
     c.stages = (parts.demo_stage('train', 800, dict(told=0.7, aloud=0.3)),)
     c.evals = dict(likelihood=dict(name='likelihood', sources=('told', 'aloud')),
+                   written=dict(name='written', source='told'),
                    sounds=dict(name='sounds', source='told'),
                    aloud=dict(name='sounds', source='aloud'))

@@ -134,8 +134,7 @@ def sounds(lm: trained.LM, *, split: str, limit: int | None, source: str,
     distance: mean absolute difference of log-mel numbers along the best alignment. Its floor is
     that of the same frames to another record's, and mean is that of a sound that never changes,
     the mean of all frames, which a regression that learned nothing says. length: how long they
-    last, in percent of the true ones. Where something is heard, WER: of how it is written down, the
-    first words of the text against as many that were heard.
+    last, in percent of the true ones.
     """
     positive('evals.sounds', most_columns=most_columns)
     config, v, bins = lm.config, lm.vocab, lm.config.objective.bins
@@ -150,22 +149,35 @@ def sounds(lm: trained.LM, *, split: str, limit: int | None, source: str,
     metrics = {'distance': far(said, true), 'distance/floor': far(said, true[1:] + true[:1]),
                'distance/mean': far([np.repeat(mean, len(x), 0) for x in true], true),
                'length %': 100 * sum(map(len, said)) / sum(map(len, true))}
-    if all('slot' in g.extra for g in grids):
-        text, heard, written = lm.text(), [], []
-        for part in trained.in_parts(list(zip(records, grids, strict=True)), 16):
-            asked = [reply.asked(g) for _, g in part]
-            asked += [asked[-1]] * (16 - len(part))
-            found = reply.answer(lm.speaker(), [p for p, _ in asked], stop=reply.ended(v),
-                                 heard=[h for _, h in asked], most_columns=64)
-            for (record, _), columns in zip(part, found, strict=False):
-                count = framed.cut(record.words, _prompt_s(config, source))[0]
-                heard.append(' '.join(w.text for w in record.words[:count]))
-                ids = reply.written(v, columns)
-                written.append(' '.join(text.decode(ids).split()[:count]))
-        metrics['WER %'] = error_rates(heard, written)['WER %']
-        metrics['WER %/floor'] = error_rates(heard[1:] + heard[:1], written)['WER %']
     return dict(metrics=metrics, items=len(records), judged=('distance', 'distance/floor'),
                 note='each frame read back before the next; floors: another record\'s')
+
+
+def written(lm: trained.LM, *, split: str, limit: int | None, source: str,
+            most_columns: int = 64) -> dict:
+    """What is heard before the frames of `source`, written down: WER of the first words of the text
+    against as many that were heard, greedily. Its floor is that of another record's words."""
+    positive('evals.written', most_columns=most_columns)
+    config, v, text, heard, found = lm.config, lm.vocab, lm.text(), [], []
+    records = list(data.examples(config, split, source, vocab=v, limit=limit))
+    grids = [data.drawn(config, source, v, r) for r in records]
+    if not all('slot' in g.extra for g in grids):
+        raise ConfigError(f'written: nothing is heard in data.sources.{source}; give its layout a '
+                          'prompt_s')
+    for part in trained.in_parts(list(zip(records, grids, strict=True)), 16):
+        asked = [reply.asked(g) for _, g in part]
+        asked += [asked[-1]] * (16 - len(part))
+        said = reply.answer(lm.speaker(), [p for p, _ in asked], stop=reply.ended(v),
+                            heard=[h for _, h in asked], most_columns=most_columns)
+        for (record, _), columns in zip(part, said, strict=False):
+            count = framed.cut(record.words, _prompt_s(config, source))[0]
+            heard.append(' '.join(w.text for w in record.words[:count]))
+            found.append(' '.join(text.decode(reply.written(v, columns)).split()[:count]))
+    metrics = {'WER %': error_rates(heard, found)['WER %'],
+               'WER %/floor': error_rates(heard[1:] + heard[:1], found)['WER %']}
+    return dict(metrics=metrics, items=len(records), judged=('WER %', 'WER %/floor'),
+                per_item={'WER %': errors_per_item(heard, found)['WER %']},
+                note='greedy; as many words as were heard; floor: another record\'s')
 
 
 def refined(lm: trained.LM, *, split: str, limit: int | None, source: str,

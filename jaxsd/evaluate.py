@@ -25,7 +25,14 @@ from flax import nnx
 from jaxsd import data, journal, likelier, model, sharding, trained
 from jaxsd import run as rundir
 from jaxsd import stage as stages
-from jaxsd.answering import answers, exchanges, refined, replies, sounds  # noqa: F401 - tasks, too
+from jaxsd.answering import (  # noqa: F401 - tasks, too
+    answers,
+    exchanges,
+    refined,
+    replies,
+    sounds,
+    written,
+)
 from jaxsd.config import ConfigError, bind, plain, unknown
 from jaxsd.dialogue import turn_taking  # noqa: F401 - a task, found by its name here
 from jaxsd.likelier import cloze, matched, pairs, shares, stories

@@ -105,9 +105,10 @@ class Tied(Flat):
 class Spectrogram(Flat):
     """A softmax over the line and, beside it, the frame of sound that the next column holds.
 
-    The frame is a regression from the same hidden state by two linear maps with a rectifier between
-    them (the post-net of arXiv 2305.15255 §3.2). Which columns hold one is said by their tokens, so
-    that the model ends its speech as it ends a text.
+    The frame is a regression from the same hidden state by two linear maps with a GELU between them
+    (the post-net of arXiv 2305.15255 §3.2, which does not say what lies between: with rectifiers
+    all of them died in the first steps, and every frame was the median). Which columns hold one is
+    said by their tokens, so that the model ends its speech as it ends a text.
 
     features: numbers of a column's frame. hidden: between the two maps.
     """
@@ -121,7 +122,7 @@ class Spectrogram(Flat):
 
     def frame(self, h):
         """The frame [..., M] of the column after one whose hidden state is `h` [..., D]."""
-        return self.down(jax.nn.relu(self.up(h))).astype(jnp.float32)
+        return self.down(jax.nn.gelu(self.up(h))).astype(jnp.float32)
 
     def frames(self, before_BTD, batch, key=None, place: Place = anywhere):
         """What is said in columns whose past is `before_BTD`, and what should be, [B, T, M]."""

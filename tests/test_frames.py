@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxsd import codec, data, evaluate, frames, generate, model, speak, train, trained
 from jaxsd import config as configs
+from jaxsd.head import Spectrogram
 from jaxsd.layout import framed, show
 from jaxsd.objective import frames as objective
 from jaxsd.types import NOTHING, Record, Row, Sizes, Word
@@ -264,6 +265,16 @@ def test_a_withheld_frame_is_said_but_not_read_back():
                                    rtol=1e-5)
 
 
+def test_what_is_silent_still_learns():
+    """Hidden units of the post-net that are all below zero have gradients: none dies for good."""
+    head = Spectrogram(Sizes((Row('text', 0, 4, 3),), 4, 8), rngs=nnx.Rngs(0), features=6, hidden=5)
+    h = jax.random.normal(jax.random.key(1), (2, 3, 8))
+    head.up.bias[...] = -jnp.abs(head.up(h)).max((0, 1)) - 0.1
+    assert (head.up(h) < 0).all()
+    slope = nnx.grad(lambda head: head.frame(h).sum())(head)
+    assert (jnp.abs(slope.up.bias[...]) > 1e-3).all()
+
+
 def test_no_score_sees_a_later_frame():
     """Gradients of what is said in a column reach the frames before it and none from it on; those
     of the tokens' scores too. What is heard is heard before anything is scored."""
@@ -367,7 +378,11 @@ def test_a_run_is_measured_and_heard(corpus, tmp_path):
     for task in ('sounds', 'aloud'):
         found = evaluate.run(c, work, tasks=(task,), limit=3)[0]['metrics']
         assert found['length %'] > 0 and 0 < found['distance'] < 2
-        assert ('WER %' in found) == (task == 'sounds')
+    found = evaluate.run(c, work, tasks=('written',), limit=3)[0]['metrics']
+    assert 0 <= found['WER %'] <= 100 and 0 <= found['WER %/floor'] <= 100
+    c.evals.written.source = 'aloud'
+    with pytest.raises(configs.ConfigError, match='written: nothing is heard in data.sources.alo'):
+        evaluate.run(c, work, tasks=('written',), limit=3)
     for task, given in (('tts', 'the ball is in the garden'), ('s2s', None)):
         out = str(tmp_path / (f'{task}.wav' if given else task))
         speak.run(c, work, task=task, stage_name=None, source=given, out=out, split='test', count=2,
