@@ -6,6 +6,7 @@
 # those alone, LIMIT bounds the things measured by a task.
 set -euo pipefail
 trap 'exit 130' INT; trap 'exit 143' TERM        # who was stopped has saved, but is not done
+export JAXSD_STOPPED_STATUS=75       # a trainer that alone was asked to stop is not measured
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} runs=${RUNS:-runs/demos} failed=()
 jaxsd() { "$python" -m jaxsd "$@"; }

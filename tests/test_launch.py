@@ -239,7 +239,9 @@ def test_demos_go_on_and_skip_what_is_done(tmp_path):
     shutil.copytree(LAUNCH, tmp_path / 'launch')
     python = tmp_path / 'python'
     python.write_text('#!/bin/bash\necho "$*" >> calls\n'
-                      '[[ -e broken && "$*" == *evaluate*twist* ]] && exit 1; exit 0\n')
+                      '[[ -e broken && "$*" == *evaluate*twist* ]] && exit 1\n'
+                      '[[ -e stopped && "$*" == *train*twist* ]] && exit $JAXSD_STOPPED_STATUS\n'
+                      'exit 0\n')
     python.chmod(0o755)
 
     def called(**env):
@@ -261,7 +263,10 @@ def test_demos_go_on_and_skip_what_is_done(tmp_path):
         '-m jaxsd train --config configs/voxtlm.py:demo --workdir runs/demos/voxtlm',
         '-m jaxsd evaluate --workdir runs/demos/voxtlm --limit 5',
         '-m jaxsd evaluate --workdir runs/demos/voxtlm --limit 5 --untrained']
-    (tmp_path / 'broken').unlink()
+    (tmp_path / 'broken').rename(tmp_path / 'stopped')      # its trainer alone, to go on later
+    out, lines = called()
+    assert out.returncode == 1 and len(lines) == 1 and ' train ' in lines[0]
+    (tmp_path / 'stopped').unlink()
     out, lines = called()
     assert out.returncode == 0 and len(lines) == 3 and all('twist' in x for x in lines)
     later = time.time() + 5
