@@ -103,5 +103,5 @@ def demo(c) -> None:
         parts.demo_stage('three', 120, dict(three=1.0), batch=4, start='half', lr=2e-3),
         parts.demo_stage('two', 250, dict(two=1.0), batch=4, start='three', lr=2e-3))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('half', 'three', 'two')),
-                   matched=dict(name='matched', source='two', given='half'),
+                   matched=dict(name='matched', source='two', given='heard'),
                    turns=parts.turn_taking('two'))

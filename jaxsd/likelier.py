@@ -169,19 +169,26 @@ def given_another(grid: Grid, wrong: Grid, given: str, rows) -> tuple[Grid, Grid
     """`grid` and the same with what it was given taken from `wrong`; equal cells are scored.
 
     given: 'before', the columns before the first scored one; 'half', the first half of the columns,
-    of which the last quarter is scored, so that the seam tells nothing; or the first word of the
-    names of rows, which are then cut to the shorter of the two. A row that is given is not scored.
+    of which the last quarter is scored, so that the seam tells nothing; 'heard', the columns that
+    weigh nothing; or the first word of the names of rows. For these two both are cut to the shorter
+    one. A row that is given is not scored.
     """
     if given not in ('before', 'half'):
-        named = np.array([row.name.split()[0] == given for row in rows])
-        if not named.any() or named.all():
-            raise ConfigError(f"given is 'before', 'half' or the name of rows, some of "
+        n = min(grid.tokens.shape[1], wrong.tokens.shape[1])
+        grid, wrong = first(grid, n), first(wrong, n)
+        taken = np.array([[row.name.split()[0] == given] for row in rows])
+        if given == 'heard':
+            taken = ~grid.weights.any(0, keepdims=True)
+            if (taken == wrong.weights.any(0)).any():
+                raise ConfigError("given='heard': what is heard lies in other columns in each "
+                                  "record; use 'before' or 'half'")
+        elif not taken.any() or taken.all():
+            raise ConfigError(f"given is 'before', 'half', 'heard' or the name of rows, some of "
                               f'{", ".join(dict.fromkeys(r.name.split()[0] for r in rows))}, got '
                               f'{given!r}')
-        n = min(grid.tokens.shape[1], wrong.tokens.shape[1])
-        weights = np.where(named[:, None], 0, grid.weights[:, :n])
-        mixed = np.where(named[:, None], wrong.tokens[:, :n], grid.tokens[:, :n])
-        return Grid.of(grid.tokens[:, :n], weights), Grid.of(mixed, weights)
+        weights = np.where(taken, 0, grid.weights)
+        mixed = np.where(taken, wrong.tokens, grid.tokens)
+        return Grid.of(grid.tokens, weights), Grid.of(mixed, weights)
 
     def cut(g: Grid) -> int:
         return (g.tokens.shape[1] // 2 if given == 'half' else
@@ -208,7 +215,8 @@ def matched(lm: trained.LM, *, split: str, limit: int | None, source: str, given
     """Is what follows likelier after what belongs to it than after what another record begins with?
 
     given: 'before', a question or a text to be read, the columns before the first scored one;
-    'half', the first half of a record, whose last quarter is scored; or rows, by the first word of
+    'half', the first half of a record, whose last quarter is scored; 'heard', every column that is
+    never learned, where those of all records are at the same places; or rows, by the first word of
     their name: 'text' beside which a voice speaks, 'theirs' beside whom I do. nats: of the same
     scored cells, by weight, upon their own and upon another's. right: how often their own is the
     likelier; guessing makes 50. The other record is one in the same voice, where there is one.

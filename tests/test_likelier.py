@@ -38,6 +38,18 @@ def test_what_is_given_by_hand(given, own, wrong, weights):
         assert g.weights[0].tolist() == ([0] * len(w) if given == 'text' else w)
 
 
+def test_what_is_heard_all_along():
+    """Columns that are never learned change, as far as both go, where both have them."""
+    own = grid([1, 2, 3, 4, 5], [11, 12, 13, 14, 15], [21, 22, 23, 24, 25], [0, 1, 0, 1, 0])
+    wrong = grid([6, 7, 8, 9], [16, 17, 18, 19], [26, 27, 28, 29], [0, 1, 0, 1])
+    mine, mixed = likelier.given_another(own, wrong, 'heard', ROWS)
+    assert mine.tokens.tolist() == [[1, 2, 3, 4], [11, 12, 13, 14], [21, 22, 23, 24]]
+    assert mixed.tokens.tolist() == [[6, 2, 8, 4], [16, 12, 18, 14], [26, 22, 28, 24]]
+    assert mine.weights.tolist() == mixed.weights.tolist() == [[0, 1, 0, 1]] * 3
+    with pytest.raises(ConfigError, match="given='heard': what is heard lies in other columns"):
+        likelier.given_another(OWN, WRONG, 'heard', ROWS)
+
+
 def test_the_first_columns():
     grid = likelier.first(OWN, 3)
     assert grid.tokens.tolist() == [[1, 2, 3], [11, 12, 13], [21, 22, 23]]
@@ -46,8 +58,7 @@ def test_the_first_columns():
 
 def test_what_cannot_be_given():
     for name in ('theirs', 'nothing'):
-        with pytest.raises(ConfigError, match=f"'half' or the name of rows.*text, mine, got '{name}"
-                           ):
+        with pytest.raises(ConfigError, match=f"'heard' or the name of rows.*mine, got '{name}"):
             likelier.given_another(OWN, WRONG, name, ROWS)
 
 
