@@ -33,17 +33,21 @@ class Mlp(nnx.Module):
 
 
 class Gated(nnx.Module):
-    """A gated feed-forward to the model's width: the adapter of arXiv 2408.16725."""
+    """A gated feed-forward to the model's width: the adapter of arXiv 2408.16725.
 
-    def __init__(self, width: int, *, rngs, features: int, hidden: int):
+    mean: of the features, about, which is taken from them first.
+    """
+
+    def __init__(self, width: int, *, rngs, features: int, hidden: int, mean: float = 0.0):
         positive('encoder', features=features, hidden=hidden)
         self.gate_up = nn.Dense((features,), (2, hidden), ('embed', 'stream', 'mlp'), rngs=rngs)
         self.down = nn.Dense((hidden,), (width,), ('mlp', 'embed'), rngs=rngs)
-        self.features = features
+        self.features, self.mean = features, mean
 
     def __call__(self, feats_BTF, slot_BT, where):
         del slot_BT, where
-        return nn.gated(check(feats_BTF, 'BTF', F=self.features), self.gate_up, self.down)
+        feats_BTF = check(feats_BTF, 'BTF', F=self.features) - self.mean
+        return nn.gated(feats_BTF, self.gate_up, self.down)
 
 
 class Listener(nnx.Module):

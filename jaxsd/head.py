@@ -110,19 +110,24 @@ class Spectrogram(Flat):
     all of them died in the first steps, and every frame was the median). Which columns hold one is
     said by their tokens, so that the model ends its speech as it ends a text.
 
-    features: numbers of a column's frame. hidden: between the two maps.
+    features: numbers of a column's frame. hidden: between the two maps. mean and deviation: of
+    those numbers, about; what the maps say is in units of these.
     """
 
-    def __init__(self, sizes: Sizes, *, rngs, features: int, hidden: int,
-                 chunk_columns: int = 512):
+    def __init__(self, sizes: Sizes, *, rngs, features: int, hidden: int, mean: float = 0.0,
+                 deviation: float = 1.0, chunk_columns: int = 512):
         super().__init__(sizes, rngs=rngs, chunk_columns=chunk_columns)
         positive('head', features=features, hidden=hidden)
+        if deviation <= 0:
+            raise ValueError(f'head.deviation must be above 0, got {deviation}')
+        self.mean, self.deviation = mean, deviation
         self.up = nn.Dense((sizes.width,), (hidden,), ('embed', 'mlp'), rngs=rngs, bias=True)
         self.down = nn.Dense((hidden,), (features,), ('mlp', 'stream'), rngs=rngs, bias=True)
 
     def frame(self, h):
         """The frame [..., M] of the column after one whose hidden state is `h` [..., D]."""
-        return self.down(jax.nn.gelu(self.up(h))).astype(jnp.float32)
+        said = self.down(jax.nn.gelu(self.up(h))).astype(jnp.float32)
+        return self.mean + self.deviation * said
 
     def frames(self, before_BTD, batch, key=None, place: Place = anywhere):
         """What is said in columns whose past is `before_BTD`, and what should be, [B, T, M]."""

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from flax import nnx
 
-from jaxsd import codec, data, evaluate, frames, generate, model, speak, train, trained
+from jaxsd import codec, data, encoder, evaluate, frames, generate, model, speak, train, trained
 from jaxsd import config as configs
 from jaxsd.head import Spectrogram
 from jaxsd.layout import framed, show
@@ -273,6 +273,22 @@ def test_what_is_silent_still_learns():
     assert (head.up(h) < 0).all()
     slope = nnx.grad(lambda head: head.frame(h).sum())(head)
     assert (jnp.abs(slope.up.bias[...]) > 1e-3).all()
+
+
+def test_frames_are_said_and_read_in_their_own_units():
+    """Around their mean, in deviations: the same maps of other numbers."""
+    sizes, h = Sizes((Row('text', 0, 4, 3),), 4, 8), jax.random.normal(jax.random.key(1), (2, 8))
+
+    def head(**options):
+        return Spectrogram(sizes, rngs=nnx.Rngs(0), features=6, hidden=5, **options)
+    np.testing.assert_allclose(head(mean=-0.6, deviation=0.5).frame(h), 0.5 * head().frame(h) - 0.6,
+                               rtol=1e-6)
+    with pytest.raises(ValueError, match='head.deviation must be above 0, got 0'):
+        head(deviation=0.0)
+    x = jax.random.normal(jax.random.key(2), (1, 2, 6))
+    own, other = (encoder.Gated(8, rngs=nnx.Rngs(0), features=6, hidden=5, mean=mean)
+                  for mean in (-0.6, 0.0))
+    np.testing.assert_allclose(own(x, None, None), other(x + 0.6, None, None), rtol=1e-6)
 
 
 def test_no_score_sees_a_later_frame():
