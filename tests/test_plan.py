@@ -437,6 +437,26 @@ def test_candidates_divide():
     assert slices and all(x.data % 2 == 0 for x in slices)
 
 
+def test_what_accumulates_is_tried_in_one_piece():
+    """Its weights are then gathered once, which is tried first where it should fit."""
+    c = read('voxtlm')
+    stage, t = stages.stages(c)[0], targets.parse('v5p:8x8x8')
+    assert stage.accumulate == 4
+    found = search.candidates(c, stage, t)
+    assert {x.accumulate for x in found} == {0, 1} and found[0].accumulate == 1
+    whole, parts = (dataclasses.replace(found[0], accumulate=n) for n in (1, 0))
+    assert search.least(c, stage, whole) > search.least(c, stage, parts)
+    assert search.guess(c, stage, whole, t) < search.guess(c, stage, parts, t)
+    assert ('stages[0].accumulate', '1') in whole.overrides(0) and 'accumulate=1' in str(whole)
+    assert stages.stages(search.changed(c, whole, 0))[0].accumulate == 1
+    assert not any('accumulate' in path for path, _ in parts.overrides(0))
+    # Rows that four pieces cannot be made of are tried, too; and who had no room in parts has none.
+    assert any(x.batch % (4 * x.data * x.fsdp) for x in found)
+    assert search._needs_more(whole, parts) and not search._needs_more(parts, whole)
+    c = read('moshi')
+    assert {x.accumulate for x in search.candidates(c, stages.stages(c)[0], t)} == {0}
+
+
 def test_the_page(env):
     rows = [('configs/a.py', a_plan(), '--config.mesh.fsdp=256'),
             ('configs/b.py', a_plan(compiled=estimate.Compiled(error='needs 33G of 15.75G')), '')]

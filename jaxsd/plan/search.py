@@ -28,8 +28,8 @@ GROWTHS = (0.125, 0.25, 0.5, 1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What is tried: the mesh, rows of all devices, `backbone.remat`, `head.chunk_columns` (0: as
-    the config has it)."""
+    """What is tried: the mesh, rows of all devices, `backbone.remat`, `head.chunk_columns` and the
+    stage's `accumulate` (0: as the config has it)."""
 
     data: int
     fsdp: int
@@ -38,6 +38,7 @@ class Candidate:
     remat: str
     slices: int = 1
     chunk: int = 0
+    accumulate: int = 0
 
     def overrides(self, index: int) -> tuple[tuple[str, str], ...]:
         """(path, value) pairs for `--config.path=value`; `index` is the stage's."""
@@ -45,13 +46,15 @@ class Candidate:
                  *[('slices', self.slices)][:self.slices - 1])
         return (*((f'mesh.{axis}', str(n)) for axis, n in sizes),
                 (f'stages[{index}].batch', str(self.batch)), ('backbone.remat', self.remat),
-                *[('head.chunk_columns', str(self.chunk))][:self.chunk])
+                *[('head.chunk_columns', str(self.chunk))][:self.chunk],
+                *[(f'stages[{index}].accumulate', str(self.accumulate))][:self.accumulate])
 
     def __str__(self):
         mesh = ' '.join(f'{a}={n}' for a, n in (('data', self.data), ('fsdp', self.fsdp),
                                                 ('tensor', self.tensor)) if n > 1)
         chunk = f' chunks of {self.chunk}' if self.chunk else ''
-        return f'{mesh or "one device"} batch={self.batch} remat={self.remat}{chunk}'
+        parts = f' accumulate={self.accumulate}' if self.accumulate else ''
+        return f'{mesh or "one device"} batch={self.batch}{parts} remat={self.remat}{chunk}'
 
 
 def index_of(config, stage: Stage) -> int:
@@ -70,7 +73,8 @@ def candidates(config, stage: Stage, topology: targets.Topology, batches=()) -> 
     """Every legal mesh and batch with every kind of recomputation, the most promising first.
 
     batches: rows to try; () tries the stage's own, its halves and doubles down to an eighth and up
-    to eight times as many, and one row for every device that takes rows.
+    to eight times as many, and one row for every device that takes rows. A stage that accumulates
+    is tried in one piece as well, for which its weights are gathered once.
     """
     n, slices, out = topology.size, topology.slices, set()
     taken = options_of(resolve(config.backbone.name, 'jaxsd.backbone'))
@@ -83,21 +87,25 @@ def candidates(config, stage: Stage, topology: targets.Topology, batches=()) -> 
             if rest % groups or (groups > 1 and rest // groups < 8):
                 continue
             ways = rest * slices
-            grown = batches or [stage.batch * k for k in GROWTHS] + [ways * stage.accumulate]
-            for batch in map(int, grown):
-                if batch and batch % (ways * stage.accumulate) == 0:
-                    out |= {Candidate(slices * groups, rest // groups, tensor, batch, remat, slices)
-                            for remat in remats}
+            for accumulate in (0, 1)[:stage.accumulate]:
+                least_rows = ways * (accumulate or stage.accumulate)
+                grown = batches or [stage.batch * k for k in GROWTHS] + [least_rows]
+                for batch in map(int, grown):
+                    if batch and batch % least_rows == 0:
+                        out |= {Candidate(slices * groups, rest // groups, tensor, batch, remat,
+                                          slices, accumulate=accumulate) for remat in remats}
     room = topology.chip.hbm_gib * 2**30 if topology.chip else float('inf')
     out = {c for c in out if 1.1 * least(config, stage, c) < room}
 
-    def promise(c):     # of equals by the formula: what should fit, in smaller groups, of more rows
-        return (float(f'{guess(config, c, topology):.3g}'), TAKES * least(config, stage, c) > room,
-                -c.data, -c.batch, dataclasses.astuple(c))
+    # Of equals by the formula first what should fit, in one piece, in smaller groups, of more rows.
+    def promise(c):
+        return (float(f'{guess(config, stage, c, topology):.3g}'),
+                TAKES * least(config, stage, c) > room, -c.accumulate, -c.data, -c.batch,
+                dataclasses.astuple(c))
     return sorted(out, key=promise)
 
 
-def guess(config, c: Candidate, topology: targets.Topology) -> float:
+def guess(config, stage: Stage, c: Candidate, topology: targets.Topology) -> float:
     """Seconds per row, roughly: products, weights gathered, partial sums exchanged."""
     back, chip = config.backbone, topology.chip
     width, layers = back.width, back.layers
@@ -108,7 +116,7 @@ def guess(config, c: Candidate, topology: targets.Topology) -> float:
     peak = targets.peak_tflops(chip) * 1e12 * chip.reached
     products = 6 * weights * columns / c.tensor / peak * (1 + RECOMPUTED[c.remat])
     link = chip.link_gb_s * 1e9 * (2 if topology.platform == 'tpu' else 1)
-    gathered = 8 * weights / c.tensor * (1 - 1 / c.fsdp) / link
+    gathered = 8 * weights / c.tensor * (1 - 1 / c.fsdp) / link * (c.accumulate or stage.accumulate)
     summed = 12 * layers * columns * width * (1 - 1 / c.tensor) / link
     return (max(products, gathered) + summed) / c.batch
 
@@ -121,7 +129,7 @@ def least(config, stage: Stage, c: Candidate) -> float:
     weights = back.layers * (4 * width * back.heads * back.head_dim + 3 * width * back.mlp)
     kept = dict(full=width, dots=3 * width + (heads + 2 * back.mlp) / c.tensor,
                 none=7 * width + 2 * (heads + 2 * back.mlp) / c.tensor)[c.remat]
-    columns = c.batch * config.columns / (c.data * c.fsdp * stage.accumulate)
+    columns = c.batch * config.columns / (c.data * c.fsdp * (c.accumulate or stage.accumulate))
     return 12 * weights / (c.fsdp * c.tensor) + 2 * back.layers * columns * kept
 
 
@@ -158,7 +166,8 @@ def best(config, stage: Stage, topology: targets.Topology, *, minutes: float, ba
 
     sizes = chunks(config, topology)
     for i, c in enumerate(todo):
-        if which and guess(config, c, topology) > 1.15 * guess(config, which, topology):
+        if which and (guess(config, stage, c, topology)
+                      > 1.15 * guess(config, stage, which, topology)):
             continue        # far behind by a formula that errs on both alike
         for chunk in sizes:
             c = dataclasses.replace(c, chunk=chunk)
@@ -187,7 +196,7 @@ def _has_room(config, stage: Stage, c: Candidate, topology: targets.Topology) ->
     """Whether a chunk's logits, in float32 and as a gradient, should fit beside the rest."""
     if not c.chunk:
         return True
-    rows = c.batch / (c.data * c.fsdp * stage.accumulate)
+    rows = c.batch / (c.data * c.fsdp * (c.accumulate or stage.accumulate))
     ids = sum(row.predicted for row in model.make_vocab(config).rows)
     logits = 6 * rows * c.chunk * ids / c.tensor
     return TAKES * least(config, stage, c) + logits < topology.chip.hbm_gib * 2**30
@@ -202,6 +211,7 @@ def _needs_more(c: Candidate, refused: Candidate) -> bool:
     """Whether `c` needs at least the memory of one that did not fit."""
     return ((c.data, c.fsdp, c.tensor) == (refused.data, refused.fsdp, refused.tensor)
             and c.batch >= refused.batch and c.chunk >= refused.chunk
+            and c.accumulate >= refused.accumulate
             and REMATS.index(c.remat) <= REMATS.index(refused.remat))
 
 
