@@ -41,7 +41,8 @@ def get_config(arg=None):
     c.frontend = dict(
         name='summed', encoder=dict(name='listener', features=4 * bins, inside=1_024, layers=24,
                                     heads=16, mlp=6_656),
-        prenet=dict(name='mlp', features=bins, hidden=256))     # hidden not stated by the source
+        # Neither its width nor what lies between its maps is stated by the source.
+        prenet=dict(name='mlp', features=bins, hidden=256))
     # PaLM 2 of 1 B (quoted elsewhere); its sizes are not stated by any source.
     c.backbone = dict(name='decoder', width=1_536, layers=12, heads=12, kv_heads=12, head_dim=128,
                       mlp=6_144, theta=10_000.0, norm_eps=1e-6)

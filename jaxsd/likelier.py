@@ -187,8 +187,14 @@ def given_another(grid: Grid, wrong: Grid, given: str, rows) -> tuple[Grid, Grid
                               f'{", ".join(dict.fromkeys(r.name.split()[0] for r in rows))}, got '
                               f'{given!r}')
         weights = np.where(taken, 0, grid.weights)
-        mixed = np.where(taken, wrong.tokens, grid.tokens)
-        return Grid.of(grid.tokens, weights), Grid.of(mixed, weights)
+        out = (Grid.of(grid.tokens, weights),
+               Grid.of(np.where(taken, wrong.tokens, grid.tokens), weights))
+        whole = taken.all(0)        # columns, whose features are given as well
+        for name, own in grid.extra.items():
+            at = whole.reshape(-1, *[1] * (own.ndim - 1))
+            out[0].extra[name] = own
+            out[1].extra[name] = np.where(at, wrong.extra[name], own)
+        return out
 
     def cut(g: Grid) -> int:
         return (g.tokens.shape[1] // 2 if given == 'half' else
@@ -217,9 +223,10 @@ def matched(lm: trained.LM, *, split: str, limit: int | None, source: str, given
     given: 'before', a question or a text to be read, the columns before the first scored one;
     'half', the first half of a record, whose last quarter is scored; 'heard', every column that is
     never learned, where those of all records are at the same places; or rows, by the first word of
-    their name: 'text' beside which a voice speaks, 'theirs' beside whom I do. nats: of the same
-    scored cells, by weight, upon their own and upon another's. right: how often their own is the
-    likelier; guessing makes 50. The other record is one in the same voice, where there is one.
+    their name: 'text' beside which a voice speaks, 'theirs' beside whom I do. Of what another says
+    as I speak its timing tells as much as its words. nats: of the same scored cells, by weight,
+    upon their own and upon another's. right: how often their own is the likelier; guessing makes
+    50. The other record is one in the same voice, where there is one.
     """
     positive('evals.matched', batch=batch)
     records = reply.examples(lm, source, split=split, limit=limit)

@@ -42,7 +42,13 @@ def test_what_is_heard_all_along():
     """Columns that are never learned change, as far as both go, where both have them."""
     own = grid([1, 2, 3, 4, 5], [11, 12, 13, 14, 15], [21, 22, 23, 24, 25], [0, 1, 0, 1, 0])
     wrong = grid([6, 7, 8, 9], [16, 17, 18, 19], [26, 27, 28, 29], [0, 1, 0, 1])
+    for g, first in ((own, 0.), (wrong, 10.)):
+        g.extra['feats'] = first + np.arange(g.tokens.shape[1] * 2.).reshape(-1, 2)
     mine, mixed = likelier.given_another(own, wrong, 'heard', ROWS)
+    assert mine.extra['feats'][:, 0].tolist() == [0, 2, 4, 6]
+    assert mixed.extra['feats'].tolist() == [[10, 11], [2, 3], [14, 15], [6, 7]]
+    rows = likelier.given_another(own, wrong, 'text', ROWS)     # no column is another's
+    assert rows[1].extra['feats'].tolist() == mine.extra['feats'].tolist()
     assert mine.tokens.tolist() == [[1, 2, 3, 4], [11, 12, 13, 14], [21, 22, 23, 24]]
     assert mixed.tokens.tolist() == [[6, 2, 8, 4], [16, 12, 18, 14], [26, 22, 28, 24]]
     assert mine.weights.tolist() == mixed.weights.tolist() == [[0, 1, 0, 1]] * 3

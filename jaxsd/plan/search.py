@@ -40,6 +40,10 @@ class Candidate:
     chunk: int = 0
     accumulate: int = 0
 
+    def pieces(self, stage: Stage) -> int:
+        """How many microbatches a step is."""
+        return self.accumulate or stage.accumulate
+
     def overrides(self, index: int) -> tuple[tuple[str, str], ...]:
         """(path, value) pairs for `--config.path=value`; `index` is the stage's."""
         sizes = (('data', self.data), ('fsdp', self.fsdp), ('tensor', self.tensor),
@@ -116,7 +120,7 @@ def guess(config, stage: Stage, c: Candidate, topology: targets.Topology) -> flo
     peak = targets.peak_tflops(chip) * 1e12 * chip.reached
     products = 6 * weights * columns / c.tensor / peak * (1 + RECOMPUTED[c.remat])
     link = chip.link_gb_s * 1e9 * (2 if topology.platform == 'tpu' else 1)
-    gathered = 8 * weights / c.tensor * (1 - 1 / c.fsdp) / link * (c.accumulate or stage.accumulate)
+    gathered = 8 * weights / c.tensor * (1 - 1 / c.fsdp) / link * c.pieces(stage)
     summed = 12 * layers * columns * width * (1 - 1 / c.tensor) / link
     return (max(products, gathered) + summed) / c.batch
 
@@ -129,7 +133,7 @@ def least(config, stage: Stage, c: Candidate) -> float:
     weights = back.layers * (4 * width * back.heads * back.head_dim + 3 * width * back.mlp)
     kept = dict(full=width, dots=3 * width + (heads + 2 * back.mlp) / c.tensor,
                 none=7 * width + 2 * (heads + 2 * back.mlp) / c.tensor)[c.remat]
-    columns = c.batch * config.columns / (c.data * c.fsdp * (c.accumulate or stage.accumulate))
+    columns = c.batch * config.columns / (c.data * c.fsdp * c.pieces(stage))
     return 12 * weights / (c.fsdp * c.tensor) + 2 * back.layers * columns * kept
 
 
@@ -196,7 +200,7 @@ def _has_room(config, stage: Stage, c: Candidate, topology: targets.Topology) ->
     """Whether a chunk's logits, in float32 and as a gradient, should fit beside the rest."""
     if not c.chunk:
         return True
-    rows = c.batch / (c.data * c.fsdp * (c.accumulate or stage.accumulate))
+    rows = c.batch / (c.data * c.fsdp * c.pieces(stage))
     ids = sum(row.predicted for row in model.make_vocab(config).rows)
     logits = 6 * rows * c.chunk * ids / c.tensor
     return TAKES * least(config, stage, c) + logits < topology.chip.hbm_gib * 2**30
