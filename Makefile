@@ -9,6 +9,8 @@ VENV ?= .venv
 PEERS ?= .peers
 PLANS ?= .plans
 RUNS ?= runs
+# Minutes after which `make plans` begins no other compilation for a config and a machine.
+SEARCH ?= 1
 TORCH ?= torch==2.13.0
 # Files of tests side by side: most of their time is one thread's, compiling. 2 GB of memory each.
 BESIDE ?= -n logical --maxprocesses 4 --dist loadfile
@@ -89,7 +91,7 @@ $(PLANS)/.complete: setup.py Makefile $(VENV)/.complete
 
 plans: $(PLANS)/.complete
 	'$(PLANS)/bin/python' -m jaxsd plan --config $(filter-out configs/_%,$(wildcard configs/*.py)) \
-		--topology v5e:16x16 v5p:8x8x8 h200:8 --search 15 --out PLANS.md
+		--topology v5e:16x16 v5p:8x8x8 h200:8 --search $(SEARCH) --out PLANS.md
 
 test-plans: $(PLANS)/.complete
 	'$(PLANS)/bin/python' -m pytest -m plans tests/plans

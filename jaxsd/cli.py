@@ -146,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
                    help='try meshes, batches and recomputation for so long (default: 20)')
     p.add_argument('--batches', help="comma-separated rows for --search (default: the stage's, "
                                      'from an eighth to eight times as many)')
-    p.add_argument('--out', metavar='PLANS.md', help='write all plans as one page')
+    p.add_argument('--out', metavar='PLANS.md',
+                   help='write plans as one page, beside those that it shows')
 
     p = verb('bench', 'time the train step on the devices that are here', workdir=False)
     p.add_argument('--stage', help='the stage to time (default: the first)')
@@ -338,7 +339,7 @@ def _bench(args, config):
 
 
 def _plan(args, config):
-    from jaxsd import run
+    from jaxsd import journal, run
     from jaxsd import stage as stages
     from jaxsd.plan import estimate, search, table, targets
     if args.price is not None and not args.price >= 0:
@@ -349,7 +350,10 @@ def _plan(args, config):
         batches = tuple(_positive(x) for x in filter(None, (args.batches or '').split(',')))
     except argparse.ArgumentTypeError as e:
         raise ConfigError(f'--batches: {e}') from None
-    rows, failed = [], False
+    if args.out:
+        table.read(os.path.splitext(args.out)[0] + '.json')     # before hours of compiling
+    failed, compilers = False, ', '.join(' '.join(x) for x in ({
+        'jax': run.versions()['jax']} | targets.compilers()).items())
     for spec, c in zip(args.config, config, strict=True):
         stage = (stages.find(c, args.stage) if args.stage else stages.stages(c)[0])
         for topology in map(targets.parse, args.topology):
@@ -370,9 +374,10 @@ def _plan(args, config):
             print(table.text(made, args.price) + (f'\npaste   {overrides}' if overrides else ''),
                   flush=True)
             failed |= not made.fits
-            rows.append((spec, made, overrides))
+            if args.out:        # at once: who stops here keeps it
+                table.write([table.Row(spec, made, overrides, args.command, journal.revision(),
+                                       compilers)], args.out)
     if args.out:
-        run.write_atomic(args.out, table.page(rows, args.command))
         print(args.out)
     elif failed:
         raise ConfigError('not everything fits; --search tries other meshes and batches')

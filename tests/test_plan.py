@@ -457,15 +457,40 @@ def test_what_accumulates_is_tried_in_one_piece():
     assert {x.accumulate for x in search.candidates(c, stages.stages(c)[0], t)} == {0}
 
 
+def a_row(name, plan=None, overrides='', **how):
+    return table.Row(name, plan or a_plan(), overrides, **dict(
+        command='plan x', commit='abc', compilers='jax 1, libtpu 2') | how)
+
+
 def test_the_page(env):
-    rows = [('configs/a.py', a_plan(), '--config.mesh.fsdp=256'),
-            ('configs/b.py', a_plan(compiled=estimate.Compiled(error='needs 33G of 15.75G')), '')]
-    page = table.page(rows, 'make plans')
+    rows = [a_row('configs/a.py', overrides='--config.mesh.fsdp=256'),
+            a_row('configs/b.py', a_plan(compiled=estimate.Compiled(error='needs 33G of 15.75G')))]
+    page = table.page(rows)
     assert '| configs/a.py, s | v5e:16x16 | fsdp=256 | 256 | full | yes | 1.00 | 2.00 |' in page
     assert 'needs 33G of 15.75G' in page and '--config.mesh.fsdp=256' in page
+    assert page.count('abc by jax 1, libtpu 2') == 1
     widths = {line.count('|') for line in page.splitlines() if line.startswith('| configs/') and
               'v5e' in line and line.count('|') > 10}
     assert widths == {len(table.HEAD) + 1}
+
+
+def test_a_page_keeps_what_earlier_commands_made(env):
+    """One row of a config, stage and machine: the newest, in the same order whatever came first."""
+    elsewhere = a_plan(topology=targets.parse('v5e:16x16*2'), compiled=estimate.Compiled(
+        peak=2**30, collectives=(('all-gather', 1e9, 4, True, 0.5),)))
+    out = str(env / 'PLANS.md')
+    table.write([a_row('configs/b.py')], out)
+    table.write([a_row('configs/a.py', elsewhere, commit='later')], out)
+    table.write([a_row('configs/b.py', a_plan(batch=512))], out)
+    found = table.read(str(env / 'PLANS.json'))
+    assert found == [a_row('configs/a.py', elsewhere, commit='later'),
+                     a_row('configs/b.py', a_plan(batch=512))]
+    assert (env / 'PLANS.md').read_text() == table.page(found)
+    (env / 'PLANS.json').write_text('[{"config": 1}]')
+    before = (env / 'PLANS.md').read_text()
+    with pytest.raises(ConfigError, match='no record of plans.*move it away'):
+        table.write([a_row('configs/b.py')], out)
+    assert (env / 'PLANS.md').read_text() == before
 
 
 def run(capsys, *argv):

@@ -40,6 +40,11 @@ class Compiled:
     loops_once: int = 0
     seconds: float = 0.0
 
+    @classmethod
+    def of(cls, record: dict) -> 'Compiled':
+        """What `dataclasses.asdict` and JSON made of one. Raises TypeError and KeyError."""
+        return cls(**record | dict(collectives=tuple(map(tuple, record['collectives']))))
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -57,6 +62,13 @@ class Plan:
     executed_flops: float
     unknown_loops: int
     compiled: Compiled
+
+    @classmethod
+    def of(cls, record: dict) -> 'Plan':
+        """What `dataclasses.asdict` and JSON made of one. Raises TypeError and KeyError."""
+        there = record['topology']
+        topology = targets.Topology(**there | dict(shape=tuple(there['shape'])))
+        return cls(**record | dict(topology=topology, compiled=Compiled.of(record['compiled'])))
 
     @property
     def fits(self) -> bool:
@@ -160,8 +172,7 @@ def _compiled(lowered, topology: targets.Topology, mesh) -> Compiled:
     path = os.path.join(_cache(), _key(lowered, topology, mesh) + '.json')
     try:
         with open(path, encoding='utf-8') as f:
-            found = json.load(f)
-        return Compiled(**found | dict(collectives=tuple(map(tuple, found['collectives']))))
+            return Compiled.of(json.load(f))
     except (OSError, ValueError, TypeError, KeyError):
         pass        # not there, or of another version
     out = compiled(lowered, topology, mesh)

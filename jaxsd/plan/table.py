@@ -1,9 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans in words: one as lines for a terminal, several as the page PLANS.md."""
 
+import dataclasses
+import json
+import os
+from typing import NamedTuple
+
+from jaxsd import run
+from jaxsd.config import ConfigError
 from jaxsd.plan import estimate, targets
 
 GIB = 2**30
+
+
+class Row(NamedTuple):
+    """A plan on the page. overrides: what its search found, as typed; `command` made it, at
+    `commit`, with `compilers` (what compiled, 'jax 0.10.2, libtpu 0.0.41')."""
+
+    config: str
+    plan: estimate.Plan
+    overrides: str
+    command: str
+    commit: str
+    compilers: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.config, str(self.plan.topology), self.plan.stage
+
+
+def write(rows: list[Row], out: str) -> None:
+    """Writes the page of `rows` to `out`, with those that earlier commands put there: a row of the
+    same config, stage and machine takes its place. The record beside it (`out` with the ending
+    .json) keeps them. Raises ConfigError where that is none."""
+    record = os.path.splitext(out)[0] + '.json'
+    kept = {row.key: row for row in [*read(record), *rows]}
+    found = [kept[key] for key in sorted(kept)]
+    run.write_atomic(out, page(found))
+    plain = [row._asdict() | dict(plan=dataclasses.asdict(row.plan)) for row in found]
+    run.write_atomic(record, json.dumps(plain, indent=1) + '\n')
+
+
+def read(record: str) -> list[Row]:
+    """The rows that an earlier command kept; [] where there is no record yet."""
+    try:
+        with open(record, encoding='utf-8') as f:
+            return [Row(**row | dict(plan=estimate.Plan.of(row['plan']))) for row in json.load(f)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ConfigError(f'{record} is no record of plans ({e}); move it away') from None
 
 
 def text(plan: estimate.Plan, price: float | None) -> str:
@@ -50,31 +96,35 @@ HEAD = ('config', 'machine', 'mesh', 'rows', 'remat', 'fits', 'GiB: arguments', 
         'audio-hours per chip-day')
 
 
-def page(rows, command: str) -> str:
-    """PLANS.md from (config, plan, overrides) of every plan; `command` makes the page again."""
+def page(rows: list[Row]) -> str:
+    """PLANS.md of `rows`."""
     out = ['# Plans', '',
            'What training each config at its published size takes, from the programs that the '
            "machines' own compilers make of the real train step. No machine ran them: what fits, "
            'bytes and collectives are the compiler\'s, FLOPs are counted, times are estimates.', '',
-           f'Made by `{command}`.', '',
+           'Compiled at ' + '; at '.join(dict.fromkeys(
+               f'{row.commit} by {row.compilers}' for row in rows))
+           + '. `make plans` makes all of it; PLANS.json keeps of each row the command that made '
+           'it.', '',
            '| ' + ' | '.join(HEAD) + ' |', '|' + '---|' * len(HEAD)]
-    out += ['| ' + ' | '.join(_cells(name, plan)) + ' |' for name, plan, _ in rows]
+    out += ['| ' + ' | '.join(_cells(row.config, row.plan)) + ' |' for row in rows]
     out += ['', '## As overrides', '',
             'What the search found, to paste after `--config`:', '']
-    out += [f'- `{name}` on {plan.topology}: `{overrides}`' for name, plan, overrides in rows
-            if overrides]
+    out += [f'- `{row.config}` on {row.plan.topology}: `{row.overrides}`' for row in rows
+            if row.overrides]
     out += ['', '## Where the time goes', '',
             '| config | machine | ' + ' | '.join(PARTS) + ' | collectives: kind, GB, calls |',
             '|' + '---|' * (len(PARTS) + 3)]
-    for name, plan, _ in rows:
+    for row in rows:
+        plan = row.plan
         if plan.fits and plan.step_s:
             moved = '; '.join(f'{kind} {n / 1e9:.2f}, {calls}{"" if overlaps else " (waited for)"}'
                               for kind, n, calls, overlaps, _ in plan.compiled.collectives)
-            out.append(f'| {name} | {plan.topology} | ' + ' | '.join(
+            out.append(f'| {row.config} | {plan.topology} | ' + ' | '.join(
                 f'{plan.parts[p]:.3f} s' for p in PARTS) + f' | {moved} |')
     out += ['', '## What is assumed', '']
     out += [f'- {line}' for line in dict.fromkeys(
-        f'{plan.topology}: {estimate.assumptions(plan)}' for _, plan, _ in rows)]
+        f'{row.plan.topology}: {estimate.assumptions(row.plan)}' for row in rows)]
     out += ['', targets.SOURCES]
     return '\n'.join(out) + '\n'
 
