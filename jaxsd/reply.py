@@ -14,7 +14,7 @@ import numpy as np
 from jaxsd import codec as codecs
 from jaxsd import data, trained
 from jaxsd.config import ConfigError, bind
-from jaxsd.generate import FREE, Manners, Speaker, Stream, few
+from jaxsd.generate import FREE, GREEDY, Manners, Sampler, Speaker, Stream, few
 from jaxsd.layout import parallel
 from jaxsd.types import NOTHING, Grid, Record, Word
 from jaxsd.vocab import Vocab, initial
@@ -202,29 +202,35 @@ def drawn(lm: trained.LM, source: str, records: list[Record]) -> tuple[list[Grid
 
 
 def replies(lm: trained.LM, grids: list[Grid], layout: dict, *, most_columns: int,
-            batch: int = 16) -> list[tuple[list[int], np.ndarray]]:
-    """(text ids, codes [books, frames]) of the answer to each grid's question, greedy.
+            voice: Sampler = GREEDY, seed: int = 0, batch: int = 16
+            ) -> list[tuple[list[int], np.ndarray]]:
+    """(text ids, codes [books, frames]) of the answer to each grid's question, its text greedy.
 
-    Where a model can be asked in text alone, too, that answer guides the spoken one (`in_pairs`).
-    Raises ConfigError for grids of other layouts than those of `layout.parallel`.
+    voice: how the rows of speech are drawn, by `seed`. Where a model can be asked in text alone,
+    too, that answer guides the spoken one (`in_pairs`). Raises ConfigError for grids of other
+    layouts than those of `layout.parallel`.
     """
     if not layout['name'].startswith('parallel.'):
         raise ConfigError(f'replies are those of the layouts of layout.parallel, not of '
                           f'{layout["name"]}')
     v, out = lm.vocab, []
-    speaker = lm.speaker()._replace(manners=manners_of(v))
+    speaker = lm.speaker({row.name.split()[0]: voice for row in v.rows[1:]})._replace(
+        manners=manners_of(v))
     paired = 'answer' in v.specials and bool(speaker.manners.ends) and layout.get('said') != 'text'
-    for part in trained.in_parts(grids, batch):
+    for n, part in enumerate(trained.in_parts(grids, batch)):
         part = [*part, *[part[-1]] * (batch - len(part))]       # few shapes, few compilations
+        key = jax.random.fold_in(jax.random.key(seed), n)
         prompts, heard = (list(x) for x in zip(*map(asked, part), strict=True))
         heard = None if None in heard else heard
         if paired:
             alone = [p.copy() for p in prompts]
             for p in alone:
                 p[1:, -1] = speaker.manners.pads[1:]
-            found = in_pairs(speaker, v, prompts, alone, most_columns=most_columns, heard=heard)
+            found = in_pairs(speaker, v, prompts, alone, most_columns=most_columns, heard=heard,
+                             key=key)
         else:
-            found = answer(speaker, prompts, stop=ended(v), most_columns=most_columns, heard=heard)
+            found = answer(speaker, prompts, stop=ended(v), most_columns=most_columns, heard=heard,
+                           key=key)
         out += [(written(v, x), spoken(lm.config, layout, v, x)) for x in found]
     return out[:len(grids)]
 

@@ -96,9 +96,6 @@ def run(config, workdir: str, *, task: str, stage_name, source, out: str, split:
     if beside and (source is not None or task not in ('tts', 's2s')):
         raise ConfigError(f'{layout} answers examples of the dataset: use --task s2s or tts '
                           'without --input')
-    if beside and any((temperature, top_k, (top_p or 1.0) != 1.0)):
-        raise ConfigError(f'{layout} answers greedily: leave --temperature, --top-k and --top-p '
-                          'out')
     streams = len(model.make_vocab(config).rows) > 1
     talks = layout in dialogue.LAYOUTS
     if not beside and (task == 'duplex' and not talks or streams and task != 'duplex'):
@@ -396,11 +393,12 @@ def _answered(config) -> str:
 
 
 def _reply(source: str, lm, codec, given, sampler, seed, records):
-    """Answers to examples as `source` draws them; `true` is how the right one would sound.
+    """Answers to examples as `source` draws them, their text greedy and their voice by `sampler`;
+    `true` is how the right one would sound.
 
     text: what is written where the right answer is, too, else what was asked in writing.
     """
-    del given, sampler, seed
+    del given
     v, hz = lm.vocab, codec.identity['sample_rate_hz']
     grids, layout = reply.drawn(lm, source, records)
 
@@ -409,7 +407,7 @@ def _reply(source: str, lm, codec, given, sampler, seed, records):
 
     def told(ids):
         return lm.text().decode([x for x in ids if x not in v.specials.values()])
-    found = reply.replies(lm, grids, layout, most_columns=128)
+    found = reply.replies(lm, grids, layout, most_columns=128, voice=sampler, seed=seed)
     true = [reply.true(lm.config, layout, grid, v) for grid in grids]
     codes = reply.on_the_clock(lm, [codes for _, codes in found] + true)
     out = []

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluate import made as untrained
 
-from jaxsd import cli, codec, evaluate, generate, model, reply, train
+from jaxsd import answering, cli, codec, evaluate, generate, model, reply, train
 from jaxsd import config as configs
+from jaxsd.config import ConfigError
 from jaxsd.generate import FREE
 from jaxsd.types import NOTHING
 from jaxsd.vocab import initial
@@ -304,6 +305,26 @@ def test_a_listener_is_given_what_was_said(name, corpus, tmp_path):
                                        atol=1e-5)
     (silent,) = reply.as_heard(lm, ['red'], [np.zeros((1, 0), int)])
     assert reply.asked(reply.drawn(lm, 'asr', [silent])[0][0])[0].shape[1] > 0
+
+
+def test_a_voice_is_drawn_and_its_text_is_not(corpus):
+    """By a seed; greedy at no temperature. Of the first columns, before texts differ by what was
+    said beside them, the text is the same."""
+    lm = untrained(corpus, 'pslm')
+    records = reply.examples(lm, 'dialogue', split='test', limit=2)
+    grids, layout = reply.drawn(lm, 'dialogue', records)
+
+    def said(temperature, seed=0):
+        found = reply.replies(lm, grids, layout, most_columns=16, batch=2, seed=seed,
+                              voice=generate.Sampler(temperature))
+        return [codes.tolist() for _, codes in found], [ids[:1] for ids, _ in found]
+    greedy, text = said(0.0)
+    assert (greedy, text) == said(0.0, seed=1)
+    assert any(map(np.size, greedy))
+    a, b = said(1.0), said(1.0, seed=1)
+    assert a == said(1.0) and a[0] != b[0] != greedy and a[1] == b[1] == text
+    with pytest.raises(ConfigError, match='temperature is 0 .greedy. or above, got nan'):
+        answering.replies(lm, split='test', limit=2, source='dialogue', temperature=float('nan'))
 
 
 @pytest.mark.slow

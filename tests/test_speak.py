@@ -301,7 +301,6 @@ def test_examples_that_are_answered_beside_text(corpus, tmp_path):
         assert ' '.join(map(str, true[0])) in ' '.join(map(str, record.units[0]))
         assert sound_of(out / 'true' / stem).shape[1] == true.shape[1] * 640
     for changes, line in ((dict(source='x.wav'), 'answers examples of the dataset'),
-                          (dict(temperature=0.5), 'answers greedily'),
                           (dict(drawn='nothing'), '--source nothing: data.sources are ')):
         with pytest.raises(ConfigError, match=line):
             run(lm, 's2s', tmp_path / 'other', **changes)
