@@ -417,6 +417,24 @@ def test_a_search_takes_the_largest_chunks_that_fit(monkeypatch):
     assert [n for _, n in seen[:2]] == [3750, 1875] and {n for _, n in seen} == {3750, 1875}
 
 
+def test_a_search_asks_once_of_a_mesh_that_cannot_be(monkeypatch):
+    """A size that does not divide over the mesh does not, whatever is recomputed."""
+    c, seen = read('moshi'), []
+    stage, t = stages.stages(c)[0], targets.parse('v5p:8x8x8')
+
+    def of(config, stage, *_):
+        seen.append(mesh := (config.mesh.data, config.mesh.fsdp, config.mesh.tensor, stage.batch))
+        if mesh[2] > 1:
+            raise ConfigError('axis vocab does not divide')
+        return a_plan()
+    monkeypatch.setattr(estimate, 'of', of)
+    monkeypatch.setattr(search.targets, 'devices', lambda topology: [])
+    best, which, tried = search.best(c, stage, t, minutes=1)
+    assert best.fits and which.tensor == 1
+    odd = [mesh for mesh in seen if mesh[2] > 1]
+    assert odd and len(odd) == len(set(odd)) == sum(isinstance(p, str) for _, p in tried)
+
+
 def test_candidates_divide():
     c = read('moshi')
     stage, t = stages.stages(c)[0], targets.parse('v5p:8x8x8')

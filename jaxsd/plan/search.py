@@ -150,6 +150,7 @@ def best(config, stage: Stage, topology: targets.Topology, *, minutes: float, ba
                           f'{stage.batch}; give --batches')
     found, which, tried, start = None, None, [], time.monotonic()
     refused: list[Candidate] = []
+    odd = set()     # placements that do not go up, whatever is recomputed
 
     def attempt(c: Candidate, place: str) -> bool:
         nonlocal found, which
@@ -158,6 +159,7 @@ def best(config, stage: Stage, topology: targets.Topology, *, minutes: float, ba
             made = estimate.of(other, stages(other)[index], topology, devices)
         except ValueError as e:         # ConfigError, too
             tried.append((c, str(e)))
+            odd.add(_placed(c))
             log.info('search %s: %s: %s', place, c, e)
             return True     # and not for want of memory
         tried.append((c, made))
@@ -170,6 +172,8 @@ def best(config, stage: Stage, topology: targets.Topology, *, minutes: float, ba
 
     sizes = chunks(config, topology)
     for i, c in enumerate(todo):
+        if _placed(c) in odd:
+            continue
         if which and (guess(config, stage, c, topology)
                       > 1.15 * guess(config, stage, which, topology)):
             continue        # far behind by a formula that errs on both alike
@@ -184,6 +188,10 @@ def best(config, stage: Stage, topology: targets.Topology, *, minutes: float, ba
             if attempt(c, f'{i + 1}/{len(todo)}'):
                 break
     return found, which, tried
+
+
+def _placed(c: Candidate) -> tuple[int, ...]:
+    return c.data, c.fsdp, c.tensor, c.batch, c.accumulate
 
 
 def chunks(config, topology: targets.Topology) -> tuple[int, ...]:

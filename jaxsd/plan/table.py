@@ -92,7 +92,7 @@ def mesh(plan: estimate.Plan) -> str:
 
 
 HEAD = ('config', 'machine', 'mesh', 'rows', 'remat', 'fits', 'GiB: arguments', 'temporaries',
-        'peak', 'PFLOPs', 'recomputed', 'network GB', 'step s', 'MFU', 'positions/s',
+        'together', 'PFLOPs', 'recomputed', 'network GB', 'step s', 'MFU', 'positions/s',
         'audio-hours per chip-day')
 
 
@@ -106,6 +106,8 @@ def page(rows: list[Row]) -> str:
                f'{row.commit} by {row.compilers}' for row in rows))
            + '. `make plans` makes all of it; PLANS.json keeps of each row the command that made '
            'it.', '',
+           'What lies in memory together is a bound: compilers pack temporaries tighter than they '
+           'say, and more than a device has may fit.', '',
            '| ' + ' | '.join(HEAD) + ' |', '|' + '---|' * len(HEAD)]
     out += ['| ' + ' | '.join(_cells(row.config, row.plan)) + ' |' for row in rows]
     out += ['', '## As overrides', '',
