@@ -4,6 +4,7 @@ verb on virtual devices. Nothing here needs a compiler for other machines; tests
 
 import dataclasses
 import importlib.util
+import math
 import os
 import pathlib
 import types
@@ -149,25 +150,29 @@ def test_what_each_device_does_is_done_on_all():
     assert work.count(jax.make_jaxpr(product)(*shapes))[0] == 2 * 16 * 4 * 6
 
 
-def test_kernels_of_attention_skip_what_nobody_sees():
-    """Two products forward; seven backward, where two kernels each compute the scores anew."""
-    T, H, heads = 1024, 64, 2
-    mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * heads)
-    sizes = {f'block_{x}': 512 for x in ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv',
-                                         'kv_dkv_compute', 'q_dq', 'kv_dq')}
+@pytest.mark.parametrize('T, window, share', [
+    (1024, None, 3 / 4), (4096, None, 36 / 64), (4096, 1024, (1 + 2 + 6 * 3) / 64),
+    (4096, 1, 8 / 64), (3712, 129, 57 / 29 ** 2)])
+def test_kernels_of_attention_skip_what_nobody_sees(T, window, share):
+    """Two products forward; seven backward, where two kernels each compute the scores anew. With a
+    window, whatever part of the hidden blocks their grids leave out."""
+    H, heads, block = 64, 2, math.gcd(512, T)
+    mask = masks.MultiHeadMask([masks.CausalMask((T, T)) if window is None else
+                                masks.LocalMask((T, T), (window - 1, 0), 0)] * heads)
+    sizes = {f'block_{x}': block for x in ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv',
+                                           'kv_dkv_compute', 'q_dq', 'kv_dq')}
     kernel = kernels.make_splash_mha(mask, block_sizes=kernels.BlockSizes(**sizes), head_shards=1,
                                      q_seq_shards=1)
-    x = jax.ShapeDtypeStruct((heads, T, H), jnp.bfloat16)
-    jaxpr = jax.make_jaxpr(jax.grad(lambda q, k, v: kernel(q, k, v).astype(jnp.float32).sum(),
-                                    argnums=(0, 1, 2)))(x, x, x)
-    c = small(window_columns=None)
+    x = jax.ShapeDtypeStruct((3, heads, T, H), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q, k, v: jax.vmap(kernel)(q, k, v).astype(
+        jnp.float32).sum(), argnums=(0, 1, 2)))(x, x, x)
+    c = small(window_columns=window)
     c.columns = T
-    share = work.seen(c)            # three of four blocks
-    assert share == pytest.approx(0.75, rel=0.001)
+    assert work.seen(c) == pytest.approx(share)
     assert work.count(jaxpr, share)[0] == pytest.approx(
-        9 * 2 * heads * T * T * H * share, rel=1e-3)
-    c.backbone.window_columns = 100
-    assert work.seen(c) < 0.5
+        9 * 2 * 3 * heads * T * T * H * share, rel=1e-3)
+    info = kernel.fwd_mask_info.block_mask      # of the kernel: 0 is a block that it skips
+    assert np.count_nonzero(info) == round(share * (T // block) ** 2) * len(info)
 
 
 # Traffic, of programs whose traffic is known.

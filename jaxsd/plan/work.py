@@ -16,6 +16,7 @@ import numpy as np
 from jax.extend import core as jex_core
 
 from jaxsd import model, sharding, train
+from jaxsd.attention import LANES
 from jaxsd.config import options_of, plain, resolve
 from jaxsd.stage import join, split
 from jaxsd.state import abstract_state
@@ -76,9 +77,9 @@ class _Count:
             return flops * math.prod(p['mesh'].shape[a] for a in manual), out
         if name == 'pallas_call':
             flops, _ = self._inner(p['jaxpr'], None)
-            if str(p.get('name')).startswith('splash'):     # attention: skips unseen blocks
-                flops *= self.seen
-            return flops * math.prod(p['grid_mapping'].grid), [any(marked)] * n_out
+            times = (self.seen * _blocks(eqn) if str(p.get('name')).startswith('splash') else
+                     math.prod(p['grid_mapping'].grid))
+            return flops * times, [any(marked)] * n_out
         inner = [v for v in p.values() if hasattr(v, 'eqns') or hasattr(v, 'jaxpr')]
         if inner:       # a call of one kind or another
             return self._inner(inner[0], marked, n_out)
@@ -105,6 +106,15 @@ class _Count:
             self.unknown += not filled
             flops *= max(filled, default=1)
         return flops, marked[first:]
+
+
+def _blocks(eqn) -> float:
+    """How many blocks of queries by blocks of keys there are in a kernel of attention, seen or not:
+    its grid may leave some of those that a window hides out, and not all."""
+    (queries, q), (keys, k) = [(whole.aval.shape, part.aval.shape) for whole, part in
+                               zip(eqn.invars, eqn.params['jaxpr'].invars, strict=False)
+                               if np.issubdtype(_kind(whole), np.inexact)][:2]
+    return math.prod(queries[:-2]) * (queries[-2] / q[-2]) * (keys[-2] / k[-2])
 
 
 def _kind(var):
@@ -140,10 +150,13 @@ def pairs(columns: int, window_columns: int | None) -> int:
 
 
 def seen(config) -> float:
-    """The share of attention's blocks in which something is visible, of kernels that skip the rest:
-    all visible pairs, and on the diagonal the other half of a block."""
-    T, block = config.columns, 512
-    return min(1.0, (pairs(T, config.backbone.get('window_columns')) + T * block / 2) / T ** 2)
+    """The share of the blocks of `attention.splash` in which a query sees a key: those on the
+    diagonal, and before it up to where the window of their first query begins."""
+    columns = -(-config.columns // LANES) * LANES
+    block, window = math.gcd(512, columns), config.backbone.get('window_columns') or columns
+    n = columns // block
+    first = [max(0, i * block - window + 1) // block for i in range(n)]
+    return sum(i + 1 - j for i, j in enumerate(first)) / n ** 2
 
 
 def model_flops(config, stage, devices) -> tuple[float, int]:
