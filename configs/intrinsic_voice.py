@@ -55,9 +55,9 @@ def get_config(arg=None):
         c.data = dict(path='', sources=sources(('story', 'dialogue'), ('dialogue',),
                                                ('exchange',)))
         parts.demo_answers(c, evals=('s2s', 'tts'), stages=[
-            ('align', dict(asr=0.4, tts=0.6), dict(steps=600, lr=3e-3)),
-            ('converse', dict(s2s=0.15, s2t=0.3, t2s=0.1, t2t=0.15, asr=0.1, tts=0.2),
-             dict(steps=600, lr=2e-3))])
+            ('align', dict(asr=0.5, tts=0.5), dict(steps=700, lr=3e-3)),
+            ('converse', dict(s2s=0.2, s2t=0.3, t2s=0.1, t2t=0.15, asr=0.1, tts=0.15),
+             dict(steps=700, lr=2e-3))])
         c.evals.replies = dict(name='replies', source='s2t')
         c.evals.tts = dict(name='replies', source='tts', listener='asr')
     if arg.tiny:
