@@ -480,6 +480,16 @@ def test_what_accumulates_is_tried_in_one_piece():
     assert {x.accumulate for x in search.candidates(c, stages.stages(c)[0], t)} == {0}
 
 
+def test_a_gpu_is_planned_with_attention_that_needs_none():
+    """In the head's own backbone, too."""
+    c = read('llama_omni')
+    made = estimate._compilable(c, targets.parse('h200:8'))
+    assert made.backbone.attention == made.head.decoder['attention'] == 'xla'
+    assert 'attention' not in c.backbone and 'attention' not in c.head.decoder
+    assert estimate._compilable(c, targets.parse('v5p:8x8x8')) is c
+    assert 'decoder' not in estimate._compilable(read('moshi'), targets.parse('h200:8')).head
+
+
 def a_row(name, plan=None, overrides='', **how):
     return table.Row(name, plan or a_plan(), overrides, **dict(
         command='plan x', commit='abc', compilers='jax 1, libtpu 2') | how)

@@ -135,12 +135,15 @@ def of(config, stage, topology: targets.Topology, devices=None) -> Plan:
 
 def _compilable(config, topology: targets.Topology):
     """`config` with attention that can be compiled without the machine: cuDNN's cannot, so that a
-    GPU's plan has the attention of 'xla', which takes more memory and time."""
-    takes = options_of(resolve(config.backbone.name, 'jaxsd.backbone'))
-    if topology.platform != 'gpu' or 'attention' not in takes:
+    GPU's plan has the attention of 'xla', which takes more memory and time. A head may have a
+    backbone of its own."""
+    if topology.platform != 'gpu':
         return config
     out = copy.deepcopy(config)
-    out.backbone = {**config.backbone, 'attention': 'xla'}
+    with out.unlocked():
+        for part in (out.backbone, out.head.get('decoder')):
+            if part and 'attention' in options_of(resolve(part['name'], 'jaxsd.backbone')):
+                part['attention'] = 'xla'
     return out
 
 
