@@ -65,6 +65,7 @@ def small(like: dict, *, width: int, layers: int, heads: int, mlp: int, **option
 
 
 DEMO = 'data/demo'
+PAIRS = 'data/pairs'      # of `data_pipelines.minimal_pairs`
 """Where `python -m data_pipelines.demo` puts its corpus unless told otherwise."""
 
 

@@ -110,4 +110,6 @@ def demo(c, recipe: str, cold: bool) -> None:
     c.stages = ((last,) if cold else
                 (parts.demo_stage('text', 300, dict(text=1.0), batch=8), last))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('speech',)),
-                   matched=dict(name='matched', source='speech', given='half'))
+                   matched=dict(name='matched', source='speech', given='half'),
+                   words=dict(name='pairs', path=f'{parts.PAIRS}/words', source='speech'),
+                   sentences=dict(name='pairs', path=f'{parts.PAIRS}/sentences', source='speech'))

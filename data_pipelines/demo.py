@@ -421,7 +421,7 @@ def _workers(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
                                                   _outlive_nobody)
 
 
-def _alone(function, *arguments):
+def alone(function, *arguments):
     """The result of a call in a process of its own. (One pool whose workers end after each call,
     max_tasks_per_child, can wait forever: https://github.com/python/cpython/issues/115634.)"""
     with _workers(1) as pool:
@@ -436,7 +436,7 @@ def _each(title: str, jobs: int, calls: list, *, fresh: bool = False) -> list:
     from tqdm import tqdm
     jobs = min(jobs, len(calls))
     with concurrent.futures.ThreadPoolExecutor(jobs) if fresh else _workers(jobs) as pool:
-        futures = [pool.submit(_alone, function, *arguments) if fresh else
+        futures = [pool.submit(alone, function, *arguments) if fresh else
                    pool.submit(function, *arguments) for function, arguments in calls]
         try:
             for future in tqdm(concurrent.futures.as_completed(futures), title, len(futures),

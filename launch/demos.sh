@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Trains the demo of every system, all its stages in order, measures it, measures the same model
-# untrained, and writes docs/systems.md: some tens of minutes each on two cores.
+# untrained, and writes docs/systems.md: 10 to 20 minutes each on one core with AVX-512.
 # Running again resumes what was interrupted and skips what is done. SYSTEMS='twist voxtlm' runs
 # those alone, LIMIT bounds the things measured by a task.
 set -euo pipefail
@@ -12,6 +12,7 @@ python=${PYTHON:-.venv/bin/python} runs=${RUNS:-runs/demos} failed=()
 jaxsd() { "$python" -m jaxsd "$@"; }
 # Some systems hear sound and not its codes, so the corpus keeps it.
 [ -e data/demo/manifest.json ] || "$python" -m data_pipelines.demo --out data/demo --hours 12 --keep-wav
+[ -e data/pairs ] || "$python" -m data_pipelines.minimal_pairs --out data/pairs
 every=(configs/[!_]*.py)
 declare -A shorter=([moshi]=,share=0.25)        # all of it takes an hour
 mkdir -p "$runs/.done"

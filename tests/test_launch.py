@@ -236,6 +236,7 @@ def test_demos_go_on_and_skip_what_is_done(tmp_path):
         (tmp_path / 'configs' / f'{name}.py').touch()
     (tmp_path / 'data' / 'demo').mkdir(parents=True)
     (tmp_path / 'data' / 'demo' / 'manifest.json').touch()
+    (tmp_path / 'data' / 'pairs').mkdir()
     shutil.copytree(LAUNCH, tmp_path / 'launch')
     python = tmp_path / 'python'
     python.write_text('#!/bin/bash\necho "$*" >> calls\n'
@@ -273,4 +274,7 @@ def test_demos_go_on_and_skip_what_is_done(tmp_path):
     os.utime(tmp_path / 'configs' / 'moshi.py', (later, later))     # it was changed since
     out, lines = called(SYSTEMS='voxtlm')
     assert out.returncode == 0 and lines == [] and '-- done before: voxtlm' in out.stdout
+    (tmp_path / 'data' / 'pairs').rmdir()
+    assert called(SYSTEMS='voxtlm')[1] == ['-m data_pipelines.minimal_pairs --out data/pairs']
+    (tmp_path / 'data' / 'pairs').mkdir()
     assert len(called()[1]) == 3
