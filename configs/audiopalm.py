@@ -14,7 +14,8 @@ Size       8 B in the paper: PaLM 8B (8.63 B with its table of 256,000 rows) and
 Evidence   the grids against hand-drawn ones. Trained by us at scale: no. Departures: PaLM 8B's size
            in this project's sequential blocks; AdamW where the paper has Adafactor; no dropout (0.1
            in the paper). Steps, batch and the mixture's weights are not stated by the source, nor
-           whether units are deduplicated (they are not here).
+           whether units are deduplicated (they are not here). Betas and decay are the project's
+           defaults.
 """
 
 import ml_collections as mlc

@@ -12,7 +12,8 @@ the two voices alone. The user's tokens are heard and never learned.
 Size       0.5 B in the paper: Qwen2-0.5B and rows for 4,096 units and eight markers.
 Evidence   the grids against hand-drawn ones and property tests of what stands at the borders of
            chunks. Trained by us at scale: no. The rate of the units (50 or 25 Hz) and which stage
-           has which optimizer settings are not stated by the source; the steps are ours.
+           has which optimizer settings are not stated by the source; the steps are ours, and so are
+           constant rates (the source's is a peak), betas and clipping.
 """
 
 import ml_collections as mlc

@@ -16,6 +16,7 @@ Evidence   the grid against a hand-drawn one, the losses against the arithmetic 
            of the 600 M Conformer's depth and width, without its convolutions and its pretraining on
            12 million hours; the sound is heard through Griffin-Lim, not WaveFit. Terms are means
            and not sums. The end of speech is learned (the paper's length is fixed).
+           Betas, decay and clipping are the project's defaults.
 """
 
 import ml_collections as mlc

@@ -94,11 +94,13 @@ def get_config(arg=None):
         name: dict(select=select[name], layout=layout,
                    fields=FIELDS | dict(task=TTS if name == 'tts' else ASR))
         for name, layout in drawn.items()})
-    common = dict(schedule='cosine', final_lr=0.0, weight_decay=0.0)
+    # What the scripts leave to the Hugging Face trainer is as that has it: betas, no decay, and in
+    # the first stage the rate and its way down.
+    common = dict(schedule='cosine', final_lr=0.0, weight_decay=0.0, betas=(0.9, 0.999))
     # Shares within a stage are not stated by the source.
     c.stages = (
         dict(name='adapt', steps=900, batch=768, lr=5e-5, data=dict(units=1.0),
-             graft=dict(rows=dict(name='mean'))),
+             graft=dict(rows=dict(name='mean')), **common | dict(schedule='linear')),
         dict(name='cross', steps=2_100, batch=1_536, lr=2e-5, warmup_steps=63, start='adapt',
              data=dict(asr=1.0, tts=1.0, written=1.0), **common),
         dict(name='chain', steps=4_200, batch=128, lr=2e-5, start='cross',

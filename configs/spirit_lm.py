@@ -48,8 +48,10 @@ def get_config(arg=None):
         text=dict(select=('text',), layout=dict(name='flat.sequence', fields=('text',)))))
     c.stages = (dict(name='pretrain', steps=100_000, batch=256, lr=3e-5,
                      data=dict(aligned=1.0, speech=1.0, text=1.0),
-                     # A text model imported into this stage: how new rows begin is not stated.
-                     graft=dict(rows=dict(name='mean'), unlike=('backbone.theta',))),)
+                     # Of a text model imported into this stage, whose new rows are random (App. A);
+                     # their deviation is not stated.
+                     graft=dict(rows=dict(name='normal', sigma=0.02),
+                                unlike=('backbone.theta',))),)
     c.mesh = dict(fsdp=-1)
     c.evals = dict()
     if arg.demo or arg.tiny:

@@ -13,7 +13,8 @@ Size       8 B in the paper: Llama 3 8B and 512 rows in both tables, for 501 uni
            padding.
 Evidence   the paper's own example, and property tests of what stands at the borders of chunks.
            Trained by us at scale: no. The first stage's share of speech rises in steps here; the
-           schedule stands in a figure only, and the paper warns that one large step diverges.
+           schedule stands in a figure only, and the paper warns that one large step diverges. Each
+           step is a stage with moments of its own. Betas, decay and clipping are the project's.
 """
 
 import ml_collections as mlc

@@ -13,6 +13,7 @@ Size       7 B in the paper: LLaMA 7B whose 32,000 rows of text became 502, in b
 Evidence   the id map of the released units and the spans' statistics are tests. Trained by us at
            scale: no. TWIST's learning rate is not stated by the source; its steps and batch are
            from memory. Slam's last half hour, preference learning, is not part of this config.
+           Betas, decay and what else no stage names are the project's defaults, not the sources'.
 """
 
 import ml_collections as mlc
