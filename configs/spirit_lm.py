@@ -114,4 +114,8 @@ def demo(c, mix: str, level: str) -> None:
                      save_steps=100, log_steps=10, probe_steps=100),)
     c.evals = dict(likelihood=dict(name='likelihood', sources=('aligned', 'asr', 'tts')),
                    asr=dict(name='asr', source='asr'), tts=dict(name='tts', source='tts'),
-                   stories=dict(name='stories'))
+                   stories=dict(name='stories'), **{
+                       kind: dict(name='pairs', path=f'{parts.PAIRS}/{kind}', source='speech')
+                       for kind in ('words', 'sentences')},
+                   endings=dict(name='cloze', path=f'{parts.PAIRS}/stories'),
+                   topics=dict(name='cloze', path=f'{parts.PAIRS}/topics'))

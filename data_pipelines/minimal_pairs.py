@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spoken pairs of which one is right, in the layout of ZeroSpeech 2021, for the task `pairs`.
+"""Spoken pairs of which one is right, for the tasks `pairs` and `cloze`.
 
     python -m data_pipelines.minimal_pairs --out data/pairs
 
-`words` are words of the demo corpus beside what it never says, one letter of them changed (as
-sWUGGY); `sentences` are sentences of its test split beside the same with two neighbours in each
-other's place (as sBLIMP). Both of a pair are said by one voice in one manner. Each folder has a
-gold.csv and the wav files that it names. The result is a function of --items and --seed.
+In the layout of ZeroSpeech 2021, a gold.csv and the wav files that it names: `words` are words of
+the demo corpus beside what it never says, one letter of them changed (as sWUGGY); `sentences` are
+sentences of its test split beside the same with two neighbours in each other's place (as sBLIMP).
+In the layout of the spoken StoryCloze, wav and txt of X_mutual, X_correct and X_incorrect: stories
+of the test split with a false end beside their own, `stories` (as sStoryCloze), and with the end of
+another story, `topics` (as tStoryCloze). Both of a pair are said by one voice in one manner. The
+result is a function of --items and --seed.
 """
 
 import csv
@@ -51,6 +54,27 @@ def misplaced(sentence: str, known: frozenset, rng: np.random.Generator) -> str 
     return None
 
 
+def endings(kind: str, items: int, seed: int) -> list[tuple[str, str, str]]:
+    """(first sentence, its own second one, a wrong one) of up to `items` stories of the test split.
+
+    'stories' end with another word of the same kind, 'topics' as another story does whose own first
+    sentence they do not fit.
+    """
+    rng = np.random.default_rng((seed, 2, ('stories', 'topics').index(kind)))
+    every = grammar.stories('test')
+    true = {story.sentences for split in ('train', 'test') for story in grammar.stories(split)}
+    out = []
+    for i in rng.permutation(len(every))[:items]:
+        first, second = every[i].sentences
+        for _ in range(TRIES):
+            wrong = (grammar.wrong_continuation(every[i], rng) if kind == 'stories' else
+                     every[rng.integers(len(every))]).sentences[1]
+            if (first, wrong) not in true:
+                out.append((first, second, wrong))
+                break
+    return out
+
+
 def pairs(kind: str, items: int, seed: int) -> list[tuple[str, str]]:
     """(right, wrong) of up to `items` pairs of `kind`, 'words' or 'sentences', in a drawn order."""
     rng = np.random.default_rng((seed, ('words', 'sentences').index(kind)))
@@ -77,9 +101,10 @@ def spoken(text: str, manner: demo.Manner, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def build(out: str, *, items: int = 100, voices: int = 2, seed: int = 0) -> dict[str, int]:
-    """Makes `out`/words and `out`/sentences, whole or not at all, and says how many pairs each has.
+    """Makes the four folders of `out`, whole or not at all, and says how many pairs each has.
 
-    voices: how many, drawn for each item, say it. Raises FileExistsError where `out` is.
+    voices: how many, drawn for each item, say a word or a sentence. Raises FileExistsError where
+    `out` is.
     """
     if os.path.lexists(out):
         raise FileExistsError(f'{out} is there already; remove it, or name another --out')
@@ -94,6 +119,13 @@ def build(out: str, *, items: int = 100, voices: int = 2, seed: int = 0) -> dict
 
 def _speak(out: str, items: int, voices: int, seed: int) -> dict[str, int]:
     import soundfile
+
+    def manner(voice, rng):
+        return demo.Manner(str(voice), int(rng.choice(demo.RATES_WPM)),
+                           int(rng.choice(demo.PITCHES)), 50)
+
+    def say(path, text, how, own):
+        soundfile.write(path, spoken(text, how, own), espeak.SAMPLE_RATE_HZ)
     made = {}
     for k, kind in enumerate(('words', 'sentences')):
         folder, found = os.path.join(out, kind), pairs(kind, items, seed)
@@ -104,21 +136,32 @@ def _speak(out: str, items: int, voices: int, seed: int) -> dict[str, int]:
             for i, texts in enumerate(found):
                 rng = np.random.default_rng((seed, k, i))
                 for voice in map(str, rng.choice(demo.VOICES, voices, replace=False)):
-                    manner = demo.Manner(voice, int(rng.choice(demo.RATES_WPM)),
-                                         int(rng.choice(demo.PITCHES)), 50)
+                    how = manner(voice, rng)
                     for correct, text in zip((1, 0), texts, strict=True):
                         name = f'{i:04d}-{voice}-{correct}.wav'
-                        soundfile.write(os.path.join(folder, name), spoken(
-                            text, manner, (seed, k, i)), espeak.SAMPLE_RATE_HZ)
+                        say(os.path.join(folder, name), text, how, (seed, k, i))
                         rows.writerow((i, name, voice, correct, text))
+        made[kind] = len(found)
+    for k, kind in enumerate(('stories', 'topics'), 2):
+        folder, found = os.path.join(out, kind), endings(kind, items, seed)
+        os.makedirs(folder)
+        for i, texts in enumerate(found):
+            rng = np.random.default_rng((seed, k, i))
+            how = manner(rng.choice(demo.VOICES), rng)
+            for part, text in zip(('mutual', 'correct', 'incorrect'), texts, strict=True):
+                stem = os.path.join(folder, f'{i:04d}_{part}')
+                say(f'{stem}.wav', text, how, (seed, k, i))
+                with open(f'{stem}.txt', 'w', encoding='utf-8') as f:
+                    f.write(f'{text}\n')
         made[kind] = len(found)
     return made
 
 
 def main(argv=None) -> int:
     parser = Parser(prog='python -m data_pipelines.minimal_pairs', description=(
-        'Makes spoken pairs of which one is right, for the task pairs: words of the demo corpus '
-        'beside non-words, sentences beside such with two words in each other\'s place.'))
+        'Makes spoken pairs of which one is right, for the tasks pairs and cloze: words of the '
+        'demo corpus and non-words, sentences and such with two words swapped, stories '
+        'and such with a false end or that of another one.'))
     parser.add_argument('--out', required=True, help='directory to make')
     parser.add_argument('--items', type=int, default=100, help='pairs of each kind, at most')
     parser.add_argument('--seed', type=int, default=0)

@@ -7,9 +7,10 @@ import filecmp
 import numpy as np
 import pytest
 import soundfile
+from test_evaluate import made as untrained
 
 from data_pipelines import demo, espeak, grammar, minimal_pairs
-from jaxsd import likelier
+from jaxsd import evaluate, likelier
 
 
 @pytest.fixture(scope='module')
@@ -63,13 +64,39 @@ def test_the_list_is_that_of_the_task_and_both_are_said_alike(made, kind):
             assert pair[0].split('-', 1)[1].rsplit('-', 1)[0] in demo.VOICES
 
 
+def test_stories_end_wrongly_in_two_ways():
+    told = {s.sentences for split in ('train', 'test') for s in grammar.stories(split)}
+    for kind in ('stories', 'topics'):
+        found = minimal_pairs.endings(kind, 40, 0)
+        assert len(found) == len({first + second for first, second, _ in found}) == 40
+        for first, second, wrong in found:
+            assert (first, second) in told and (first, wrong) not in told and wrong != second
+            a, b = second.split(), wrong.split()
+            if kind == 'stories':       # a word or a place of its kind in the place of another
+                assert sum(x == y for x, y in zip(a, b, strict=False)) + 3 >= min(len(a), len(b))
+
+
+@pytest.mark.parametrize('kind', ['stories', 'topics'])
+def test_stories_are_read_by_their_task(made, kind, corpus):
+    names = {p.name for p in (made / kind).iterdir()}
+    assert names == {f'{i:04d}_{part}.{end}' for i in range(6) for end in ('wav', 'txt')
+                     for part in ('mutual', 'correct', 'incorrect')}
+    texts = [tuple((made / kind / f'{i:04d}_{part}.txt').read_text().strip()
+                   for part in ('mutual', 'correct', 'incorrect')) for i in range(6)]
+    assert texts == minimal_pairs.endings(kind, 6, 0)
+    found = evaluate.cloze(untrained(corpus, 'spirit_lm'), split='', limit=4, path=str(made / kind))
+    assert found['items'] == 4
+    assert {f'right %/{a}->{b}' for a in 'ST' for b in 'ST'} <= set(found['metrics'])
+
+
 def test_the_same_again_and_never_over_what_is_there(made, tmp_path, capsys):
     again = tmp_path / 'again'
-    assert minimal_pairs.build(str(again), items=6) == dict(words=6, sentences=6)
-    for kind in ('words', 'sentences'):
+    assert minimal_pairs.build(str(again), items=6) == dict(
+        words=6, sentences=6, stories=6, topics=6)
+    for kind, files in dict(words=25, sentences=25, stories=36, topics=36).items():
         names = [p.name for p in (made / kind).iterdir()]
         match, other, lost = filecmp.cmpfiles(made / kind, again / kind, names, shallow=False)
-        assert not other and not lost and len(match) == 1 + 6 * 4
+        assert not other and not lost and len(match) == files
     assert minimal_pairs.main(['--out', str(again)]) == 1
     assert 'is there already; remove it, or name another --out' in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ['again']
