@@ -26,10 +26,7 @@ if [ ! -e data/demo/manifest.json ]; then part data 'speaking a corpus, turning 
 elif ! grep -q -- "--hours ${HOURS:-[0-9.]*} " data/demo/manifest.json; then
   echo "quickstart: data/demo was not made with HOURS=$HOURS; move it away" >&2; exit 1
 fi
-
-[ -e data/pairs ] || part pairs 'speaking pairs of which one is right' \
-  "$python" -m data_pipelines.minimal_pairs --out data/pairs
-
+[ -e data/pairs ] || part pairs 'pairs of which one is right' "$python" -m data_pipelines.minimal_pairs --out data/pairs
 run() {     # run NAME CONFIG SOURCE FORMAT LIMIT
   local name=$1 config=$2 source=$3 format=$4 limit=$5 work=$runs/$1
   part "show-$name" "what $name reads" jaxsd show --config "$config" --source "$source" --columns 24
