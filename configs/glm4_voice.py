@@ -108,10 +108,10 @@ def demo(c) -> None:
         written=dict(select=('dialogue',), fields=fields, layout=answered('text', hz, ratio)),
         spoken=dict(select=('dialogue',), fields=fields, layout=answered('speech', hz, ratio))))
     c.stages = (
-        parts.demo_stage('pretrain', 430, dict(interleaved=0.25, speech=0.05, asr=0.4, tts=0.1,
+        parts.demo_stage('pretrain', 500, dict(interleaved=0.25, speech=0.05, asr=0.4, tts=0.1,
                                                text=0.2), batch=8),
         # More of what is written than in the paper: it is not known from before.
-        parts.demo_stage('chat', 600, dict(written=14.0, spoken=10.0), start='pretrain', batch=8,
+        parts.demo_stage('chat', 700, dict(written=14.0, spoken=10.0), start='pretrain', batch=8,
                          lr=2e-3))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('interleaved', 'written', 'spoken')),
                    exchanges=dict(name='exchanges', source='spoken'))
