@@ -195,14 +195,15 @@ def test_a_dataset_gets_dialogues(corpus, made):
 
 
 def test_what_is_heard_gives_the_labels_back(made):
-    """From the sound and from the real codec's codes: what kind every turn is; that every utterance
-    begins and ends within a frame of its label and nearly always on it (a soft consonant may be
-    coded as silence, silence before a sudden one as sound)."""
+    """From the sound exactly, and nearly so from the real codec's codes: what kind every turn is,
+    that every utterance begins and ends on its label. Of the codes (which differ from one kind of
+    CPU to another: a soft consonant may be coded as silence, silence before a sudden one as sound)
+    a turn in fifty may be of another kind, and as few ends elsewhere."""
     silent = turns.silent_codes(*zip(*(
         (r.codes[c, 0], turns.during([(t.start_s, t.end_s) for t in r.turns if t.channel == c],
                                      r.codes.shape[2], HZ))
         for r, _ in simulated(made) for c in (0, 1)), strict=True))
-    off = {'sound': [], 'codes': []}
+    off, told, odd = {'sound': [], 'codes': []}, 0, 0
     for record, placed in simulated(made):
         wav = soundfile.read(io.BytesIO(record.wav), dtype='float32')[0].T
         label = active([simulate.Placed(p['channel'], 0, p['start'], p['end'], '') for p in placed]
@@ -211,12 +212,20 @@ def test_what_is_heard_gives_the_labels_back(made):
         turn = [(p['kind'], p['channel']) for p in placed if p['kind'] != 'pause']
         for by, heard in (('sound', np.stack([turns.loud(x, 16000, HZ) for x in wav])),
                           ('codes', turns.voiced(record.codes[:, 0], silent))):
-            assert [(k, t.channel) for k, t in turns.kinds(heard, HZ)] == turn
-            for one, other in zip(turns.units(heard, HZ), turns.units(label, HZ), strict=True):
-                assert one.channel == other.channel
-                off[by] += [abs(one.start - other.start), abs(one.end - other.end)]
-    assert max(off['sound'] + off['codes']) <= 1
-    assert np.mean(off['sound']) < 0.01 and np.mean(off['codes']) < 0.01
+            kinds = [(k, t.channel) for k, t in turns.kinds(heard, HZ)]
+            if by == 'sound':
+                assert kinds == turn
+            else:
+                told += len(turn)
+                odd += (collections.Counter(turn) - collections.Counter(kinds)).total()
+            ours, theirs = turns.units(heard, HZ), turns.units(label, HZ)
+            assert by == 'codes' or len(ours) == len(theirs)
+            for u in theirs:
+                off[by] += [min(abs(getattr(x, end) - getattr(u, end)) for x in ours
+                                if x.channel == u.channel) for end in ('start', 'end')]
+    assert told > 50 and odd <= told / 50
+    assert max(off['sound']) <= 1 and np.mean(off['sound']) < 0.01
+    assert np.mean(np.array(off['codes']) > 1) < 0.02 and np.mean(np.array(off['codes']) > 0) < 0.05
 
 
 def test_an_utterance_fills_the_frames_at_its_ends():
