@@ -90,12 +90,17 @@ def test_new_rows_begin_as_declared_and_old_ones_stay(rows):
 
 @pytest.mark.parametrize('name', ['llama', 'qwen2'])
 def test_the_text_model_inside_is_unchanged_to_the_bit(name):
-    """Logits over the old vocabulary, before and after; untied and tied."""
-    before, = released.scores(released.decoder(name), unflatten(text_params(name)), tokens())
-    config = spoken(name)
-    after, = released.scores(config, unflatten(begun(config, golden(name), rows=NORMAL)), tokens())
+    """Its weights; and logits over the old vocabulary but for the order of sums, which on some CPUs
+    depends on how wide a product is. Untied and tied."""
+    old, config = text_params(name), spoken(name)
+    new = begun(config, golden(name), rows=NORMAL)
+    for path, x in old.items():
+        same = new[path][tuple(map(slice, x.shape))]
+        np.testing.assert_array_equal(same, x)
+    before, = released.scores(released.decoder(name), unflatten(old), tokens())
+    after, = released.scores(config, unflatten(new), tokens())
     assert after.shape[-1] == 128
-    np.testing.assert_array_equal(after[..., :96], before)
+    np.testing.assert_allclose(after[..., :96], before, atol=2e-5)
 
 
 def test_a_tied_table_becomes_an_output_map():
