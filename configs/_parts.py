@@ -65,8 +65,9 @@ def small(like: dict, *, width: int, layers: int, heads: int, mlp: int, **option
 
 
 DEMO = 'data/demo'
-PAIRS = 'data/pairs'      # of `data_pipelines.minimal_pairs`
 """Where `python -m data_pipelines.demo` puts its corpus unless told otherwise."""
+PAIRS = 'data/pairs'
+"""Where the scripts of `launch` let `python -m data_pipelines.minimal_pairs` put its pairs."""
 
 
 def demo_units() -> dict:

@@ -57,8 +57,8 @@ def misplaced(sentence: str, known: frozenset, rng: np.random.Generator) -> str 
 def endings(kind: str, items: int, seed: int) -> list[tuple[str, str, str]]:
     """(first sentence, its own second one, a wrong one) of up to `items` stories of the test split.
 
-    'stories' end with another word of the same kind, 'topics' as another story does whose own first
-    sentence they do not fit.
+    The wrong one of 'stories' has another word of the same kind, that of 'topics' is the end of
+    another story; neither ever follows the first sentence in the corpus.
     """
     rng = np.random.default_rng((seed, 2, ('stories', 'topics').index(kind)))
     every = grammar.stories('test')

@@ -79,24 +79,20 @@ def others(asked: list[dict]) -> list[dict]:
 # Answers written and spoken side by side.
 
 def replies(lm: trained.LM, *, split: str, limit: int | None, source: str,
-            most_columns: int = 128, listener: str | None = None, temperature: float = 0.0) -> dict:
+            most_columns: int = 128, listener: str | None = None) -> dict:
     """Questions as `source` draws them: are they answered in the right words, and units?
 
     WER: of the written answer against the true one. UER: the same of what is spoken, its codes of
     the first codebook with repeats merged. spoken WER, with a `listener` (a source whose grids hear
     one voice and write down what it says): what the model itself hears in its answer, against what
-    it wrote beside it, or was asked to read. temperature: of its voice; text is greedy, and so is
-    what is heard. The floors score the answers against those to other
+    it wrote beside it, or was asked to read. The floors score the answers against those to other
     questions.
     """
     positive('evals.replies', most_columns=most_columns)
-    if not 0 <= temperature < float('inf'):
-        raise ConfigError(f'evals.replies: temperature is 0 (greedy) or above, got {temperature}')
     records = reply.examples(lm, source, split=split, limit=limit)
     grids, layout = reply.drawn(lm, source, records)
     text, v = lm.text(), lm.vocab
-    found = reply.replies(lm, grids, layout, most_columns=most_columns,
-                          voice=generate.Sampler(temperature))
+    found = reply.replies(lm, grids, layout, most_columns=most_columns)
     said, wanted, meant, heard, true = [], [], [], [], []
     for grid, (ids, codes) in zip(grids, found, strict=True):
         prompt, _ = reply.asked(grid)
@@ -126,8 +122,7 @@ def replies(lm: trained.LM, *, split: str, limit: int | None, source: str,
                 per_item['exact %'] = each['exact %']
     judged = next(x for x in ('WER %', 'spoken WER %', 'UER %') if x in metrics)
     return dict(metrics=metrics, items=len(records), judged=(judged, f'{judged}/floor'),
-                per_item=per_item, note=(f'voice at {temperature:g}, text ' if temperature else '')
-                + 'greedy; floors: another one\'s answer')
+                per_item=per_item, note='greedy; floors: another one\'s answer')
 
 
 # Sound that is no tokens.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Trains the demo of every system, all its stages in order, measures it, measures the same model
-# untrained, and writes docs/systems.md: 10 to 20 minutes each on one core with AVX-512.
+# untrained, and writes docs/systems.md, which says how many minutes each took.
 # Running again resumes what was interrupted and skips what is done. SYSTEMS='twist voxtlm' runs
 # those alone, LIMIT bounds the things measured by a task.
 set -euo pipefail

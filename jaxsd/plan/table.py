@@ -36,9 +36,9 @@ def write(rows: list[Row], out: str) -> None:
     record = os.path.splitext(out)[0] + '.json'
     kept = {row.key: row for row in [*read(record), *rows]}
     found = [kept[key] for key in sorted(kept)]
-    run.write_atomic(out, page(found))
     plain = [row._asdict() | dict(plan=dataclasses.asdict(row.plan)) for row in found]
     run.write_atomic(record, json.dumps(plain, indent=1) + '\n')
+    run.write_atomic(out, page(found))
 
 
 def read(record: str) -> list[Row]:
