@@ -55,11 +55,11 @@ def get_config(arg=None):
         c.data = dict(path='', sources=sources(('story', 'dialogue'), ('dialogue',),
                                                ('exchange',)))
         parts.demo_answers(c, evals=('s2s', 'tts'), stages=[
-            ('align', dict(asr=0.5, tts=0.5), dict(steps=700, lr=3e-3)),
+            ('align', dict(asr=0.5, tts=0.5), dict(steps=420, lr=3e-3)),
             ('converse', dict(s2s=0.2, s2t=0.3, t2s=0.1, t2t=0.15, asr=0.1, tts=0.15),
-             dict(steps=700, lr=2e-3))])
+             dict(steps=420, lr=2e-3))])
         c.evals.replies = dict(name='replies', source='s2t')
-        c.evals.tts = dict(name='replies', source='tts', listener='asr')
+        c.evals.tts = dict(name='replies', source='tts', listener='asr', temperature=1.0)
     if arg.tiny:
         c.backbone = parts.small(c.backbone, width=32, layers=1, heads=4, mlp=64)
         c.head = dict(name='group', width=32, layers=1, heads=4, mlp=64)

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxsd import data, frames, generate, reply, trained
 from jaxsd.config import ConfigError, plain
+from jaxsd.generate import Sampler
 from jaxsd.layout import duplex, flat, framed, template
 from jaxsd.likelier import shares
 from jaxsd.recognition import error_rates, errors_per_item
@@ -79,20 +80,25 @@ def others(asked: list[dict]) -> list[dict]:
 # Answers written and spoken side by side.
 
 def replies(lm: trained.LM, *, split: str, limit: int | None, source: str,
-            most_columns: int = 128, listener: str | None = None) -> dict:
+            most_columns: int = 128, listener: str | None = None,
+            temperature: float = 0.0) -> dict:
     """Questions as `source` draws them: are they answered in the right words, and units?
 
     WER: of the written answer against the true one. UER: the same of what is spoken, its codes of
     the first codebook with repeats merged. spoken WER, with a `listener` (a source whose grids hear
     one voice and write down what it says): what the model itself hears in its answer, against what
     it wrote beside it, or was asked to read. The floors score the answers against those to other
-    questions.
+    questions. temperature: of the rows of speech, whose text is greedy: rows said at once, each at
+    its likeliest, fall silent together.
     """
     positive('evals.replies', most_columns=most_columns)
+    if temperature < 0:
+        raise ValueError(f'evals.replies.temperature must be at least 0, got {temperature}')
     records = reply.examples(lm, source, split=split, limit=limit)
     grids, layout = reply.drawn(lm, source, records)
     text, v = lm.text(), lm.vocab
-    found = reply.replies(lm, grids, layout, most_columns=most_columns)
+    found = reply.replies(lm, grids, layout, most_columns=most_columns,
+                          voice=Sampler(temperature))
     said, wanted, meant, heard, true = [], [], [], [], []
     for grid, (ids, codes) in zip(grids, found, strict=True):
         prompt, _ = reply.asked(grid)
@@ -121,8 +127,9 @@ def replies(lm: trained.LM, *, split: str, limit: int | None, source: str,
                 metrics['exact %'] = error_rates(want, got)['exact %']
                 per_item['exact %'] = each['exact %']
     judged = next(x for x in ('WER %', 'spoken WER %', 'UER %') if x in metrics)
+    how = f'speech drawn at temperature {temperature}' if temperature else 'greedy'
     return dict(metrics=metrics, items=len(records), judged=(judged, f'{judged}/floor'),
-                per_item=per_item, note='greedy; floors: another one\'s answer')
+                per_item=per_item, note=f'{how}; floors: another one\'s answer')
 
 
 # Sound that is no tokens.

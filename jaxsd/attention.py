@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxsd.sharding import Place, anywhere
 from jaxsd.types import Where
@@ -203,7 +204,8 @@ def _block_forward(window_columns, q_BGNTH, k_BGCH, v_BGCH, query, key):
     total = jnp.sum(p, axis=-1, keepdims=True)
     o = jnp.einsum('BGNTC,BGCH->BGNTH', p.astype(v_BGCH.dtype), v_BGCH,
                    preferred_element_type=jnp.float32)
-    o = (o / total).astype(v_BGCH.dtype)
+    o, most, total = (checkpoint_name(x, 'product')
+                      for x in ((o / total).astype(v_BGCH.dtype), most, total))
     return o, (q_BGNTH, k_BGCH, v_BGCH, query, key, o, most, total)
 
 
@@ -251,7 +253,8 @@ def splash(q, k, v, query: Where, key: Where, at: Part, *, window_columns, block
     with jax.ensure_compile_time_eval():
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([mask] * N), block_sizes=kernels.BlockSizes(**sizes),
-            head_shards=1, q_seq_shards=at.ways, interpret=interpret)
+            head_shards=1, q_seq_shards=at.ways, interpret=interpret,
+            residual_checkpoint_name='product')
     if at.ways > 1:     # which blocks to skip, of the queries that are here
 
         def here(info):

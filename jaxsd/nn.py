@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.layout import Format, Layout
 
 from jaxsd.sharding import Place, anywhere
 
@@ -58,10 +59,15 @@ def product(x, kernel, n_in: int):
     return checkpoint_name(_product(x, kernel, n_in), 'product')
 
 
-products_saveable = jax.checkpoint_policies.save_from_both_policies(
+_named_saveable = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names('product'))
-"""What `jax.checkpoint` keeps of a layer: products of activations and weights."""
+
+
+def products_saveable(prim, *args, **params):
+    """What `jax.checkpoint` keeps of a layer: products of activations and weights, and what came of
+    attention. cuDNN's cannot be named, and is known by its primitive."""
+    return ('dot_product_attention_fwd' in prim.name) or _named_saveable(prim, *args, **params)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -475,6 +481,16 @@ def unroll(layers: int, place: Place) -> int:
 def apart(x, axes: tuple[str, ...]):
     """The array of a parameter whose own axes have these names, without the axes of stacks."""
     return x if x.ndim == len(axes) else tuple(apart(part, axes) for part in x)
+
+
+def inputs_last(x, n_in: int):
+    """A kernel laid out in memory with its `n_in` input axes last, as a product of one row reads it
+    in one pass: XLA for GPUs has no kernel for small ones laid out the other way, and writes out
+    every summand."""
+    if isinstance(x, tuple):
+        return tuple(inputs_last(part, n_in) for part in x)
+    order = (*range(n_in, x.ndim), *range(n_in))
+    return jax.device_put(x, Format(Layout(order), x.sharding))
 
 
 def together(module):

@@ -62,7 +62,8 @@ def load(config, workdir: str, stage_name: str | None = None, *, untrained: bool
         data.same_codec(meta['data'], config)
         step = int(meta['step'])
     params = flatten(params)        # held by nobody else: what is replaced is given back
-    _replace(params, flatten(axes), dtype)
+    on_gpu = jax.local_devices()[0].platform == 'gpu'
+    _replace(params, flatten(axes), dtype, _inputs(graph, shapes) if on_gpu else {})
     return LM(config, stage, v, graph, unflatten(params), step, workdir)
 
 
@@ -70,14 +71,23 @@ def streamed(params: dict, axes: dict, dtype='float32') -> dict:
     """Parameters as a stream reads them, of the names of their `axes` (`model.abstract`) and the
     dtype of activations: see `nn.as_read` and `nn.apart`. Whole batches take them as well."""
     flat = flatten(params)
-    _replace(flat, flatten(axes), dtype)
+    _replace(flat, flatten(axes), dtype, {})
     return unflatten(flat)
 
 
-def _replace(flat: dict, axes: dict, dtype) -> None:
-    """One by one and in place, or all would be there twice."""
+def _replace(flat: dict, axes: dict, dtype, inputs: dict) -> None:
+    """One by one and in place, or all would be there twice. Kernels that have a number of `inputs`
+    are laid out for it: see `nn.inputs_last`."""
     for path, x in flat.items():
-        flat[path] = nn.apart(nn.as_read(path, x, dtype), axes[path])
+        x = nn.apart(nn.as_read(path, x, dtype), axes[path])
+        flat[path] = nn.inputs_last(x, inputs[path]) if path in inputs else x
+
+
+def _inputs(graph, shapes: dict) -> dict[str, int]:
+    """How many input axes each kernel of a model has, by its path."""
+    return {'/'.join(map(str, (*path, 'kernel'))): module.n_in
+            for path, module in nnx.iter_modules(nnx.merge(graph, shapes))
+            if isinstance(module, nn.Dense)}
 
 
 def prompt(vocab: Vocab, *parts) -> np.ndarray:

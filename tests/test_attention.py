@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsd import attention, sharding
+from jaxsd import attention, nn, sharding
 from jaxsd.backbone import decoder
 from jaxsd.types import Sizes, Where
 
@@ -96,6 +96,26 @@ def test_splash_is_a_tpu_program_forward_and_backward(window):
         lowering_platforms=('tpu',)).as_text()
     assert text.count('tpu_custom_call') >= 3
     assert '3750x3750' not in text and '3840x3840' not in text
+
+
+@pytest.mark.parametrize('name, kept', (('xla', ('f32[2,4,1,128,16]', 'f32[2,4,1,128,1]')),
+                                        ('splash', ('f32[2,4,128,16]', 'f32[2,4,128]'))))
+def test_who_keeps_products_need_not_attend_again(name, kept, capsys):
+    """What comes out, and the sums it was divided by: all that gradients need of the kernel."""
+    x, where = jnp.ones((2, 128, 4, 16)), packed(128)
+    fn = functools.partial(ENGINES[name], window_columns=None)
+    if name == 'xla':
+        fn = functools.partial(fn, block_columns=128)
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(fn(jnp.sin(q), k, v, where, where, attention.Part(0, 0, 1))))
+
+    def made(policy):       # what is kept but neither given nor constant
+        jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(loss, policy=policy), x, x, x)
+        return {line.split()[0] for line in capsys.readouterr().out.splitlines()
+                if 'from the argument' not in line and 'from a constant' not in line}
+    assert made(None) == set()
+    assert made(nn.products_saveable) == set(kept)
 
 
 SHAPE = dict(columns=3750, ways=1, head_dim=128, dtype='bfloat16')

@@ -14,9 +14,9 @@ from small import BACKBONES, batch, built, config
 from test_sharding import SYSTEMS as MECHANISMS
 
 from jaxsd import config as configs
-from jaxsd import model, trained
+from jaxsd import model, nn, trained
 from jaxsd.config import override
-from jaxsd.stage import flatten
+from jaxsd.stage import flatten, unflatten
 from jaxsd.types import Where
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
@@ -296,6 +296,26 @@ def test_parameters_as_a_stream_reads_them_change_no_score(system, kind):
     scores = jax.jit(lambda params: nnx.merge(graph, params).scores(batch(c)))
     for one, other in zip(scores(params), scores(parts), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize('system', ('streams', 'parallel'))
+def test_kernels_with_their_inputs_last_are_the_same_kernels(system):
+    """As a stream on a GPU reads them, in stacks that lie apart: every last axis in memory is one
+    that the product sums over."""
+    c = config(system, 'llama')
+    graph, shapes, axes = model.abstract(c)
+    parts = flatten(trained.streamed(model.init(c, jax.random.key(1)), axes))
+    inputs = trained._inputs(graph, shapes)
+    assert set(inputs) == {p for p in parts if p.endswith('/kernel')}
+    assert {inputs['backbone/blocks/q/kernel'], inputs['backbone/blocks/out/kernel']} == {1, 2}
+    laid = {p: nn.inputs_last(x, inputs[p]) if p in inputs else x for p, x in parts.items()}
+    for path, n_in in inputs.items():
+        for x in jax.tree.leaves(laid[path]):
+            assert sorted(x.format.layout.major_to_minor[-n_in:]) == list(range(n_in)), path
+    scores = jax.jit(lambda params: nnx.merge(graph, params).scores(batch(c)))
+    for one, other in zip(scores(unflatten(parts)), scores(unflatten(laid)), strict=True):
+        if one is not None:
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('system', MECHANISMS)

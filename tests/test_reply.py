@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluate import made as untrained
 
-from jaxsd import cli, codec, evaluate, generate, model, reply, train
+from jaxsd import answering, cli, codec, evaluate, generate, model, reply, train
 from jaxsd import config as configs
 from jaxsd.generate import FREE
 from jaxsd.types import NOTHING
@@ -322,6 +322,15 @@ def test_a_voice_is_drawn_and_its_text_is_not(corpus):
     assert any(map(np.size, greedy))
     a, b = said(1.0), said(1.0, seed=1)
     assert a == said(1.0) and a[0] != b[0] != greedy and a[1] == b[1] == text
+
+    def judged(temperature):
+        found = answering.replies(lm, split='test', limit=2, source='dialogue', most_columns=16,
+                                  temperature=temperature)
+        return found['metrics']['UER %'], found['note']
+    assert judged(0.0)[1].startswith('greedy;') and judged(0.0)[0] != judged(1.0)[0]
+    assert judged(1.0)[1].startswith('speech drawn at temperature 1.0;')
+    with pytest.raises(ValueError, match='temperature must be at least 0, got -1'):
+        judged(-1)
 
 
 @pytest.mark.slow
