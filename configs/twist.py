@@ -88,8 +88,8 @@ def get_config(arg=None):
 def demo(c, recipe: str, cold: bool) -> None:
     """A text model of the demo corpus's own, then speech from it; `cold` begins with the speech.
 
-    One table holds text and units, so that one run has both stages: the text rows are not dropped
-    but simply never seen again.
+    One table holds text and units, so that one run has both stages: where the recipe drops the
+    text, all rows begin anew and those of text are never seen again.
     """
     c.codec = parts.demo_units()
     c.vocab = dict(name='line', **parts.DEMO_TEXT)
@@ -107,7 +107,9 @@ def demo(c, recipe: str, cold: bool) -> None:
     if cold:
         sources = {k: v for k, v in sources.items() if k in shares}
     c.data = dict(path=parts.DEMO, sources=sources)
-    last = parts.demo_stage(name, 500, shares, start='init' if cold else 'text')
+    tables = TABLES if c.head.name == 'flat' else TABLES[:1]
+    graft = {} if cold or recipe == 'sims' else dict(graft=dict(fresh=tables))
+    last = parts.demo_stage(name, 500, shares, start='init' if cold else 'text', **graft)
     c.stages = ((last,) if cold else
                 (parts.demo_stage('text', 300, dict(text=1.0), batch=8), last))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('speech',)),

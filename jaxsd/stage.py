@@ -28,7 +28,7 @@ class Stage:
     start: 'init', the name of an earlier stage, a path to another run's checkpoints, or one to a
     checkpoint of another program ('hf:PATH', or a path whose format is recognized).
     graft: {}, or in what such a checkpoint may differ from the config: dict(rows, fresh, unused,
-    unlike), explained in export/surgery.py.
+    unlike), explained in export/surgery.py. Of an earlier stage's, `fresh` draws anew as well.
     apart: {}, or dict(share, data) with perhaps train: that share of the steps reads the mixture of
     its own `data` and nothing else, with moments of its own and the multipliers of its own `train`
     (it freezes what the stage freezes). Two kinds of batch, two optimizer states, one rate.

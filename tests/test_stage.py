@@ -211,6 +211,25 @@ def test_a_stage_starts_from_the_parameters_of_a_path_and_fresh_moments(tmp_path
         assert not moved(dict(params=params), before)
 
 
+def test_a_stage_draws_anew_what_its_graft_calls_fresh_and_takes_the_rest(tmp_path):
+    """As a speech model that begins with a text model's body and none of its rows."""
+    c = config('flat')
+    c.stages = (ONE, dict(ONE, name='two', start='one', graft=dict(
+        fresh=('frontend/table', 'head/out/.*'))))
+    first, second = stages.stages(c)
+    drawn, end, _ = trained(c, first)
+    work = saved(tmp_path, c, first, end)
+    assert moved(drawn, end) >= {'frontend/table', 'head/out/kernel', 'backbone/norm/weight'}
+    before, after, _ = trained(c, second, work)
+    assert not moved(before, dict(params=stages.unflatten(
+        flatten(end['params']) | {p: flatten(drawn['params'])[p]
+                                  for p in ('frontend/table', 'head/out/kernel')})))
+    assert moved(before, after) == set(flatten(after['params']))
+    c.stages = (ONE, dict(ONE, name='two', start='one', graft=dict(fresh=('nowhere/.*',))))
+    with pytest.raises(ConfigError, match=r"stages\[1\].graft.fresh: 'nowhere/.\*' names no"):
+        trained(c, stages.stages(c)[1], work)
+
+
 def test_a_start_that_is_not_there_or_does_not_fit_is_one_line(tmp_path):
     c = config('flat')
     c.stages = (ONE, dict(ONE, name='two', start='one'), dict(ONE, name='three', start='x/y'))

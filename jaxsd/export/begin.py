@@ -5,6 +5,7 @@ Every function takes the state of ShapeDtypeStructs (`state.abstract_state`) tha
 are wanted and where each lies.
 """
 
+import re
 from typing import NamedTuple
 
 import jax
@@ -46,8 +47,28 @@ def older_params(config, stage: Stage, workdir: str, target) -> Begun:
     if (folder := start_folder(config, stage, workdir)) is not None:
         params, meta = checkpoint.restore_params(folder, held(folder, stage, target))
         data.same_codec(meta['data'], config)
-        return Begun(params, f'step {meta["step"]} of {stage.start}')
+        return Begun(_redrawn(params, config, stage, target), f'step {meta["step"]} of '
+                                                              f'{stage.start}')
     return Begun(None, 'init')
+
+
+def _redrawn(params, config, stage: Stage, target) -> dict:
+    """`params` of an earlier stage, those that `graft.fresh` names as the config's seed draws them:
+    a text model's rows make room for units. ConfigError for a pattern that names none."""
+    flat, fresh = flatten(params), stage.graft.get('fresh', ())
+    for pattern in fresh:
+        if not any(re.fullmatch(pattern, path) for path in flat):
+            raise ConfigError(f'{stages.place(config, stage, "graft")}.fresh: {pattern!r} names no '
+                              f'parameter of stage {stage.start}')
+    again = [path for path in flat if any(re.fullmatch(p, path) for p in fresh)]
+    if not again:
+        return params
+    where = {path: x.sharding for path, x in flatten(target['params']).items() if path in again}
+
+    def draw(key):
+        drawn = flatten(model.init(config, key))
+        return {path: drawn[path] for path in again}
+    return unflatten(flat | jax.jit(draw, out_shardings=where)(jax.random.key(config.seed)))
 
 
 def older(target) -> dict:
