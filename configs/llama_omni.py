@@ -99,8 +99,8 @@ def demo(c, marks: dict) -> None:
                   save_steps=200, log_steps=20, probe_steps=200)
     understand, speak = stages(common)
     c.stages = (
-        understand | dict(steps=1_000, lr=3e-3, data=dict(written=0.4, asr=0.4, spelled=0.2)),
-        speak | dict(steps=600, batch=8, lr=2e-3, data=dict(voice=0.5, aloud=0.5)))
+        understand | dict(steps=450, lr=3e-3, data=dict(written=0.4, asr=0.4, spelled=0.2)),
+        speak | dict(steps=280, batch=8, lr=2e-3, data=dict(voice=0.2, aloud=0.8)))
     c.evals = dict(likelihood=dict(name='likelihood', sources=('voice',)),
                    replies=dict(name='replies', source='voice'),
                    aloud=dict(name='replies', source='aloud', listener='asr'))

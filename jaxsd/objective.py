@@ -190,7 +190,9 @@ def ctc(logp_BTV, unit_BU, segment_BT, *, blank: int, most_units: int):
         return alpha, jnp.logaddexp(end, jnp.where(count > 0, unit, NEVER))
 
     by_time = (jnp.moveaxis(logp_BTV.astype(jnp.float32), 1, 0), first.T, begun.T, count_BT.T)
-    _, said = jax.lax.scan(frame, jnp.full((B, states), NEVER), by_time)
+    # Made anew in the backward pass: a frame's sums take more memory than time.
+    _, said = jax.lax.scan(jax.checkpoint(frame, prevent_cse=False), jnp.full((B, states), NEVER),
+                           by_time)
     said = jnp.where(last, said.T, 0.0)
     said = jnp.where(said < 0.1 * NEVER, 0.0, said)     # NaN stays NaN
     total = jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, T + 1))(said, segment)
