@@ -44,6 +44,8 @@ class Run(NamedTuple):
 def write(specs: list[str], runs: str, out: str) -> None:
     """Writes the page of the config files `specs`, whose demos lie in `runs`/NAME, to `out`.
 
+    A file may have an argument, the name of a recipe: that of 'configs/twist.py:recipe=slam' is
+    'configs/twist.py:demo,recipe=slam', and lies in `runs`/twist,recipe=slam.
     Beside it lies the record of the runs shown (`out` with the ending .json): a run that is not in
     `runs`, made on another machine perhaps, is shown from there while its config is the same.
     Raises ConfigError for a file that is no config with a demo or has no Size and Evidence.
@@ -51,15 +53,14 @@ def write(specs: list[str], runs: str, out: str) -> None:
     cards, rows, made = [], [], []
     record = os.path.splitext(out)[0] + '.json'
     before = read_record(record)
-    named = {os.path.basename(spec).removesuffix('.py') for spec in specs}
+    named = set(map(_name, specs))
     kept = {name: run._asdict() for name, run in before.items() if name not in named}
     for spec in specs:
         doc = configs.made_by(spec, ())['doc']
         for name in ('Size', 'Evidence'):
             if not told(doc, name):
                 raise ConfigError(f'{spec}: its docstring has no line {name}')
-        published, demo = configs.read(spec), configs.read(f'{spec}:demo')
-        name = os.path.basename(spec).removesuffix('.py')
+        published, demo, name = configs.read(spec), configs.read(_demo(spec)), _name(spec)
         run = read_run(os.path.join(runs, name), spec)
         if isinstance(run, str) and name in before:
             run = _as_it_stands(before[name], run)
@@ -73,6 +74,17 @@ def write(specs: list[str], runs: str, out: str) -> None:
         cards.append(_card(spec, doc, published, demo, run))
     rundir.write_atomic(out, '\n'.join([*_head(demo, made), *rows, '', *cards]))
     rundir.write_atomic(record, json.dumps(kept, indent=1, sort_keys=True) + '\n')
+
+
+def _demo(spec: str) -> str:
+    """The demo of a config file, or of one of its recipes."""
+    file, _, arg = spec.partition(':')
+    return f'{file}:demo' + f',{arg}' * bool(arg)
+
+
+def _name(spec: str) -> str:
+    file, _, arg = spec.partition(':')
+    return os.path.basename(file).removesuffix('.py') + f',{arg}' * bool(arg)
 
 
 def read_record(path: str) -> dict[str, Run]:
@@ -111,7 +123,7 @@ def read_run(workdir: str, spec: str) -> Run | str:
         return 'not run'
     try:
         file = rundir.read_run(workdir).get('file', '')
-        if not file.startswith(f'{spec}:demo'):
+        if not file.startswith(_demo(spec)):
             return f'not shown: {workdir} is a run of {file or "an unknown config"}'
         config = configs.read(file)
         rundir.same_run(workdir, config, '')
@@ -156,10 +168,11 @@ def _number(x) -> str:
     return '–' if x is None else f'{x:.2f}' if 0 < abs(x) < 1 else f'{x:.1f}'
 
 
-def _title(doc: str) -> tuple[str, str]:
-    """(name, what it is) of a docstring's first line."""
+def _title(doc: str, spec: str) -> tuple[str, str]:
+    """(name, what it is) by a docstring's first line; a recipe has its own name behind."""
     name, _, rest = doc.partition('\n')[0].partition(': ')
-    return name, rest.rstrip('.')
+    arg = spec.partition(':')[2]
+    return name + f' ({arg})' * bool(arg), rest.rstrip('.')
 
 
 def _papers(doc: str) -> str:
@@ -202,12 +215,12 @@ def _head(config, made: list[Run]) -> list[str]:
 
 
 def _row(spec: str, doc: str, demo, run) -> str:
-    name, _ = _title(doc)
+    name, _ = _title(doc, spec)
     link = f'[{name}](#{_anchor(name)})'
     if isinstance(run, str):
         task = ', '.join(sorted(set(plain(demo.evals)) - {'likelihood'}))
         return f'| {link} | {task} | – | – | – | – |'
-    if run.spec != f'{spec}:demo':
+    if run.spec != _demo(spec):
         link += f' (`{run.spec.removeprefix(spec)}`)'
     link += ' †' * bool(run.dataset)
     return '\n'.join(
@@ -221,7 +234,7 @@ def _anchor(name: str) -> str:
 
 
 def _card(spec: str, doc: str, published, demo, run) -> str:
-    name, what = _title(doc)
+    name, what = _title(doc, spec)
     lines = [f'## {name}', '', f'{what[:1].upper()}{what[1:]}. `{spec}`. {_papers(doc)}', '',
              '```', _grid(doc, demo), '```', '']
     lines += ['| stage | begins from | steps × rows | trained | reads |', '|---|---|---|---|---|']
@@ -252,7 +265,8 @@ def _sentence(text: str) -> str:
 def _grid(doc: str, config) -> str:
     """What the docstring's command `look` draws, narrow enough for a page."""
     found = re.search(r'^  look .*--source (\w+)', doc, re.MULTILINE)
-    source = found[1] if found else next(iter(config.data.sources))
+    source = found[1] if found and found[1] in config.data.sources else next(
+        iter(plain(config.stages)[-1]['data']))
     v = model.make_vocab(config)
     try:
         grid = data.grid(config, source, v)

@@ -250,11 +250,14 @@ def test_demos_go_on_and_skip_what_is_done(tmp_path):
         out = run('demos.sh', folder=tmp_path / 'launch', PYTHON=python, LIMIT=5, **env)
         lines = (tmp_path / 'calls').read_text().splitlines()
         assert lines[-1] == ('-m jaxsd systems --config configs/moshi.py configs/twist.py '
-                             'configs/voxtlm.py --runs runs/demos --out docs/systems.md')
+                             'configs/voxtlm.py configs/twist.py:recipe=slam '
+                             'configs/twist.py:recipe=sims --runs runs/demos --out '
+                             'docs/systems.md')
         return out, lines[:-1]
     (tmp_path / 'broken').touch()
     out, lines = called()
-    assert out.returncode == 1 and out.stderr == 'demos: failed: twist\n'
+    assert out.returncode == 1
+    assert out.stderr == 'demos: failed: twist twist,recipe=slam twist,recipe=sims\n'
     assert lines == [
         '-m jaxsd train --config configs/moshi.py:demo,share=0.25 --workdir runs/demos/moshi',
         '-m jaxsd evaluate --workdir runs/demos/moshi --limit 5',
@@ -263,13 +266,17 @@ def test_demos_go_on_and_skip_what_is_done(tmp_path):
         '-m jaxsd evaluate --workdir runs/demos/twist --limit 5',
         '-m jaxsd train --config configs/voxtlm.py:demo --workdir runs/demos/voxtlm',
         '-m jaxsd evaluate --workdir runs/demos/voxtlm --limit 5',
-        '-m jaxsd evaluate --workdir runs/demos/voxtlm --limit 5 --untrained']
+        '-m jaxsd evaluate --workdir runs/demos/voxtlm --limit 5 --untrained',
+        *(line for recipe in ('slam', 'sims') for line in (
+            f'-m jaxsd train --config configs/twist.py:demo,recipe={recipe} '
+            f'--workdir runs/demos/twist,recipe={recipe}',
+            f'-m jaxsd evaluate --workdir runs/demos/twist,recipe={recipe} --limit 5'))]
     (tmp_path / 'broken').rename(tmp_path / 'stopped')      # its trainer alone, to go on later
     out, lines = called()
-    assert out.returncode == 1 and len(lines) == 1 and ' train ' in lines[0]
+    assert out.returncode == 1 and len(lines) == 3 and all(' train ' in x for x in lines)
     (tmp_path / 'stopped').unlink()
     out, lines = called()
-    assert out.returncode == 0 and len(lines) == 3 and all('twist' in x for x in lines)
+    assert out.returncode == 0 and len(lines) == 9 and all('twist' in x for x in lines)
     later = time.time() + 5
     os.utime(tmp_path / 'configs' / 'moshi.py', (later, later))     # it was changed since
     out, lines = called(SYSTEMS='voxtlm')

@@ -113,6 +113,25 @@ def test_a_run_shown_before_is_shown_again(here):
         systems.write([SPEC], 'runs', 'page.md')
 
 
+def test_a_recipe_has_a_row_of_its_own(here):
+    """Its run lies beside that of the file it is a recipe of, and neither is taken for the other's.
+    """
+    run(here, 'demo,recipe=slam')
+    spec = f'{SPEC}:recipe=slam'
+
+    def page():
+        systems.write([SPEC, spec], str(here / 'runs'), str(here / 'page.md'))
+        return (here / 'page.md').read_text()
+    assert '| [TWIST](#twist) (`:demo,recipe=slam`) | matched: right % | 87.2 |' in page()
+    (here / 'runs' / 'twist').rename(here / 'runs' / 'twist,recipe=slam')
+    (here / 'page.json').unlink()
+    text = page()
+    assert '| [TWIST](#twist) | matched, sentences, words | – |' in text
+    assert '| [TWIST (recipe=slam)](#twist-recipeslam) | matched: right % | 87.2 |' in text
+    assert '| demo: speech | text | 500 × 16 |' in text and '\n## TWIST (recipe=slam)\n' in text
+    assert set(json.loads((here / 'page.json').read_text())) == {'twist,recipe=slam'}
+
+
 def test_a_changed_config_has_no_figures(here):
     run(here, 'demo,cold')      # a demo by other arguments is one
     assert '87.2' in page(here) and ':demo,cold`' in page(here)
