@@ -8,7 +8,7 @@ VERSION = re.search(r"__version__ = '(.+)'", pathlib.Path('jaxsd/__init__.py').r
 CORE = '''jax>=0.10.2,<0.12  flax>=0.12.8,<0.13  optax>=0.2.8,<0.3  orbax-checkpoint>=0.12.8,<0.13
     grain>=0.2.18,<0.3  tensorflow-datasets>=4.9.10,<5  importlib_resources  array_record>=0.8.3
     sentencepiece>=0.2.1  ml-collections>=1.1,<2  absl-py>=2  numpy>=2.1,<3  safetensors>=0.5
-    rich>=13  jiwer>=3.1,<5  matplotlib>=3.9,<4  tensorboardX>=2.6'''.split()
+    rich>=13  jiwer>=3.1,<5  sacrebleu>=2.4,<3  matplotlib>=3.9,<4  tensorboardX>=2.6'''.split()
 AUDIO = 'soundfile>=0.13  librosa>=0.11,<0.12  scipy>=1.15  scikit-learn>=1.6,<2'.split()
 DEMO = AUDIO + 'espeakng-loader>=0.2.4  pocketsphinx>=5.0.4,<6'.split()
 STABLEHLO, GGUF = ['flatbuffers>=24'], ['gguf>=0.19,<1']

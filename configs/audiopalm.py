@@ -99,4 +99,6 @@ def demo(c) -> None:
     c.stages = (parts.demo_stage('finetune', 700, dict(asr=0.3, tts=0.3, answer=0.35,
                                                        written=0.05)),)
     c.evals = dict(likelihood=dict(name='likelihood', sources=('asr', 'tts', 'answer')),
-                   exchanges=dict(name='exchanges', source='answer'))
+                   exchanges=dict(name='exchanges', source='answer'),
+                   s2st=dict(name='translations', source='answer'),
+                   mt=dict(name='translations', source='written'))

@@ -7,6 +7,7 @@ See `evaluate` for what a task is.
 import json
 import math
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -29,36 +30,16 @@ def exchanges(lm: trained.LM, *, split: str, limit: int | None, source: str,
     answers in text and speaks. correct: the last written word of the asked kind is the right one.
     chance: the same answers against the other questions' wants, of the same kind where there are.
     """
-    options = plain(lm.config.data.sources[source]).get('layout') or plain(lm.config.layout)
-    if options['name'] != 'template.chain' or options.get('over', 'record') == 'record':
-        raise ConfigError(f'exchanges: data.sources.{source} must be drawn by template.chain over '
-                          'exchanges')
-    options = {k: v for k, v in options.items() if k not in ('name', 'score')}
     asked, kinds = questions_of(os.path.join(lm.config.data.path, questions))
-    text, v, found, prompts, steps = lm.text(), lm.vocab, [], [], []
-    mine = options.get('mine', 0)
-    options['mine'] = 0 if mine == 'random' else mine
-    rng = np.random.default_rng(0)
-    for record in data.examples(lm.config, split, source, vocab=v, limit=limit):
-        for exchange in template.exchanges(record, options['mine']):
-            said = ' '.join(w.text for w in exchange['theirs'].words)
-            ends = max((q for q in asked if said.endswith(q)), key=len, default=None)
-            if ends is not None:
-                made = template.pieces(template.only(record, exchange), vocab=v, rng=rng, **options)
-                prompt, phases = generate.phases(made, v)
-                found.append(asked[ends])
-                prompts.append(prompt)
-                steps.append(phases)
-    if not found:
+
+    def ending(exchange):
+        said = ' '.join(w.text for w in exchange['theirs'].words)
+        ends = max((q for q in asked if said.endswith(q)), key=len, default=None)
+        return None if ends is None else asked[ends]
+    told = _answered(lm, 'exchanges', split=split, limit=limit, source=source, of=ending)
+    if not told:
         raise ConfigError(f'exchanges: split {split} of {source} asks no question of {questions}')
-    start, size = v.ranges['text']
-    heard, bounds = [], dict(text=48, speech=400, any=448)
-    for part in trained.in_parts(list(zip(prompts, steps, strict=True))):
-        told = generate.follow(lm.speaker(), *map(list, zip(*part, strict=True)), v,
-                               most_tokens=bounds)
-        for out in told:
-            ids = [t for name, ids in out.items() if 'text mine' in name for t in ids]
-            heard.append(text.decode([t - start for t in ids if start <= t < start + size]))
+    found, heard = map(list, zip(*told, strict=True))
 
     def right(question, answer):
         named = [w for w in answer.split() if w in kinds[question['kind']]]
@@ -69,6 +50,63 @@ def exchanges(lm: trained.LM, *, split: str, limit: int | None, source: str,
                 items=len(found), judged=('correct %', 'chance %'),
                 per_item={'correct %': shares(good)},
                 note='greedy; the written answer, one question at a time')
+
+
+def translations(lm: trained.LM, *, split: str, limit: int | None, source: str) -> dict:
+    """How near do written answers come to the true ones? BLEU and chrF by sacrebleu.
+
+    Every exchange of `source` is answered by its template, greedily; a translation stands where an
+    answer does, and the text that is scored is that of its last written step (arXiv 2306.12925
+    Table 2). floor: the answers against those to the exchange after each.
+    """
+    import sacrebleu
+
+    def meant(exchange):
+        return ' '.join(w.text for w in exchange['mine'].words) or None
+    told = _answered(lm, 'translations', split=split, limit=limit, source=source, of=meant)
+    if not told:
+        raise ConfigError(f'translations: split {split} of {source} has no answers in words')
+    true, said = map(list, zip(*told, strict=True))
+    metrics = {}
+    for end, answers in (('', said), ('/floor', said[1:] + said[:1])):
+        metrics[f'BLEU{end}'] = sacrebleu.corpus_bleu(answers, [true]).score
+        metrics[f'chrF{end}'] = sacrebleu.corpus_chrf(answers, [true]).score
+    each = [sacrebleu.sentence_chrf(a, [b]).score for a, b in zip(said, true, strict=True)]
+    return dict(metrics=metrics, items=len(told), judged=('chrF', 'chrF/floor'),
+                per_item={'chrF': shares(each)}, note='greedy; the written answer')
+
+
+def _answered(lm: trained.LM, task: str, *, split: str, limit: int | None, source: str, of: Callable
+              ) -> list[tuple]:
+    """(of(exchange), the text of its last written answer) of every exchange of which `of` makes
+    anything. ConfigError for a source that is not drawn by exchanges."""
+    options = plain(lm.config.data.sources[source]).get('layout') or plain(lm.config.layout)
+    if options['name'] != 'template.chain' or options.get('over', 'record') == 'record':
+        raise ConfigError(f'{task}: data.sources.{source} must be drawn by template.chain over '
+                          'exchanges')
+    options = {k: v for k, v in options.items() if k not in ('name', 'score')}
+    text, v, found, prompts, steps = lm.text(), lm.vocab, [], [], []
+    mine = options.get('mine', 0)
+    options['mine'] = 0 if mine == 'random' else mine
+    rng = np.random.default_rng(0)
+    for record in data.examples(lm.config, split, source, vocab=v, limit=limit):
+        for exchange in template.exchanges(record, options['mine']):
+            wanted = of(exchange)
+            if wanted is not None:
+                made = template.pieces(template.only(record, exchange), vocab=v, rng=rng, **options)
+                prompt, phases = generate.phases(made, v)
+                found.append(wanted)
+                prompts.append(prompt)
+                steps.append(phases)
+    start, size = v.ranges['text']
+    heard, bounds = [], dict(text=48, speech=400, any=448)
+    for part in trained.in_parts(list(zip(prompts, steps, strict=True))):
+        told = generate.follow(lm.speaker(), *map(list, zip(*part, strict=True)), v,
+                               most_tokens=bounds)
+        for out in told:
+            ids = [t for name, ids in out.items() if 'text mine' in name for t in ids]
+            heard.append(text.decode([t - start for t in ids if start <= t < start + size]))
+    return list(zip(found, heard, strict=True))
 
 
 def others(asked: list[dict]) -> list[dict]:

@@ -31,6 +31,7 @@ from jaxsd.answering import (  # noqa: F401 - tasks, too
     refined,
     replies,
     sounds,
+    translations,
     written,
 )
 from jaxsd.config import ConfigError, bind, plain, unknown
@@ -196,6 +197,7 @@ MEASURED = {
     few_shot: (*ERRORS, 'wrong-sentence WER %', 'WER %/0 shots'),
     matched: ('right %', 'nats', 'nats/another'), tts: ('round-trip WER %', 'wrong-sentence WER %'),
     exchanges: ('correct %', 'chance %'),
+    translations: ('BLEU', 'chrF', 'BLEU/floor', 'chrF/floor'),
     replies: (*ERRORS, 'WER %/floor', 'UER %', 'UER %/floor', 'spoken WER %', 'spoken WER %/floor'),
     stories: CROSSED, cloze: CROSSED, pairs: ('right %',),
     answers: ('correct %', 'chance %', 'waited %', 'answered %', 'latency frames p10',

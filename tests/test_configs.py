@@ -31,7 +31,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests' / 'golden' / 'configs'
 NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if not p.stem.startswith('_'))
 # Files and their recipes that are systems of their own, as FILE,RECIPE.
-SYSTEMS = (*NAMES, 'speechgpt,gen', 'spirit_lm,expressive', 'twist,recipe=sims', 'twist,recipe=slam')
+SYSTEMS = (*NAMES, 'speechgpt,gen', 'spirit_lm,expressive', 'twist,recipe=sims',
+           'twist,recipe=slam')
+
 
 def decoder(width, layers, heads, kv_heads, head_dim, mlp, biased=False):
     """Parameters of a decoder without its tables: attention, gated feed-forward, norms."""

@@ -471,6 +471,24 @@ def test_every_question_is_answered_through_the_template(corpus):
     assert 0 <= found['metrics']['correct %'] <= 100
     with pytest.raises(ConfigError, match='must be drawn by template.chain over exchanges'):
         evaluate.exchanges(lm, split='train', limit=2, source='aligned')
+    near = evaluate.translations(lm, split='train', limit=2, source='dialogue')
+    assert near['items'] >= found['items']      # every answer in words, to whatever was said
+    assert set(near['metrics']) == set(evaluate.MEASURED[evaluate.translations])
+    with pytest.raises(ConfigError, match='translations: .* by template.chain over exchanges'):
+        evaluate.translations(lm, split='train', limit=2, source='aligned')
+
+
+def test_translations_are_scored_as_others_score_them(monkeypatch):
+    """By sacrebleu's own figures for a corpus: one sentence right, of one a word wrong."""
+    told = [('the red hat is on the big table', 'the red hat is on the big table'),
+            ('anna has six small black dogs', 'anna has two small black dogs')]
+    monkeypatch.setattr(answering, '_answered', lambda *_, **__: told)
+    found = answering.translations(None, split='test', limit=None, source='x')
+    # 14 words: 13 of 14 alone, 10 of 12 pairs, 7 of 10 triples and 5 of 8 fours; as long as asked.
+    by_hand = 100 * (13 / 14 * 10 / 12 * 7 / 10 * 5 / 8) ** 0.25
+    assert found['metrics']['BLEU'] == pytest.approx(by_hand)
+    assert found['metrics']['BLEU/floor'] < 10 and found['metrics']['chrF/floor'] < 30
+    assert found['per_item']['chrF']['sum'][0] == 100 > found['metrics']['chrF'] > 80
 
 
 # Conversation.
