@@ -56,6 +56,8 @@ def get_config(arg=None):
     c.evals = dict()
     if arg.demo or arg.tiny:
         demo(c, arg.mix, arg.level)
+    if arg.level == 'phone' and not (arg.demo or arg.tiny):     # the demo's phones, for want of any
+        c.vocab = dict(c.vocab) | dict(markers=('[Text]', '[Speech]', *parts.DEMO_PHONES))
     if arg.level != 'word' or arg.again:
         c.layout = dict(c.layout) | dict(level=arg.level, again=arg.again)
     if arg.expressive:

@@ -12,6 +12,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -25,7 +26,7 @@ from jaxsd.config import bind, plain
 from jaxsd.layout import show
 from jaxsd.stage import flatten
 from jaxsd.state import mesh_of
-from jaxsd.types import Phrase, Record, Turn, Word
+from jaxsd.types import Phrase, Record, Turn, Where, Word
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests' / 'golden' / 'configs'
@@ -211,6 +212,7 @@ def test_the_published_size_builds_with_its_parameters(name):
      + (3 * 1024 + 1) * 1536 + 1536 + 1536 ** 2 + within(1536, 32, 4096) + 1536 * 1024 + 1024),
     ('speechgpt', 'demo,gen', None),
     ('twist', 'recipe=sims', QWEN_7B + 2 * 512 * 3584), ('twist', 'demo,recipe=sims', None),
+    ('spirit_lm', 'level=phone', LLAMA_2_7B + 2 * 640 * 4096),   # and 51 phones, rounded up
     *(('spirit_lm', f'demo,{arg}', None) for arg in (
         'expressive', 'level=phone', 'level=utterance,again=1.0', 'again=0.5'))])
 def test_a_recipe_builds_and_draws(name, arg, parameters):
@@ -393,6 +395,61 @@ def test_no_score_sees_a_later_column_or_a_later_row(name):
             assert not moved[b, :first].any(), (v.rows[row].name, v.rows[k].name, t)
             later += moved[b].sum()
     assert later > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SYSTEMS)
+def test_generation_is_the_training_forward(name):
+    """The grid of every layout, its prompt read at once and then column by column, each cell said
+    as it is written: what every row is picked from, earlier rows of its column known, is what the
+    training forward scores there."""
+    c = read(name, 'tiny')
+    rows, drawn = model.make_vocab(c).rows, {}
+    for where, options in layouts(c):
+        grid = draw(c, options, where)
+        drawn.setdefault(str(options), (where, grid))
+    graph, _, _ = model.abstract(c)
+    params = model.init(c, jax.random.key(0))
+    whole_of = jax.jit(lambda p, b: nnx.merge(graph, p).scores(b))
+
+    @jax.jit
+    def said(params, tokens, at, cache, target_K, heard):
+        found = {}
+
+        def pick(k, logits, key):
+            found[k] = logits
+            local = target_K[k] - rows[k].start
+            return jnp.clip(local, 0, rows[k].predicted - 1)[None].astype(jnp.int32)
+        _, cache = nnx.merge(graph, params).step(tokens, at, cache, None, pick, heard or None)
+        return found, cache
+    for where, grid in drawn.values():
+        n = max(1, int(np.flatnonzero(grid.weights.any(0))[0]))
+        T = min(grid.tokens.shape[1], n + 8)
+        one = dict(tokens=grid.tokens[:, :T], position=np.arange(T), segment=np.ones(T, np.int32),
+                   **{k: x[:T] for k, x in grid.extra.items()})
+        whole = whole_of(params, {k: x[None] for k, x in one.items()})
+        cache = jax.jit(lambda p, n: nnx.merge(graph, p).empty_cache(1, n),
+                        static_argnums=1)(params, T)
+        compared = 0
+        for first, last in ((0, n), *((t, t + 1) for t in range(n, T - 1))):
+            part = {k: x[..., first:last] if k == 'tokens' else x[first:last]
+                    for k, x in one.items()}
+            heard = {k: part[k][None] for k in ('feats', 'slot', 'frames', 'framed') if k in part}
+            target = one['tokens'][:, last]
+            found, cache = said(params, part['tokens'][None],
+                                Where(part['position'][None], part['segment'][None]), cache,
+                                target, heard)
+            for k, row in enumerate(rows):
+                if not row.predicted:
+                    assert whole[k] is None and k not in found
+                    continue
+                known = all(0 <= target[j] - rows[j].start < rows[j].predicted for j in range(k)
+                            if rows[j].predicted)
+                if known and (c.head.name != 'ctc' or not k or target[1] >= 0):
+                    np.testing.assert_allclose(found[k][0], whole[k][0, last - 1], atol=2e-4,
+                                               err_msg=f'{where}: {row.name} of column {last}')
+                    compared += 1
+        assert compared >= T - n - 1, where
 
 
 def test_a_stage_is_all_options():
