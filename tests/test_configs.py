@@ -222,6 +222,19 @@ def test_a_recipe_builds_and_draws(name, arg, parameters):
         assert (draw(c, options, where).weights > 0).any()
 
 
+def test_the_budget_of_tokens_reads_each_corpus_as_often_as_the_paper_says():
+    """Spirit-LM's 100,000 steps over 28.2, 8.4 and 307 billion tokens (arXiv 2402.05755 Table 2:
+    1.24, 3.81 and 0.11 epochs, of steps a twentieth longer or shorter)."""
+    c = read('spirit_lm')
+    (s,) = stages.stages(c)
+    tokens = s.steps * s.batch * c.columns
+    assert s.data == dict(aligned=1.0, speech=1.0, text=1.0) and 0.95 < tokens / 100e9 < 1.05
+    by_hand = [round(100e9 / 3 / size, 3) for size in (28.2e9, 8.4e9, 307e9)]
+    assert by_hand == [1.182, 3.968, 0.109]
+    for size, published in ((28.2e9, 1.24), (8.4e9, 3.81), (307e9, 0.11)):
+        assert tokens / 3 / size == pytest.approx(published, rel=0.1)
+
+
 @pytest.mark.parametrize('arg', ['', 'demo', 'tiny'])
 @pytest.mark.parametrize('name', SYSTEMS)
 def test_everything_a_config_names_is_there(name, arg):

@@ -61,6 +61,18 @@ def test_rows_of_a_term_are_pooled():
     assert terms['text'] == (0.0, 2.0)
 
 
+def test_a_semantic_codebook_weighs_a_hundred_times_as_much():
+    """Moshi's eight codebooks (arXiv 2410.00037 §5.4): 2.0 nats of the first, 1.5 of the others."""
+    rows = Sizes((Row('text', 0, 4, 3), *(Row(f'mine {k}', 4 + 3 * k, 3, 2) for k in range(8))),
+                 28, 8)
+    logp = -np.array([0.0, 2.0, *[1.5] * 7])[None, :, None]
+    batch = dict(tokens=jnp.array([0, *(4 + 3 * k for k in range(8))])[None, :, None],
+                 weights=jnp.array([0.0, 100.0, *[1.0] * 7])[None, :, None])
+    terms, _ = ce(logp, logp == 0, batch, sizes=rows, ranges={}, terms=dict(audio=('mine',)))
+    assert terms['audio'] == pytest.approx((210.5, 107.0))
+    assert terms['audio'][0] / terms['audio'][1] == pytest.approx(1.96729, abs=1e-5)
+
+
 def test_one_row_of_two_ranges():
     """A flat line: one term, and metrics by where on the line each target lies."""
     flat = Sizes((Row('tokens', 0, 10, 10),), 10, 8)
