@@ -600,9 +600,8 @@ class Room:
         heard = self._frames if begins else self._frames + 1
         early = np.array(self._late) > heard[:, None]
         self._state, column, drawn = _next(
-            s.graph, s.rows, s.samplers, s.manners, s.params, self._state, jnp.asarray(plan),
-            jnp.asarray(np.where(early, self._first, FREE)), jnp.asarray(there & begins),
-            jnp.asarray(there))
+            s.graph, s.rows, s.samplers, s.manners, s.params, self._state, plan,
+            np.where(early, self._first, FREE), there & begins, there)
         self._said[-1, there] = np.asarray(column)[there]
         self._said[:-1, there] = self._said[1:, there]
         self._said[-1, there] = np.asarray(drawn)[there]
