@@ -8,7 +8,7 @@ QUESTION = dict(
     question='Does a text model learn speech better than a model that begins with nothing?',
     base='configs/twist.py:demo',
     arms=(('warm',), ('cold', 'cold=True')),
-    budget=dict(audio_hours=8.2),               # about 100 steps
+    budget=dict(audio_hours=41.0),              # about 500 steps
     seeds=(0, 1, 2),
     metrics=(('likelihood', 'speech/loss/tokens', 'lower'), ('matched', 'right %', 'shown')),
     items=200,
