@@ -27,12 +27,12 @@ LANGUAGES = ('French',)         # into English; each other one is a line here
 HZ = 25.0
 
 # In a record of two languages channel 1 (theirs) is the source and channel 0 (mine) the target.
-GIVEN = dict(speech=('speech', 'theirs', 0), text=('text', 'theirs', 0), own=('text', 'mine', 0))
+GIVEN = dict(speech=('speech', 'theirs', 0), text=('text', 'theirs', 0))
 TASKS = {
     'ASR': (GIVEN['speech'], ('text', 'theirs')),
     'AST': (GIVEN['speech'], ('text', 'mine')),
     'S2ST': (GIVEN['speech'], ('speech', 'mine')),
-    'TTS': (GIVEN['own'], ('speech', 'mine')),
+    'TTS': (GIVEN['text'], ('speech', 'theirs')),
     'MT': (GIVEN['text'], ('text', 'mine')),
     'ASR AST S2ST': (GIVEN['speech'], ('text', 'theirs'), ('text', 'mine'), ('speech', 'mine')),
 }
@@ -100,5 +100,5 @@ def demo(c) -> None:
                                                        written=0.05)),)
     c.evals = dict(likelihood=dict(name='likelihood', sources=('asr', 'tts', 'answer')),
                    exchanges=dict(name='exchanges', source='answer'),
-                   s2st=dict(name='translations', source='answer'),
+                   answer=dict(name='translations', source='answer'),
                    mt=dict(name='translations', source='written'))

@@ -13,7 +13,9 @@ Size       8 B in the paper: Llama 3.1 8B and rows for 4,096 units, without what
 Evidence   the grids against hand-drawn ones. Trained by us at scale: no. Instructions are worded by
            us; released checkpoints number their speech tokens in no particular order, so that ids
            must be looked up by name. Batches (per device in the configs) are times 64 devices here,
-           which is not stated by the source; nor are the betas (the project's default).
+           which is not stated by the source; nor are the betas (the project's default). Steps are
+           those of the paper's whole mixture, with images and text, of which the sources here are
+           the spoken part: they are read more often than there. No decay, as in the configs.
 """
 
 import ml_collections as mlc

@@ -13,7 +13,8 @@ Size       9 B in the paper: GLM-4-9B with the released table of 168,960 rows, a
 Evidence   the grids against hand-drawn ones. Trained by us at scale: no. Departures: rotary
            positions turn whole heads (half of each in GLM-4); no dropout (0.5 in fine-tuning).
            Batches are not stated by the source; steps follow from tokens and an assumed batch.
-           Decay and clipping of pretraining are the project's defaults.
+           Decay and clipping of pretraining are the project's defaults. The roles' markers are new
+           rows here; GLM-4 has its own, so an import's stop id begins anew.
 """
 
 import ml_collections as mlc

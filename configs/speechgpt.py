@@ -16,9 +16,11 @@ Size       7 B in the paper: LLaMA 7B and 1,006 rows in both tables, for units a
 Evidence   the grids against hand-drawn ones. Trained by us at scale: no. Batches and steps are the
            paper's (from memory; the released scripts' batches do not reproduce them); the third
            stage's low-rank terms sit in every linear map and only those of q and v are trained.
-           No dropout (0.05 on those terms in the script). Instructions are worded by us. The flow
-           against closed forms (tests/test_flow.py); its sizes, its prior's deviation and its steps
-           are not stated by the source, and the frozen language model reads along while it learns.
+           No dropout (0.05 on those terms in the script). All stages have rows of 1,024 columns
+           (512 in the second there), and the first packs whole examples. Instructions are worded by
+           us. The flow against closed forms (tests/test_flow.py); its sizes, its prior's deviation
+           and its steps are not stated by the source, and the frozen language model reads along
+           while it learns.
 """
 
 import ml_collections as mlc

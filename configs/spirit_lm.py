@@ -43,7 +43,7 @@ def get_config(arg=None):
     c.objective = dict(name='weighted_ce', terms=dict(tokens=('tokens',)))
     c.data = dict(path='', sources=dict(
         aligned=dict(select=('aligned',)),
-        speech=dict(select=('aligned', 'speech'),
+        speech=dict(select=('speech',),
                     layout=dict(name='flat.sequence', fields=('speech',))),
         text=dict(select=('text',), layout=dict(name='flat.sequence', fields=('text',)))))
     c.stages = (dict(name='pretrain', steps=100_000, batch=256, lr=3e-5,

@@ -7,12 +7,14 @@ The first marker says what is given and the second what is asked; only what is a
   smoke    python -m jaxsd train    --config configs/voxtlm.py:tiny --workdir runs/voxtlm_tiny
   demo     python -m jaxsd train    --config configs/voxtlm.py:demo --workdir runs/voxtlm
   train    python -m jaxsd train    --config configs/voxtlm.py --workdir $WORKDIR
-Size       350 M by the name of the model that it begins from (OPT-350M, 331 M); gated layers with
-           three matrices make the rest.
+Size       350 M by the name of the model whose size it has and the paper's begins from (OPT-350M,
+           331 M); gated layers with three matrices make the rest.
 Evidence   the grids against hand-drawn ones. Trained by us at scale: no. Departures: the decoder
            has the size of OPT-350M and this project's rotary positions, root-mean-square norms and
            gated feed-forward; a unit is a token, where the paper spells units as letters of one
-           10,000-piece model with the text; label smoothing (0.1) is left out.
+           10,000-piece model with the text; label smoothing (0.1) is left out; nothing is imported
+           from OPT, whose layers are others. Steps and the number of microbatches are ours: the
+           recipe has 25,000 iterations an epoch, 20 of them a step.
 """
 
 import ml_collections as mlc

@@ -42,6 +42,17 @@ def test_the_papers_own_example():
     assert rows == {tuple(row), tuple(swapped)}
 
 
+def test_where_both_speak_is_cut_out():
+    """Of twelve frames the first speaks in 0 to 5, the other in 4 to 11: 4 and 5 are nobody's."""
+    record = talk(range(12), range(100, 112), turns=(Turn(0, 0.0, 6 / 25, 'a'),
+                                                     Turn(1, 4 / 25, 12 / 25, 'b')))
+    row = synchronous(record, chunk_frames=5, overlaps=False).tolist()
+    u, left = FIRST, [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
+    assert row == [1, S0, *(n + u for n in left[:5]), S1, *(100 + n + u for n in left[:5]),
+                   S0, *(n + u for n in left[5:]), S1, *(100 + n + u for n in left[5:])]
+    assert len(synchronous(record, chunk_frames=5)) == len(row) + 4 + 2
+
+
 streams = st.integers(1, 40).flatmap(lambda n: st.tuples(
     st.lists(st.integers(0, 3), min_size=n, max_size=n),
     st.lists(st.integers(0, 3), min_size=n, max_size=n)))

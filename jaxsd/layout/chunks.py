@@ -49,7 +49,8 @@ def fresh(units: np.ndarray, chunk_frames: int, before: int = -1) -> list[np.nda
 
 
 def synchronous(record: Record, *, vocab: Vocab, rng: np.random.Generator, chunk_frames: int = 4,
-                speakers: Sequence[str] = ('[S0]', '[S1]'), mine: int | str = 0) -> Grid:
+                speakers: Sequence[str] = ('[S0]', '[S1]'), mine: int | str = 0,
+                overlaps: bool = True, unit_hz: float = 25.0) -> Grid:
     """Both speakers' new units of every `chunk_frames` frames, each behind its speaker's marker.
 
     ::
@@ -61,13 +62,20 @@ def synchronous(record: Record, *, vocab: Vocab, rng: np.random.Generator, chunk
     A unit is new when it differs from the one before it, also across the border of two chunks. The
     first marker (mine) always stands, for it is the clock; the other only before something new.
     Everything is learned, both speakers (arXiv 2409.15594 §3). What is left at the end is a
-    shorter chunk. `mine` is the channel that speaks first in a chunk, or 'random'.
+    shorter chunk. `mine` is the channel that speaks first in a chunk, or 'random'. overlaps: False
+    cuts out the frames in which the turns of both go on, so that one speaks at a time.
     """
     check_line(vocab, 'none')
     _positive(chunk_frames=chunk_frames)
     try:
-        pair = _both(record, _mine(mine, rng))
-        made = []
+        mine = _mine(mine, rng)
+        pair, made = _both(record, mine), []
+        if not overlaps:
+            speak = np.zeros((2, len(pair[0])), bool)
+            for turn in record.turns:
+                first, stop = (int(round(x * unit_hz)) for x in (turn.start_s, turn.end_s))
+                speak[turn.channel, first:stop] = True
+            pair = [units[~speak.all(0)] for units in pair]
         for chunk in zip(*(fresh(units, chunk_frames) for units in pair), strict=True):
             for i, new in enumerate(chunk):
                 if not i or len(new):
