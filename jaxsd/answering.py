@@ -14,7 +14,6 @@ import numpy as np
 
 from jaxsd import data, frames, generate, reply, trained
 from jaxsd.config import ConfigError, plain
-from jaxsd.generate import Sampler
 from jaxsd.layout import duplex, flat, framed, template
 from jaxsd.likelier import shares
 from jaxsd.recognition import error_rates, errors_per_item
@@ -130,13 +129,13 @@ def replies(lm: trained.LM, *, split: str, limit: int | None, source: str,
     its likeliest, fall silent together.
     """
     positive('evals.replies', most_columns=most_columns)
-    if temperature < 0:
-        raise ValueError(f'evals.replies.temperature must be at least 0, got {temperature}')
+    if not 0 <= temperature < float('inf'):
+        raise ConfigError(f'evals.replies: temperature is 0 (greedy) or above, got {temperature}')
     records = reply.examples(lm, source, split=split, limit=limit)
     grids, layout = reply.drawn(lm, source, records)
     text, v = lm.text(), lm.vocab
     found = reply.replies(lm, grids, layout, most_columns=most_columns,
-                          voice=Sampler(temperature))
+                          voice=generate.Sampler(temperature))
     said, wanted, meant, heard, true = [], [], [], [], []
     for grid, (ids, codes) in zip(grids, found, strict=True):
         prompt, _ = reply.asked(grid)

@@ -56,9 +56,9 @@ class Decoder(nnx.Module):
     rope_scaling: slows rotary positions, see `nn.frequencies`. qk_norm: 'head' normalizes every
     query and key over its head before they are turned, 'none' does not. experts: feed-forwards per
     layer, of which each column uses `experts_per_column`; 0 is one that all use, without a router.
-    remat: 'full' recomputes each layer in the backward pass, 'dots' keeps matrix products,
-    'none' keeps everything. attention: the engine, see `attention.choose`. block_columns: queries
-    per block of the engine 'xla'.
+    remat: 'full' recomputes each layer in the backward pass, 'dots' keeps matrix products and what
+    comes of attention, 'none' keeps everything. attention: the engine, see `attention.choose`.
+    block_columns: queries per block of the engine 'xla'.
     """
 
     def __init__(self, sizes: Sizes, *, rngs, width: int, layers: int, heads: int, kv_heads: int,

@@ -204,8 +204,8 @@ def _head(config, made: list[Run]) -> list[str]:
         f'{hours:.1f} h to train on; figures are of its split `test`, sentences and wordings '
         'never heard in training.', '',
         '*Untrained* is the same model as the seed draws it. *Wrong input* is the same answers '
-        'beside what was not asked (another sentence, another question), or what guessing makes: '
-        'what a model of the text alone, deaf to what it is asked, could reach. '
+        'beside what was not asked (another sentence, another question), or what guessing makes. '
+        'No model that reads text alone was trained as a floor. '
         f'A dash: not run, or not measurable so. *Minutes* are those of training{took}. '
         'Nothing here was trained at its published size.', '',
         *([f'† was trained and measured on another corpus ({", ".join(others)}): made on another '

@@ -107,17 +107,13 @@ def make_step(graph, objective, stage: Stage, by_path: dict, place=sharding.anyw
     return step
 
 
-# A scan over layers fills every row of what it stacks: zeros need not be written there first.
-COMPILER_OPTIONS = {'gpu': {'xla_gpu_enable_dus_accumulator_zero_init_elimination': True}}
-
-
 def step_on(config, stage: Stage, mesh):
     """(step, state, by_path): the jitted step as it runs on `mesh`, whose devices need not be here,
     and the state of ShapeDtypeStructs that it takes and gives back, in the same memory."""
     graph, target, by_path = abstract_state(config, stage, mesh)
     place = sharding.placer(sharding.rules_of(plain(config.mesh).get('rules', {})), mesh)
     step = make_step(graph, model.objective_of(config), stage, by_path, place, config.seed)
-    return jax.jit(step, donate_argnums=0, compiler_options=COMPILER_OPTIONS.get(place.platform),
+    return jax.jit(step, donate_argnums=0,
                    out_shardings=(jax.tree.map(lambda x: x.sharding, target),
                                   sharding.replicated(mesh))), target, by_path
 

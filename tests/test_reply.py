@@ -19,6 +19,7 @@ from test_evaluate import made as untrained
 
 from jaxsd import answering, cli, codec, evaluate, generate, model, reply, train
 from jaxsd import config as configs
+from jaxsd.config import ConfigError
 from jaxsd.generate import FREE
 from jaxsd.types import NOTHING
 from jaxsd.vocab import initial
@@ -329,8 +330,9 @@ def test_a_voice_is_drawn_and_its_text_is_not(corpus):
         return found['metrics']['UER %'], found['note']
     assert judged(0.0)[1].startswith('greedy;') and judged(0.0)[0] != judged(1.0)[0]
     assert judged(1.0)[1].startswith('speech drawn at temperature 1.0;')
-    with pytest.raises(ValueError, match='temperature must be at least 0, got -1'):
-        judged(-1)
+    for wrong in (-1, float('nan')):
+        with pytest.raises(ConfigError, match=f'temperature is 0 .greedy. or above, got {wrong}'):
+            judged(wrong)
 
 
 @pytest.mark.slow
